@@ -1,0 +1,51 @@
+"""One PyTorch policy, served to many callers at once, in batches.
+
+The way of a request, and the files that it passes::
+
+    client.py               transports/pending.py     batching.py      forward.py        transports/outlets.py
+    InferenceClient ------+                           when does the    stack, model,     one wake-up for each
+                          +-> submit --> pending ---> batch leave, --> rows; one      -> event loop     ---> await
+    AsyncInferenceClient -+              requests     and why?         thread owns
+                                                                       the model         transports/sleepers.py
+                                                                                      -> chain of threads -> return
+                                        '----------- worker.py: wait, take, forward, answer -----------'
+                                                     server.py: from start to shutdown
+
+``transports/base.py`` says how to write a transport; ``testing/contract.py`` what it must hold.
+"""
+
+from aioinfer.batching import DispatchReason
+from aioinfer.client import AsyncInferenceClient, InferenceClient
+from aioinfer.errors import (
+    InferenceError,
+    InvalidRequestError,
+    ModelError,
+    PeerDiedError,
+    ServerClosedError,
+    ServerOverloadedError,
+    WeightSyncError,
+)
+from aioinfer.policy import PolicyClientModule
+from aioinfer.server import InferenceServer
+from aioinfer.stats import Percentiles, ServerStats
+from aioinfer.transports import InferenceTransport, SlotTransport, ThreadingTransport
+
+__all__ = [
+    "AsyncInferenceClient",
+    "DispatchReason",
+    "InferenceClient",
+    "InferenceError",
+    "InferenceServer",
+    "InferenceTransport",
+    "InvalidRequestError",
+    "ModelError",
+    "PeerDiedError",
+    "Percentiles",
+    "PolicyClientModule",
+    "ServerClosedError",
+    "ServerOverloadedError",
+    "ServerStats",
+    "SlotTransport",
+    "ThreadingTransport",
+    "WeightSyncError",
+]

@@ -1,0 +1,90 @@
+"""The error tree of aioinfer, and how one model error becomes an error of its own for each caller."""
+
+from __future__ import annotations
+
+import copy
+
+__all__ = [
+    "InferenceError",
+    "InvalidRequestError",
+    "ModelError",
+    "PeerDiedError",
+    "ServerClosedError",
+    "ServerOverloadedError",
+    "WeightSyncError",
+    "own_error",
+]
+
+
+class InferenceError(Exception):
+    """Base class of every error that aioinfer raises itself."""
+
+
+class ServerClosedError(InferenceError):
+    """The server is shut down, or its worker died; the request was not answered."""
+
+
+class ServerOverloadedError(InferenceError):
+    """The queue of pending requests is full (``max_pending``); the request was refused at once."""
+
+
+class PeerDiedError(InferenceError):
+    """The process at the other end of a transport is gone."""
+
+
+class InvalidRequestError(InferenceError, ValueError):
+    """The request can't be served: no TensorDict, or not of the layout that this server takes."""
+
+
+class ModelError(InferenceError):
+    """The model returned something that can't be handed out, or raised what no caller can be given as it is.
+
+    The latter are exceptions that would end the caller's thread or event loop instead of reaching
+    its ``except`` clause (``SystemExit``, ``KeyboardInterrupt``, ``CancelledError``,
+    ``StopIteration``), and exceptions that can't be copied. The original is the ``__cause__``.
+    """
+
+
+class WeightSyncError(InferenceError):
+    """A weight update was refused, or did not arrive."""
+
+
+def own_error(original: BaseException) -> Exception:
+    """Make the instance of an error that one caller gets.
+
+    Callers must not share an exception object: each ``raise`` writes its traceback into it.
+
+    Args:
+        original: what the model, or the code around it, raised.
+
+    Returns:
+        A new exception of the same type and message where that is possible, else a
+        :class:`ModelError` that names it. Its ``__cause__`` is ``original``, or what caused the server to close.
+    """
+    twin = _twin(original)
+    if twin is None:
+        twin = ModelError(f"{type(original).__qualname__}: {original}")
+    twin.__cause__ = original.__cause__ if isinstance(original, ServerClosedError) else original
+    return twin
+
+
+def _twin(original: BaseException) -> Exception | None:
+    if not isinstance(original, Exception) or isinstance(original, (StopIteration, StopAsyncIteration)):
+        return None
+    for make in (copy.copy, _without_init):
+        try:
+            twin = make(original)
+            if type(twin) is type(original) and twin is not original and str(twin) == str(original):
+                return twin
+        except Exception:  # a class of the user's may raise anything here
+            continue
+    return None
+
+
+def _without_init(original: Exception) -> Exception:
+    """Copy an exception whose ``__init__`` takes other arguments than it stores in ``args``."""
+    kind = type(original)
+    twin = kind.__new__(kind, *original.args)
+    twin.args = original.args
+    twin.__dict__.update(original.__dict__)
+    return twin

@@ -1,0 +1,234 @@
+"""TensorDicts as requests and replies: check, stack, take apart. The only file that knows tensordict's inside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterable, Sequence
+from operator import attrgetter
+from typing import Any, TypeAlias
+
+import torch
+from tensordict import TensorDict, TensorDictBase, is_non_tensor
+from torch import Tensor
+
+from aioinfer.errors import InvalidRequestError, ModelError
+
+__all__ = ["Layout", "RequestSpec", "UnlikeRequestsError", "check_output", "group_by_layout", "layout", "rows", "stack"]
+
+Layout: TypeAlias = tuple[Any, ...]
+
+# Rows from this size on get memory of their own, so that one reply does not keep its whole batch alive.
+_OWN_MEMORY_BYTES = 1024
+
+_dtype = attrgetter("dtype")
+_PLAIN = {Tensor}
+
+
+Constructor: TypeAlias = Callable[[dict[str, Any], torch.Size, torch.device | None], TensorDict]
+
+
+def _checked(source: dict[str, Any], batch_size: torch.Size, device: torch.device | None) -> TensorDict:
+    return TensorDict(source, batch_size=batch_size, device=device)
+
+
+def fastest_constructor() -> Constructor:
+    """Choose tensordict's unchecked constructor, or the public one where the former is missing or behaves otherwise.
+
+    Unchecked, a reply is built in 0.4 us; checked in 1.5 us, or 2.1 us with tensordict 0.14.
+    """
+    row, size = torch.zeros(2, 3), torch.Size([2])
+    try:
+        unchecked: Constructor = TensorDict._new_unsafe  # type: ignore[assignment]
+        probe = unchecked({"a": row, "b": unchecked({"c": row}, size, None)}, size, None)
+        same = type(probe) is TensorDict and probe.batch_size == size and probe.device is None
+        if same and probe["a"] is row and probe["b", "c"] is row:
+            return unchecked
+    except Exception:
+        pass
+    return _checked
+
+
+_new = fastest_constructor()
+
+
+class UnlikeRequestsError(Exception):
+    """Requests of unlike layout were to be stacked. Never leaves the package: they are batched apart instead."""
+
+
+def layout(td: TensorDictBase) -> Layout:
+    """What requests that share a batch have in common: batch size, keys, and each leaf's shape, dtype and device."""
+    entries: list[tuple[Any, ...]] = []
+    for key, value in td.items():
+        if isinstance(value, Tensor):
+            entries.append((key, value.shape, value.dtype, value.device))
+        elif isinstance(value, TensorDictBase):
+            entries.append((key, layout(value)))
+        else:
+            entries.append((key, type(value), getattr(value, "batch_size", None)))
+    return (td.batch_size, *sorted(entries, key=lambda entry: str(entry[0])))
+
+
+def group_by_layout(tds: Sequence[TensorDictBase]) -> list[list[int]]:
+    """Indices of ``tds``, those of like layout together, in order of arrival."""
+    groups: dict[Layout, list[int]] = {}
+    for index, td in enumerate(tds):
+        groups.setdefault(layout(td), []).append(index)
+    return list(groups.values())
+
+
+Allocate: TypeAlias = Callable[[tuple[int, ...], torch.dtype], Tensor]
+
+
+def stack(tds: Sequence[TensorDictBase], allocate: Allocate | None = None) -> TensorDict:
+    """Stack TensorDicts of like layout along a new first dimension, leaf by leaf.
+
+    ``torch.stack`` over 64 TensorDicts takes 174 us, over 64 bare leaves 8 us.
+
+    Args:
+        tds: at least one, each ``[*size]``.
+        allocate: makes the memory for a CPU leaf, given its stacked shape and dtype.
+
+    Returns:
+        A TensorDict ``[len(tds), *size]`` that shares no memory with ``tds``.
+
+    Raises:
+        UnlikeRequestsError: they differ in keys, dtypes or batch sizes.
+        RuntimeError: they differ in shapes or devices.
+    """
+    count, first = len(tds), tds[0]
+    source: dict[str, Any] = {}
+    try:
+        columns = list(zip(*[td.items() for td in tds], strict=True))
+    except ValueError:  # some have more entries than others
+        raise UnlikeRequestsError from None
+    for column in columns:
+        keys, values = zip(*column, strict=True)
+        if keys.count(keys[0]) != count:
+            source = _stack_by_name(tds, allocate)
+            break
+        source[keys[0]] = _stack_column(values, allocate)
+    return _new(source, torch.Size((count, *first.batch_size)), first.device)
+
+
+def _stack_by_name(tds: Sequence[TensorDictBase], allocate: Allocate | None) -> dict[str, Any]:
+    """Stack TensorDicts that name their entries in unlike order."""
+    names = list(tds[0].keys())
+    if any(set(td.keys()) != set(names) for td in tds):
+        raise UnlikeRequestsError
+    return {name: _stack_column(tuple(td.get(name) for td in tds), allocate) for name in names}
+
+
+def _stack_column(values: tuple[Any, ...], allocate: Allocate | None) -> Any:
+    kinds = set(map(type, values))
+    if kinds == _PLAIN or all(issubclass(kind, Tensor) for kind in kinds):
+        if len(set(map(_dtype, values))) != 1:  # torch.stack would promote them
+            raise UnlikeRequestsError
+        if allocate is None or values[0].device.type != "cpu":
+            return torch.stack(values)
+        return torch.stack(values, out=allocate((len(values), *values[0].shape), values[0].dtype))
+    if all(issubclass(kind, TensorDictBase) for kind in kinds) and not is_non_tensor(values[0]):
+        if any(value.batch_size != values[0].batch_size for value in values):
+            raise UnlikeRequestsError
+        return stack(values, allocate)
+    if len(kinds) != 1:
+        raise UnlikeRequestsError
+    return torch.stack(values)
+
+
+def check_output(output: Any, count: int) -> TensorDictBase:
+    """Return the model's output if it has one row for each of ``count`` requests, else raise :class:`ModelError`."""
+    if not isinstance(output, TensorDictBase):
+        raise ModelError(
+            f"the model returned {type(output).__qualname__}, expected a TensorDict of batch size [{count}, ...]"
+        )
+    if output.batch_size[:1] != (count,):
+        raise ModelError(
+            f"the model returned a TensorDict of batch size {list(output.batch_size)} "
+            f"for a batch of {count} requests, expected [{count}, ...]"
+        )
+    return output
+
+
+def rows(output: TensorDictBase, keys: Container[str] | None = None) -> Sequence[TensorDict]:
+    """Take a model's output apart, one reply for each row.
+
+    Args:
+        output: ``[B, *size]``.
+        keys: the entries to take; ``None`` takes all.
+
+    Returns:
+        ``B`` TensorDicts ``[*size]``. None shares an element with ``output``, its model, or another
+        row; rows of a leaf below 1 KiB are parts of one allocation.
+    """
+    size, device = output.batch_size[1:], output.device
+    columns = {key: _split(value) for key, value in output.items() if keys is None or key in keys}
+    if not columns:
+        return [_new({}, size, device) for _ in range(output.batch_size[0])]
+    if len(columns) == 1:
+        ((key, values),) = columns.items()
+        return [_new({key: value}, size, device) for value in values]
+    names = tuple(columns)
+    return [_new(dict(zip(names, values, strict=True)), size, device) for values in zip(*columns.values(), strict=True)]
+
+
+def _split(value: Any) -> Iterable[Any]:
+    if isinstance(value, Tensor):
+        count = value.shape[0]
+        if value.numel() * value.element_size() >= _OWN_MEMORY_BYTES * max(count, 1):
+            return [row.clone(memory_format=torch.contiguous_format) for row in value.unbind(0)]
+        return value.clone(memory_format=torch.contiguous_format).unbind(0)
+    if is_non_tensor(value):
+        return value.unbind(0)  # type: ignore[no-any-return]
+    if isinstance(value, TensorDictBase):
+        return rows(value)
+    return value.clone().unbind(0)  # type: ignore[no-any-return]
+
+
+class RequestSpec:
+    """The layout that every request must have.
+
+    Args:
+        example: a TensorDict shaped as one request is; its values don't matter.
+
+    Raises:
+        TypeError: ``example`` is no TensorDict.
+    """
+
+    def __init__(self, example: TensorDictBase) -> None:
+        if not isinstance(example, TensorDictBase):
+            raise TypeError(f"request_spec must be a TensorDict, got {type(example).__qualname__}")
+        self.batch_size = example.batch_size
+        self._leaves = {key: _describe(value) for key, value in _leaves(example)}
+
+    def check(self, td: TensorDictBase) -> None:
+        """Raise :class:`InvalidRequestError` if ``td`` has other keys, shapes or dtypes."""
+        found = dict(_leaves(td))
+        if found.keys() != self._leaves.keys():
+            missing = [_name(key) for key in self._leaves if key not in found]
+            unknown = [_name(key) for key in found if key not in self._leaves]
+            parts = ["lacks " + ", ".join(missing)] * bool(missing) + ["has unknown " + ", ".join(unknown)] * bool(
+                unknown
+            )
+            expected = ", ".join(map(_name, self._leaves))
+            raise InvalidRequestError(f"the request {' and '.join(parts)}; requests to this server have {expected}")
+        for key, value in found.items():
+            for what, got, wanted in zip(("shape", "dtype"), _describe(value), self._leaves[key], strict=True):
+                if got != wanted:
+                    raise InvalidRequestError(
+                        f"{_name(key)} has {what} {_show(got)}, requests to this server have {_show(wanted)}"
+                    )
+
+
+def _leaves(td: TensorDictBase) -> Iterable[tuple[Any, Any]]:
+    return td.items(include_nested=True, leaves_only=True)
+
+
+def _describe(value: Any) -> tuple[Any, Any]:
+    return getattr(value, "shape", None), getattr(value, "dtype", type(value))
+
+
+def _name(key: Any) -> str:
+    return f'"{key}"' if isinstance(key, str) else repr(key)
+
+
+def _show(value: Any) -> str:
+    return str(list(value)) if isinstance(value, torch.Size) else str(value)

@@ -1,0 +1,180 @@
+"""Clients of a transport that has only ``submit(td) -> Future``: both kinds of caller, on any such future."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from tensordict import TensorDictBase
+
+from aioinfer.client import AsyncInferenceClient, InferenceClient
+from aioinfer.errors import ServerClosedError, own_error
+from aioinfer.interaction import caller_mode, stamp
+from aioinfer.transports.pending import Admission
+from aioinfer.transports.room import RoomQueue
+
+__all__ = ["BridgedAsyncClient", "BridgedClient", "OpenRequests"]
+
+Submit = Callable[[TensorDictBase], "concurrent.futures.Future[TensorDictBase]"]
+
+
+class OpenRequests:
+    """Knows which requests have no answer yet, so that none is left behind when the server closes.
+
+    Any thread. A request that slips into the transport while the server closes is failed either by
+    ``fail_all``, which finds it here, or by ``submit``, which finds the server closed.
+    """
+
+    def __init__(self) -> None:
+        self.admission = Admission()
+        self.room = RoomQueue(self._full)
+        self._futures: set[concurrent.futures.Future[TensorDictBase]] = set()
+        self._closed: ServerClosedError | None = None
+        self._lock = threading.Lock()  # guards the counts
+        self._submitting = 0
+        self._claimed = 0
+
+    def open(self, admission: Admission) -> None:
+        """Take requests under the terms of ``admission``, which must not be those of a second running server."""
+        self.admission.hand_over(admission)
+        self.admission = admission
+        self._closed = None
+
+    @property
+    def pending(self) -> int:
+        """How many requests wait; a request that its caller gave up in its forward pass counts for one less."""
+        return max(0, len(self._futures) - self._claimed)
+
+    def submit(self, submit: Submit, td: TensorDictBase) -> concurrent.futures.Future[TensorDictBase]:
+        """Check a request, count it against ``max_pending``, and submit it."""
+        self.admission.check(td)
+        with self._lock:
+            full = self._full()
+            self._submitting += not full
+        if full:
+            raise self.admission.overloaded()
+        try:
+            future = submit(stamp(td, caller_mode()))
+            self._futures.add(future)
+        finally:
+            with self._lock:
+                self._submitting -= 1
+        future.add_done_callback(self._on_done)
+        if self._closed is not None:
+            _fail(future, self._closed)
+        return future
+
+    def _on_done(self, future: concurrent.futures.Future[TensorDictBase]) -> None:
+        self._futures.discard(future)
+        if future.cancelled():
+            self.room.announce(1)
+
+    def _full(self) -> bool:
+        limit = self.admission.max_pending
+        return limit is not None and self.pending + self._submitting >= limit and self.admission.closed is None
+
+    def claim(self, count: int) -> None:
+        """The server took ``count`` requests to compute them."""
+        with self._lock:
+            self._claimed += count
+        self.room.announce(count)
+
+    def settle(self, count: int) -> None:
+        """The server answered ``count`` requests that it had taken."""
+        with self._lock:
+            self._claimed -= count
+
+    def close(self, error: ServerClosedError) -> None:
+        """Refuse what comes from now on."""
+        self.admission.close(error)
+        self.room.announce()
+
+    def fail_all(self, error: ServerClosedError) -> None:
+        """Fail every request that has no answer yet."""
+        self._closed = error
+        for future in tuple(self._futures):
+            _fail(future, error)
+
+    def closed_error(self) -> Exception | None:
+        """The error for a caller whose future was cancelled because the server closed."""
+        closed = self._closed
+        return None if closed is None else own_error(closed)
+
+
+def _fail(future: Any, error: ServerClosedError) -> None:
+    """End a future; one that only behaves as a standard future can at least be cancelled."""
+    if isinstance(future, concurrent.futures.Future):
+        try:
+            future.set_exception(own_error(error))
+        except concurrent.futures.InvalidStateError:  # it was settled meanwhile
+            pass
+    else:
+        future.cancel()
+
+
+class BridgedClient(InferenceClient):
+    """Blocks on the transport's future."""
+
+    def __init__(self, submit: Submit, open_requests: OpenRequests) -> None:
+        self._submit = submit
+        self._open = open_requests
+
+    def submit(self, td: TensorDictBase) -> concurrent.futures.Future[TensorDictBase]:
+        return self._open.submit(self._submit, td)
+
+    def _call(self, td: TensorDictBase, timeout: float | None) -> TensorDictBase:
+        future = self.submit(td)
+        try:
+            return future.result(timeout)
+        except concurrent.futures.CancelledError:
+            raise self._open.closed_error() or concurrent.futures.CancelledError from None
+        except BaseException:
+            future.cancel()  # nothing happens if it is the future that raised
+            raise
+
+    def _wait_for_room(self, timeout: float | None) -> None:
+        self._open.room.wait(timeout)
+
+
+class BridgedAsyncClient(AsyncInferenceClient):
+    """Copies the transport's future into one of the running loop."""
+
+    def __init__(self, submit: Submit, open_requests: OpenRequests) -> None:
+        self._submit = submit
+        self._open = open_requests
+
+    def submit(self, td: TensorDictBase) -> asyncio.Future[TensorDictBase]:
+        loop = asyncio.get_running_loop()
+        there = self._open.submit(self._submit, td)
+        here: asyncio.Future[TensorDictBase] = loop.create_future()
+
+        def settle() -> None:
+            if here.done():
+                return
+            error = self._open.closed_error() if there.cancelled() else there.exception()
+            if error is None and there.cancelled():
+                here.cancel()
+            elif error is not None:
+                here.set_exception(error)
+            else:
+                here.set_result(there.result())
+
+        def on_done_there(_: object) -> None:
+            try:
+                loop.call_soon_threadsafe(settle)
+            except RuntimeError:  # the loop is closed, and its tasks with it
+                pass
+
+        def on_done_here(_: object) -> None:
+            if here.cancelled():
+                there.cancel()
+
+        there.add_done_callback(on_done_there)
+        here.add_done_callback(on_done_here)
+        return here
+
+    async def _wait_for_room(self) -> None:
+        await self._open.room.async_wait()

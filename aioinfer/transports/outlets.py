@@ -1,0 +1,138 @@
+"""How replies travel back inside one process: to the tasks of an event loop, and to futures.
+
+For threads that block see ``sleepers``. The model thread calls ``deliver`` and ``fail``, once per batch and outlet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, Protocol
+
+from tensordict import TensorDictBase
+
+__all__ = ["FUTURES", "LoopOutlet", "Outlet", "Receiver"]
+
+
+class Receiver(Protocol):
+    """Where one reply goes."""
+
+    def cancelled(self) -> bool:
+        """Whether nobody waits for the reply any more."""
+        ...
+
+    def done(self) -> bool:
+        """Whether the reply is there, or nobody waits for it any more."""
+        ...
+
+
+class Outlet(Protocol):
+    """A way back that many replies take at once."""
+
+    def deliver(self, receivers: Sequence[Any], replies: Sequence[TensorDictBase]) -> None:
+        """Hand each receiver its reply."""
+        ...
+
+    def fail(self, receivers: Sequence[Any], errors: Sequence[Exception]) -> None:
+        """Hand each receiver its error."""
+        ...
+
+    def drop(self, receiver: Any) -> None:
+        """Take note that a cancelled request was taken out of the queue."""
+        ...
+
+
+class _Futures:
+    """For ``client.submit`` from threads: futures of ``concurrent.futures``."""
+
+    def deliver(self, receivers: Sequence[Future[TensorDictBase]], replies: Sequence[TensorDictBase]) -> None:
+        for future, reply in zip(receivers, replies, strict=True):
+            if future.set_running_or_notify_cancel():
+                future.set_result(reply)
+
+    def fail(self, receivers: Sequence[Future[TensorDictBase]], errors: Sequence[Exception]) -> None:
+        for future, error in zip(receivers, errors, strict=True):
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
+
+    def drop(self, receiver: Future[TensorDictBase]) -> None:
+        receiver.set_running_or_notify_cancel()  # wakes whoever sits in concurrent.futures.wait
+
+
+FUTURES = _Futures()
+
+
+class LoopOutlet:
+    """The way back to the tasks of one event loop: one wake-up per batch, however many replies.
+
+    It also rings for the requests of its loop, once per tick and at its end, so that all of them get into
+    the batch. From the delivery of a batch to the end of the tick in which its tasks run, the next
+    batch is held back for what they are about to ask.
+
+    Loop thread only: ``ring_at_end_of_tick``, ``_ringing``. Model thread: ``deliver``, ``fail``, ``drop``.
+
+    Args:
+        loop: whose tasks.
+        waking: has an element for each delivery that its receivers have not worked off.
+        ring: tells the model thread that requests are pending.
+    """
+
+    __slots__ = ("__weakref__", "_ring", "_ringing", "_thread", "_waking", "loop")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, waking: list[bool], ring: Callable[[], None]) -> None:
+        self.loop = loop
+        self._waking = waking
+        self._ring = ring
+        self._ringing = False
+        self._thread = threading.get_ident()
+
+    def runs_here(self) -> bool:
+        """Whether the caller runs on this loop, without the system call that ``get_running_loop`` makes up to 3.11."""
+        return threading.get_ident() == self._thread and self.loop.is_running()
+
+    def ring_at_end_of_tick(self) -> None:
+        """Ring once, when every task that this tick wakes has run."""
+        if not self._ringing:
+            self._ringing = True
+            self.loop.call_soon(self._end_of_tick)
+
+    def _end_of_tick(self) -> None:
+        self._ringing = False
+        self._ring()
+
+    def deliver(self, receivers: Sequence[asyncio.Future[TensorDictBase]], replies: Sequence[TensorDictBase]) -> None:
+        self._call_soon(asyncio.Future.set_result, receivers, replies)
+
+    def fail(self, receivers: Sequence[asyncio.Future[TensorDictBase]], errors: Sequence[Exception]) -> None:
+        self._call_soon(asyncio.Future.set_exception, receivers, errors)
+
+    def drop(self, receiver: asyncio.Future[TensorDictBase]) -> None:
+        pass
+
+    def _call_soon(self, *args: Any) -> None:
+        self._waking.append(True)
+        try:
+            self.loop.call_soon_threadsafe(self._settle, *args)
+        except RuntimeError:  # the loop is closed, and its tasks with it
+            self._awake()
+
+    def _settle(
+        self, settle: Callable[..., None], futures: Sequence[asyncio.Future[Any]], outcomes: Sequence[Any]
+    ) -> None:
+        for future, outcome in zip(futures, outcomes, strict=True):
+            if not future.done():
+                settle(future, outcome)
+        self._ringing = True  # by _delivered, which comes after the tasks that were woken just now
+        self.loop.call_soon(self._delivered)
+
+    def _delivered(self) -> None:
+        self._awake()
+        self._end_of_tick()
+
+    def _awake(self) -> None:
+        try:
+            self._waking.pop()
+        except IndexError:  # the model thread did not wait for it
+            pass
