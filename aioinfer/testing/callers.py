@@ -1,0 +1,250 @@
+"""Callers of both kinds, a model with a gate, and the ground where a server meets them."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, Self, TypeVar
+
+import torch
+from anyio.from_thread import start_blocking_portal
+from tensordict import TensorDict, TensorDictBase
+
+from aioinfer.errors import InferenceError
+from aioinfer.server import InferenceServer
+from aioinfer.transports.base import InferenceTransport
+
+__all__ = [
+    "HANG",
+    "AwaitingCallers",
+    "BlockingCallers",
+    "Callers",
+    "GatedModel",
+    "Ground",
+    "double",
+    "eventually",
+    "request",
+]
+
+T = TypeVar("T")
+
+HANG = 20.0
+"""Seconds after which something counts as hanging."""
+
+
+def request(value: float, *, size: int = 3) -> TensorDict:
+    """Make a request whose ``observation`` ``[size]`` holds ``value``."""
+    return TensorDict({"observation": torch.full((size,), float(value))}, batch_size=[])
+
+
+def double(td: TensorDictBase) -> TensorDictBase:
+    """A model: ``action`` is twice the ``observation``."""
+    return TensorDict({"action": td["observation"] * 2}, batch_size=td.batch_size)
+
+
+def eventually(condition: Callable[[], bool], *, within: float = HANG) -> None:
+    """Wait until ``condition`` holds.
+
+    Raises:
+        AssertionError: it did not within ``within`` seconds.
+    """
+    deadline = time.monotonic() + within
+    while not condition():
+        assert time.monotonic() < deadline, f"the condition did not hold within {within} seconds"
+        time.sleep(0.001)
+
+
+class GatedModel:
+    """A model that stands still until its gate is opened, and remembers what it saw.
+
+    Args:
+        model: what to compute behind the gate.
+    """
+
+    def __init__(self, model: Callable[[TensorDictBase], TensorDictBase] = double) -> None:
+        self._model = model
+        self._gate = threading.Event()
+        self.entered = threading.Event()
+        """Set as soon as a batch stands at the gate."""
+        self.batches: list[list[float]] = []
+        """For each forward pass the first element of each row's ``observation``."""
+
+    def __call__(self, td: TensorDictBase) -> TensorDictBase:
+        self.batches.append(td["observation"].flatten(1)[:, 0].tolist())
+        self.entered.set()
+        assert self._gate.wait(HANG), "nobody opened the gate"
+        return self._model(td)
+
+    def open(self) -> None:
+        """Let every batch pass from now on."""
+        self._gate.set()
+
+    @property
+    def seen(self) -> set[float]:
+        """Every value that reached the model."""
+        return {value for batch in self.batches for value in batch}
+
+
+class Callers(ABC):
+    """Callers of one kind, each with a client of its own, driven from the test's thread."""
+
+    def __init__(self, server: InferenceServer) -> None:
+        self._server = server
+        self._clients: dict[int, Any] = {}
+        self._stack = ExitStack()
+        self._background: ThreadPoolExecutor | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def client(self, index: int) -> Any:
+        """The client of caller ``index``."""
+        if index not in self._clients:
+            self._clients[index] = self._make_client()
+        return self._clients[index]
+
+    @abstractmethod
+    def _make_client(self) -> Any: ...
+
+    def in_background(self, action: Callable[[], T]) -> Future[T]:
+        """Run ``action`` in a thread that ends before the callers do."""
+        if self._background is None:
+            self._background = self._stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="background"))
+        return self._background.submit(action)
+
+    def refused(self, index: int, td: Any) -> bool:
+        """Whether the server refuses a request of caller ``index``; one that it takes is cancelled."""
+        try:
+            self.submit(index, td)()
+        except InferenceError:
+            return True
+        return False
+
+    @abstractmethod
+    def call(
+        self,
+        index: int,
+        td: Any,
+        *,
+        timeout: float | None = None,
+        wait: bool = False,
+        around: AbstractContextManager[Any] | None = None,
+    ) -> Future[TensorDictBase]:
+        """Let caller ``index`` call its client, inside ``around``; the future ends as the call does."""
+
+    @abstractmethod
+    def submit(self, index: int, td: Any) -> Callable[[], None]:
+        """Let caller ``index`` submit a request, and return how to cancel it."""
+
+
+class BlockingCallers(Callers):
+    """Plain threads."""
+
+    def __init__(self, server: InferenceServer) -> None:
+        super().__init__(server)
+        self._threads = self._stack.enter_context(ThreadPoolExecutor(64, thread_name_prefix="caller"))
+
+    def _make_client(self) -> Any:
+        return self._server.client()
+
+    def call(
+        self,
+        index: int,
+        td: Any,
+        *,
+        timeout: float | None = None,
+        wait: bool = False,
+        around: AbstractContextManager[Any] | None = None,
+    ) -> Future[TensorDictBase]:
+        def call() -> TensorDictBase:
+            with around or nullcontext():
+                reply: TensorDictBase = client(td, timeout, wait=wait)
+                return reply
+
+        client = self.client(index)
+        return self._threads.submit(call)
+
+    def submit(self, index: int, td: Any) -> Callable[[], None]:
+        future = self.client(index).submit(td)
+        return lambda: future.cancel() and None
+
+
+class AwaitingCallers(Callers):
+    """Tasks on an event loop in a thread of its own."""
+
+    def __init__(self, server: InferenceServer) -> None:
+        super().__init__(server)
+        self._portal = self._stack.enter_context(start_blocking_portal())
+
+    def _make_client(self) -> Any:
+        return self._server.async_client()
+
+    def call(
+        self,
+        index: int,
+        td: Any,
+        *,
+        timeout: float | None = None,
+        wait: bool = False,
+        around: AbstractContextManager[Any] | None = None,
+    ) -> Future[TensorDictBase]:
+        async def call() -> TensorDictBase:
+            async with asyncio.timeout(timeout):
+                with around or nullcontext():
+                    reply: TensorDictBase = await client(td, wait=wait)
+                return reply
+
+        client = self.client(index)
+        return self._portal.start_task_soon(call)
+
+    def submit(self, index: int, td: Any) -> Callable[[], None]:
+        async def submit() -> asyncio.Future[TensorDictBase]:
+            future: asyncio.Future[TensorDictBase] = client.submit(td)
+            return future
+
+        async def cancel() -> None:
+            future.cancel()
+            await asyncio.sleep(0)  # callbacks run in the next tick
+
+        client = self.client(index)
+        future = self._portal.call(submit)
+        return lambda: self._portal.call(cancel)
+
+
+class Ground:
+    """Where a check of the contract takes place: a transport and a kind of caller.
+
+    Args:
+        transport: makes a fresh transport with room for 16 clients.
+        callers: the kind of caller.
+        drops_cancelled: whether the transport keeps a cancelled request from being computed.
+    """
+
+    def __init__(
+        self, transport: Callable[[], InferenceTransport], callers: type[Callers], *, drops_cancelled: bool = True
+    ) -> None:
+        self.transport = transport
+        self.callers = callers
+        self.drops_cancelled = drops_cancelled
+
+    @contextmanager
+    def serve(self, model: Any, *, start: bool = True, **options: Any) -> Iterator[tuple[InferenceServer, Callers]]:
+        """Host a server, and callers on it; both are gone afterwards, also if a gate was left closed."""
+        server = InferenceServer(model, self.transport(), **options)
+        with self.callers(server) as callers:
+            try:
+                if start:
+                    server.start()
+                yield server, callers
+            finally:
+                if isinstance(model, GatedModel):
+                    model.open()
+                server.shutdown()

@@ -1,0 +1,20 @@
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_is_left() -> Iterator[None]:
+    before = set(threading.enumerate())
+    yield
+    deadline = time.monotonic() + 10
+    while left := [thread for thread in threading.enumerate() if thread not in before]:
+        assert time.monotonic() < deadline, f"the test left threads behind: {left}"
+        time.sleep(0.001)

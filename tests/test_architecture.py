@@ -1,0 +1,95 @@
+"""The floors of the house: a module imports from lower floors only."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import aioinfer
+
+ROOT = Path(aioinfer.__file__).parent
+# Each line may import from the lines above it.
+FLOORS = (
+    {"errors", "interaction", "batching"},
+    {"tensors", "stats", "client", "executor"},
+    {"transports.bells"},
+    {"devices", "transports.room", "transports.outlets", "transports.sleepers"},
+    {"transports.pending"},
+    {"transports.bridge", "forward"},
+    {"transports.base"},
+    {"transports.in_process", "worker", "policy"},
+    {"transports.threads", "transports.slots"},
+    {"transports"},
+    {"server"},
+    {""},
+    {"testing.callers"},
+    {"testing.contract"},
+    {"testing"},
+    {"demo", "bench"},
+    {"cli"},
+    {"__main__"},
+)
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def floor_of(module: str) -> int:
+    for name in (module, module.split(".")[0]):  # demo and bench may be packages, with an order of their own
+        for floor, modules in enumerate(FLOORS):
+            if name in modules and (name == module or name in {"demo", "bench"}):
+                return floor
+    raise AssertionError(f"{module} is on no floor")
+
+
+SOURCES = {module_of(path): path for path in ROOT.rglob("*.py")}
+
+
+def imports_of(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "aioinfer":
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name.removeprefix("aioinfer.") in SOURCES else node.module for name in names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.split(".")[0] == "aioinfer"}
+    return {name.removeprefix("aioinfer").removeprefix(".") for name in found}
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_a_module_imports_from_lower_floors_only(module: str) -> None:
+    floor = floor_of(module)
+    for imported in imports_of(SOURCES[module]):
+        same_package = module.split(".")[0] == imported.split(".")[0] in {"demo", "bench"}
+        assert floor_of(imported) < floor or same_package, f"{module} imports {imported}"
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_files_are_short(module: str) -> None:
+    assert len(SOURCES[module].read_text().splitlines()) <= 320 or module == "testing.contract"
+
+
+def test_the_picture_of_the_package_names_files_that_exist() -> None:
+    named = re.findall(r"[a-z_/]+\.py", aioinfer.__doc__ or "")
+    assert named
+    for name in named:
+        assert (ROOT / name).is_file(), name
+
+
+def test_the_package_imports_no_optional_dependency() -> None:
+    optional = ["gymnasium", "rich", "fastapi", "starlette", "uvicorn", "torchrl", "uvloop", "pytest"]
+    code = f"import sys, aioinfer, aioinfer.cli, aioinfer.testing; print([n for n in {optional} if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_public_name_exists_and_is_documented() -> None:
+    for name in aioinfer.__all__:
+        assert getattr(aioinfer, name).__doc__, name

@@ -1,0 +1,99 @@
+"""Programs that end without a shutdown, and what a server costs while nobody asks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from aioinfer import InferenceServer
+from aioinfer.testing import double, eventually, request
+from tests.transports import TRANSPORTS
+
+PROGRAM = """
+import asyncio, sys, threading
+from aioinfer import InferenceServer, ThreadingTransport
+from aioinfer.testing import double, request
+
+server = InferenceServer(double, ThreadingTransport()).start()
+server.client()(request(1))
+{ending}
+"""
+
+ENDINGS = {
+    "falling off the end": ("", 0),
+    "an exception": ("raise SystemExit(7)", 7),
+    "a request under way": (
+        "server.client().submit(request(2))",
+        0,
+    ),
+    "an embedded server in a loop that is left": (
+        "async def main():\n    await InferenceServer(double, ThreadingTransport()).__aenter__()\nasyncio.run(main())",
+        0,
+    ),
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_program_that_forgets_to_shut_down_ends_all_the_same(ending: str) -> None:
+    code, status = ENDINGS[ending]
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(ending=code)], capture_output=True, text=True, timeout=50, check=False
+    )
+    assert (done.returncode, done.stderr) == (status, "")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_program_that_is_killed_ends_with_its_server(number: signal.Signals) -> None:
+    ending = "print('ready', flush=True); threading.Event().wait()"
+    with subprocess.Popen(
+        [sys.executable, "-c", PROGRAM.format(ending=ending)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        process.send_signal(number)
+        assert process.wait(50) == -number
+
+
+def thread_seconds(thread: threading.Thread) -> float:
+    assert thread.ident is not None
+    return time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
+
+
+def used_within(seconds: float, threads: set[threading.Thread]) -> float:
+    before = sum(map(thread_seconds, threads))
+    time.sleep(seconds)
+    return sum(map(thread_seconds, threads)) - before
+
+
+@pytest.mark.skipif(not hasattr(time, "pthread_getcpuclockid"), reason="needs clocks of threads")
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_an_idle_server_uses_no_measurable_processor_time(transport: str) -> None:
+    before = set(threading.enumerate())
+    with InferenceServer(double, TRANSPORTS[transport]()) as server:
+        server.client()(request(1), 20)
+        threads = set(threading.enumerate()) - before
+        assert {thread.name for thread in threads} == {"aioinfer-model", "aioinfer-loop"}
+        time.sleep(0.1)  # what the request left to do
+        # Processor time, not elapsed time; the least of a few, since a loaded machine can only add to it.
+        assert min(used_within(1.0, threads) for _ in range(3)) < 0.002
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
+def test_servers_leave_no_file_descriptor_behind() -> None:
+    def cycle() -> None:
+        for make in TRANSPORTS.values():
+            with InferenceServer(double, make()) as server:
+                server.client()(request(1), 20)
+
+    cycle()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        cycle()
+    eventually(lambda: len(os.listdir("/proc/self/fd")) <= before)

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import dataclasses
+import threading
+
+import pytest
+
+from aioinfer import DispatchReason, Percentiles, ServerStats
+from aioinfer.stats import StatsRecorder
+
+
+def record(recorder: StatsRecorder, count: int, *, ok: bool = True, cancelled: int = 0) -> None:
+    recorder.batch(
+        reason=DispatchReason.IDLE,
+        submitted_at=[float(i) for i in range(count)],
+        taken_at=100.0,
+        forward=0.5,
+        settled_at=101.0,
+        ok=ok,
+        cancelled=cancelled,
+    )
+
+
+def test_percentiles_are_those_of_the_definition() -> None:
+    assert Percentiles.of([float(i) for i in range(101)]) == Percentiles(50, 95, 99)
+    assert Percentiles.of([3.0]) == Percentiles(3, 3, 3)
+    assert Percentiles.of([]) == Percentiles(0, 0, 0)
+
+
+def test_requests_are_counted_by_outcome_and_batches_by_reason() -> None:
+    recorder = StatsRecorder()
+    record(recorder, 4)
+    record(recorder, 3, cancelled=1)
+    record(recorder, 2, ok=False)
+    recorder.reject()
+    recorder.cancel(5)
+    recorder.fail(1)
+    stats = recorder.snapshot(pending=7)
+    assert (stats.ok, stats.failed, stats.cancelled, stats.rejected, stats.pending) == (6, 3, 6, 1, 7)
+    assert dict(stats.batches) == {DispatchReason.IDLE: 3}
+    assert stats.mean_batch_size == 3
+    assert stats.forward == Percentiles(0.5, 0.5, 0.5)
+    assert stats.queue_wait.p50 == 99
+    assert stats.request.p50 == 100
+
+
+def test_a_reset_starts_anew() -> None:
+    recorder = StatsRecorder()
+    empty = recorder.snapshot(pending=0)
+    record(recorder, 4)
+    assert recorder.snapshot(pending=0, reset=True).ok == 4
+    assert recorder.snapshot(pending=0) == empty
+
+
+def test_a_snapshot_is_frozen() -> None:
+    stats = StatsRecorder().snapshot(pending=0)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        stats.ok = 1  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        stats.batches[DispatchReason.FULL] = 1  # type: ignore[index]
+
+
+def test_memory_is_bounded() -> None:
+    recorder = StatsRecorder()
+    for _ in range(10_000):
+        record(recorder, 64)
+    assert sum(len(batch[0]) for batch in recorder._window) <= 8192
+    record(recorder, 20_000)
+    assert len(recorder._window) == 1
+
+
+def test_refusals_from_many_threads_are_all_counted() -> None:
+    recorder = StatsRecorder()
+
+    def reject() -> None:
+        for _ in range(1000):
+            recorder.reject()
+
+    threads = [threading.Thread(target=reject) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    stats: ServerStats = recorder.snapshot(pending=0)
+    assert stats.rejected == 8000

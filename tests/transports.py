@@ -1,0 +1,57 @@
+"""The transports over which the contract suite runs. A new transport is one more line in ``TRANSPORTS``."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+from tensordict import TensorDictBase
+
+from aioinfer import InferenceTransport, SlotTransport, ThreadingTransport
+
+
+class FiveVerbs(InferenceTransport):
+    """What a user writes: the five verbs, nothing else, and no care for cancelled futures."""
+
+    def __init__(self) -> None:
+        self.queue: queue.Queue[tuple[TensorDictBase, Future[TensorDictBase]]] = queue.Queue()
+        self.peeked: list[tuple[TensorDictBase, Future[TensorDictBase]]] = []
+
+    def submit(self, td: TensorDictBase) -> Future[TensorDictBase]:
+        future: Future[TensorDictBase] = Future()
+        self.queue.put((td, future))
+        return future
+
+    def wait_for_work(self, timeout: float) -> None:
+        if not self.peeked:
+            try:
+                self.peeked.append(self.queue.get(timeout=timeout))
+            except queue.Empty:
+                pass
+
+    def drain(self, max_items: int) -> tuple[list[TensorDictBase], list[Any]]:
+        taken = self.peeked[:max_items]
+        del self.peeked[:max_items]
+        while len(taken) < max_items:
+            try:
+                taken.append(self.queue.get_nowait())
+            except queue.Empty:
+                break
+        return [td for td, _ in taken], [future for _, future in taken]
+
+    def resolve(self, callback: Future[TensorDictBase], result: TensorDictBase) -> None:
+        callback.set_result(result)
+
+    def resolve_exception(self, callback: Future[TensorDictBase], exc: BaseException) -> None:
+        callback.set_exception(exc)
+
+
+TRANSPORTS: dict[str, Callable[[], InferenceTransport]] = {
+    "threading": ThreadingTransport,
+    "slots": lambda: SlotTransport(16),
+    "slots-preallocated": lambda: SlotTransport(16, preallocate=True),
+    "five-verbs": FiveVerbs,
+}
+CANNOT_DROP_CANCELLED = {"five-verbs"}
