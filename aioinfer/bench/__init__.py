@@ -1,0 +1,78 @@
+"""Measure aioinfer against torchrl's inference server, side by side."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+from aioinfer.bench.workloads import COLLATES, WORKLOADS
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the benchmark's options to the parser of its command."""
+    names = [workload.name for workload in WORKLOADS]
+    parser.add_argument(
+        "--only",
+        action="append",
+        choices=names,
+        metavar="NAME",
+        help=f"measure this workload alone; may be given several times. One of {', '.join(names)}",
+    )
+    parser.add_argument("--repeats", type=_count, default=5, help="measurements per system and workload (%(default)s)")
+    parser.add_argument(
+        "--seconds", type=_duration, default=1.5, help="length of one measurement, warm-up not counted (%(default)s)"
+    )
+    parser.add_argument(
+        "--torchrl-collate",
+        choices=COLLATES,
+        default="default",
+        help="how torchrl's server stacks requests: as it comes, or with collate_fn=torch.stack (%(default)s)",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep the raw figures of every repeat")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table for the documentation")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure, print the table, and write the files that were asked for.
+
+    Returns:
+        0, or 1 if a measurement crashed or hung. Times never decide.
+    """
+    from aioinfer.bench import machine, report
+    from aioinfer.bench.results import Results
+    from aioinfer.bench.runner import Runner
+
+    chosen = [workload for workload in WORKLOADS if not options.only or workload.name in options.only]
+    about = machine.describe()
+    results = Results(
+        machine=about,
+        seconds=options.seconds,
+        repeats=options.repeats,
+        torchrl_collate=options.torchrl_collate if about["torchrl"] else None,
+    )
+    runner = Runner(results, torchrl=about["torchrl"] is not None)
+    for number, workload in enumerate(chosen, 1):
+        runner.measure(workload, f"[{number}/{len(chosen)}] {workload.name}")
+    print(report.text(results))
+    if options.json is not None:
+        options.json.write_text(report.to_json(results))
+    if options.markdown is not None:
+        options.markdown.write_text(report.markdown(results))
+    return 1 if results.crashes else 0
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def _duration(text: str) -> float:
+    value = float(text)
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"{text} is no number of seconds above 0")
+    return value

@@ -1,0 +1,89 @@
+"""A running server of either system, and its callers. torchrl is used through its public API alone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tensordict.nn import TensorDictModule
+
+from aioinfer import InferenceServer, SlotTransport, ThreadingTransport
+from aioinfer.bench.workloads import MAX_BATCH_SIZE, Job, System
+
+__all__ = ["TaskCaller", "prepare", "serve_tasks", "serve_threads"]
+
+
+@dataclass(frozen=True, slots=True)
+class TaskCaller:
+    """What one task holds.
+
+    Attributes:
+        call: the reply, to be awaited.
+        submit: the reply's future.
+    """
+
+    call: Callable[[Any], Awaitable[Any]]
+    submit: Callable[[Any], asyncio.Future[Any]]
+
+
+def prepare(job: Job) -> None:
+    """Import what the measurement needs, so that nothing is imported while others are measured."""
+    if job.system == System.TORCHRL:
+        import torchrl.modules.inference_server  # noqa: F401
+
+
+@contextmanager
+def serve_threads(job: Job, model: TensorDictModule, callers: int) -> Iterator[list[Callable[[Any], Any]]]:
+    """Serve ``model``, and yield a blocking client for each caller."""
+    with _torchrl(job, model, callers) if job.system == System.TORCHRL else _ours(job, model, callers) as server:
+        yield [server.client() for _ in range(callers)]
+
+
+@asynccontextmanager
+async def serve_tasks(job: Job, model: TensorDictModule, callers: int) -> AsyncIterator[list[TaskCaller]]:
+    """Serve ``model`` to the tasks of the running event loop, and yield what each of them needs."""
+    if job.system == System.OURS:
+        async with _ours(job, model, callers) as server:
+            clients = [server.async_client() for _ in range(callers)]
+            yield [TaskCaller(client, client.submit) for client in clients]
+    elif job.way == "slots":
+        # The futures of torchrl's slots can't be awaited, nor wrapped: a thread per slot blocks on them.
+        with ThreadPoolExecutor(callers) as pool, _torchrl(job, model, callers) as server:
+            yield [_in_thread(pool, server.client()) for _ in range(callers)]
+    else:
+        with _torchrl(job, model, callers) as server:
+            yield [_wrapped(server.client()) for _ in range(callers)]
+
+
+def _ours(job: Job, model: TensorDictModule, callers: int) -> InferenceServer:
+    transport = SlotTransport(callers) if job.way == "slots" else ThreadingTransport()
+    return InferenceServer(model, transport, max_batch_size=MAX_BATCH_SIZE)
+
+
+def _torchrl(job: Job, model: TensorDictModule, callers: int) -> Any:
+    from torchrl.modules import inference_server as torchrl
+
+    transport = torchrl.SlotTransport(callers) if job.way == "slots" else torchrl.ThreadingTransport()
+    collate = {"collate_fn": torch.stack} if job.torchrl_collate == "stack" else {}
+    return torchrl.InferenceServer(model, transport, max_batch_size=MAX_BATCH_SIZE, **collate)
+
+
+def _wrapped(client: Any) -> TaskCaller:
+    def submit(td: Any) -> asyncio.Future[Any]:
+        return asyncio.wrap_future(client.submit(td))
+
+    return TaskCaller(submit, submit)
+
+
+def _in_thread(pool: ThreadPoolExecutor, client: Any) -> TaskCaller:
+    loop = asyncio.get_running_loop()
+
+    def submit(td: Any) -> asyncio.Future[Any]:
+        return loop.run_in_executor(pool, client, td)
+
+    return TaskCaller(submit, submit)

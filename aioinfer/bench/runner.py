@@ -1,0 +1,198 @@
+"""Runs the measurements: each in a fresh process, the systems by turns."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict, replace
+
+from aioinfer.bench.results import Contest, Entry, Figures, Results, better
+from aioinfer.bench.workloads import Job, System, Workload
+
+__all__ = ["MeasurementError", "Runner", "measure_in_turn"]
+
+_MODULE = "aioinfer.bench.measure"
+
+# All in seconds.
+_WARM_UP = 0.4
+_HEAT = 0.5
+_IMPORT_LIMIT = 120.0
+_HANG_LIMIT = 30.0
+_END_LIMIT = 10.0
+
+
+class MeasurementError(Exception):
+    """A measurement crashed or hung."""
+
+
+class Runner:
+    """Fills ``results``, one workload at a time.
+
+    Where a system has several transports, a short heat of each chooses the one that is then measured: measuring
+    all of them in full would double the time, and taking the best of the figures that count would favour
+    the system with more ways.
+
+    Args:
+        results: where the figures go.
+        torchrl: whether torchrl is there to be measured.
+    """
+
+    def __init__(self, results: Results, *, torchrl: bool) -> None:
+        self._results = results
+        self._systems = [s for s in System if torchrl or s is not System.TORCHRL]
+
+    def measure(self, workload: Workload, label: str) -> None:
+        """Measure all systems on ``workload`` and print what comes out as it comes."""
+        contest = Contest(workload)
+        self._results.contests.append(contest)
+        for system, way_figures in self._heats(workload, label).items():
+            entry = Entry(better(way_figures, _figure(workload)) if way_figures else workload.ways(system)[0])
+            entry.heats = way_figures
+            contest.entries[system] = entry
+        for repeat in range(self._results.repeats):
+            jobs = [
+                self._job(workload, system, entry.way, self._results.seconds, seed=repeat + 1)
+                for system, entry in contest.entries.items()
+            ]
+            figures = self._run(jobs, f"{label}, repeat {repeat + 1}/{self._results.repeats}")
+            for entry, found in zip(contest.entries.values(), figures, strict=True):
+                entry.repeats.append(found)
+
+    def _heats(self, workload: Workload, label: str) -> dict[System, dict[str, Figures]]:
+        heats: dict[System, dict[str, Figures]] = {system: {} for system in self._systems if workload.ways(system)}
+        seconds = min(_HEAT, self._results.seconds)
+        tried = [(system, way) for system in heats for way in workload.ways(system) if len(workload.ways(system)) > 1]
+        figures = self._run([self._job(workload, *who, seconds) for who in tried], f"{label}, heat")
+        for (system, way), found in zip(tried, figures, strict=True):
+            if found is not None:
+                heats[system][way] = found
+        return heats
+
+    def _job(self, workload: Workload, system: System, way: str, seconds: float, seed: int = 0) -> Job:
+        warm_up = min(_WARM_UP, seconds)
+        job = Job(workload.name, system, way, warm_up * workload.stretch, seconds * workload.stretch, seed)
+        return replace(job, torchrl_collate=self._results.torchrl_collate or "default")
+
+    def _run(self, jobs: Sequence[Job], label: str) -> list[Figures | None]:
+        if not jobs:
+            return []
+        found: list[Figures | None] = []
+        words: list[str] = []
+        for job, outcome in zip(jobs, measure_in_turn(jobs), strict=True):
+            if isinstance(outcome, MeasurementError):
+                self._results.crashes.append(f"{label}, {_who(job)}: {outcome}")
+                words.append(f"{_who(job)} crashed")
+                found.append(None)
+            else:
+                words.append(f"{_who(job)} {_progress(outcome)}")
+                found.append(outcome)
+        print(f"{label}: {', '.join(words)}", file=sys.stderr, flush=True)
+        return found
+
+
+def measure_in_turn(jobs: Sequence[Job]) -> list[Figures | MeasurementError]:
+    """Start a process for each job, all at once, and let them measure one after the other.
+
+    They import at the same time and sleep until it is their turn.
+    """
+    with ExitStack() as opened:
+        processes = [opened.enter_context(closing(_Process(job))) for job in jobs]
+        failures = [process.wait_until_ready() for process in processes]
+        return [failure or process.measure() for process, failure in zip(processes, failures, strict=True)]
+
+
+class _Process:
+    """A process that makes one measurement; see ``aioinfer.bench.measure``."""
+
+    def __init__(self, job: Job) -> None:
+        self._limit = _HANG_LIMIT + 5 * (job.warm_up + job.seconds)
+        self._errors = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115 - until close()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", _MODULE, json.dumps(asdict(job))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+        )
+
+    def wait_until_ready(self) -> MeasurementError | None:
+        line, hung = self._read(_IMPORT_LIMIT)
+        return None if line == "ready\n" else self._failure(hung)
+
+    def measure(self) -> Figures | MeasurementError:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write("go\n")
+            self._process.stdin.flush()
+        except OSError:  # it died while it waited
+            return self._failure(hung=False)
+        line, hung = self._read(self._limit)
+        if not line.endswith("\n"):
+            return self._failure(hung)
+        figures: Figures = json.loads(line)
+        try:
+            # Until it is gone, its server winds down and would disturb the next one.
+            self._process.wait(_END_LIMIT)
+        except subprocess.TimeoutExpired:
+            return MeasurementError(f"did not end within {_END_LIMIT:g} s after it had measured")
+        return figures if self._process.returncode == 0 else self._failure(hung=False)
+
+    def close(self) -> None:
+        """Kill the process if it still runs."""
+        self._process.kill()
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.close()
+        except OSError:  # a line that it never read
+            pass
+        self._process.stdout.close()
+        self._process.wait()
+        self._errors.close()
+
+    def _read(self, limit: float) -> tuple[str, bool]:
+        """A line, empty if the process ended without; and whether that was because it hung."""
+        assert self._process.stdout is not None
+        fired = threading.Event()
+
+        def kill() -> None:
+            fired.set()
+            self._process.kill()
+
+        guard = threading.Timer(limit, kill)
+        guard.start()
+        try:
+            return self._process.stdout.readline(), fired.is_set()
+        finally:
+            guard.cancel()
+            guard.join()
+
+    def _failure(self, hung: bool) -> MeasurementError:
+        if hung:
+            return MeasurementError("hung and was killed")
+        try:
+            status = self._process.wait(_END_LIMIT)
+        except subprocess.TimeoutExpired:
+            return MeasurementError("said what was not expected")
+        self._errors.seek(0)
+        last = self._errors.read().strip().splitlines()[-1:] or ["it said nothing"]
+        return MeasurementError(f"exit status {status}, {last[0]}")
+
+
+def _figure(workload: Workload) -> str:
+    return workload.metrics[0].figure if workload.metrics else "rate"
+
+
+def _who(job: Job) -> str:
+    return job.system if job.way == "none" else f"{job.system} ({job.way})"
+
+
+def _progress(figures: Figures) -> str:
+    if "rate" in figures:
+        return f"{figures['rate']:,.0f}/s"
+    return f"p50 {figures['p50'] * 1e3:.3f} ms p99 {figures['p99'] * 1e3:.3f} ms"
