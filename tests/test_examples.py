@@ -1,0 +1,45 @@
+"""Every example in the documentation runs, and so does the code in the README."""
+
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from aioinfer.testing import check_transport
+
+ROOT = Path(__file__).parent.parent
+SERVES_UNTIL_CTRL_C = {"web.py"}  # see test_web.py
+EXAMPLES = sorted(path for path in (ROOT / "docs" / "examples").glob("*.py") if path.name not in SERVES_UNTIL_CTRL_C)
+
+
+def run(*arguments: str) -> str:
+    """Run Python, with every warning an error; return what it printed."""
+    ended = subprocess.run(
+        [sys.executable, "-W", "error", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=50, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+def test_there_are_examples() -> None:
+    assert EXAMPLES
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
+def test_an_example_ends_by_itself_and_tells_what_it_did(example: Path) -> None:
+    assert run(str(example))
+
+
+def test_the_transport_of_the_example_holds_the_contract() -> None:
+    check_transport(runpy.run_path(str(ROOT / "docs" / "examples" / "own_transport.py"))["ListTransport"])
+
+
+def test_the_code_in_the_readme_runs_from_top_to_bottom() -> None:
+    blocks = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+    assert len(blocks) == 3
+    assert run("-c", "\n".join(blocks))
