@@ -22,8 +22,8 @@ from aioinfer.devices import Model, place
 from aioinfer.errors import ServerClosedError
 from aioinfer.forward import CollateFn, ForwardPass
 from aioinfer.stats import ServerStats, StatsRecorder
+from aioinfer.transports.admission import Admission
 from aioinfer.transports.base import InferenceTransport
-from aioinfer.transports.pending import Admission
 from aioinfer.worker import Worker
 
 __all__ = ["InferenceServer"]

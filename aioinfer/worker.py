@@ -13,8 +13,9 @@ from aioinfer.errors import ServerClosedError, own_error
 from aioinfer.executor import ModelThread
 from aioinfer.forward import ForwardPass, Outcome
 from aioinfer.stats import StatsRecorder
+from aioinfer.transports.admission import Admission
 from aioinfer.transports.base import InferenceTransport
-from aioinfer.transports.pending import Admission, Request
+from aioinfer.transports.pending import Request
 
 __all__ = ["Worker"]
 

@@ -28,10 +28,14 @@ __all__ = [
     "Ground",
     "double",
     "eventually",
+    "expect_error",
+    "is_double",
+    "raises",
     "request",
 ]
 
 T = TypeVar("T")
+E = TypeVar("E", bound=BaseException)
 
 HANG = 20.0
 """Seconds after which something counts as hanging."""
@@ -57,6 +61,25 @@ def eventually(condition: Callable[[], bool], *, within: float = HANG) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"the condition did not hold within {within} seconds"
         time.sleep(0.001)
+
+
+def is_double(reply: TensorDictBase, value: float) -> bool:
+    """Whether a reply is what :func:`double` makes of ``request(value)``."""
+    return bool((reply["action"] == 2 * value).all())
+
+
+def raises(kind: type[E], action: Callable[[], Any]) -> E:
+    """Return the error that ``action`` raises; :class:`AssertionError` if it raises none of this kind."""
+    try:
+        outcome = action()
+    except kind as error:
+        return error
+    raise AssertionError(f"expected {kind.__name__}, got {outcome!r}")
+
+
+def expect_error(kind: type[E], reply: Future[TensorDictBase]) -> E:
+    """Return the error that a call ends with."""
+    return raises(kind, lambda: reply.result(HANG))
 
 
 class GatedModel:
@@ -128,7 +151,6 @@ class Callers(ABC):
             return True
         return False
 
-    @abstractmethod
     def call(
         self,
         index: int,
@@ -139,6 +161,12 @@ class Callers(ABC):
         around: AbstractContextManager[Any] | None = None,
     ) -> Future[TensorDictBase]:
         """Let caller ``index`` call its client, inside ``around``; the future ends as the call does."""
+        return self._start(self.client(index), td, timeout, wait, around or nullcontext())
+
+    @abstractmethod
+    def _start(
+        self, client: Any, td: Any, timeout: float | None, wait: bool, around: AbstractContextManager[Any]
+    ) -> Future[TensorDictBase]: ...
 
     @abstractmethod
     def submit(self, index: int, td: Any) -> Callable[[], None]:
@@ -155,21 +183,14 @@ class BlockingCallers(Callers):
     def _make_client(self) -> Any:
         return self._server.client()
 
-    def call(
-        self,
-        index: int,
-        td: Any,
-        *,
-        timeout: float | None = None,
-        wait: bool = False,
-        around: AbstractContextManager[Any] | None = None,
+    def _start(
+        self, client: Any, td: Any, timeout: float | None, wait: bool, around: AbstractContextManager[Any]
     ) -> Future[TensorDictBase]:
         def call() -> TensorDictBase:
-            with around or nullcontext():
+            with around:
                 reply: TensorDictBase = client(td, timeout, wait=wait)
                 return reply
 
-        client = self.client(index)
         return self._threads.submit(call)
 
     def submit(self, index: int, td: Any) -> Callable[[], None]:
@@ -187,22 +208,15 @@ class AwaitingCallers(Callers):
     def _make_client(self) -> Any:
         return self._server.async_client()
 
-    def call(
-        self,
-        index: int,
-        td: Any,
-        *,
-        timeout: float | None = None,
-        wait: bool = False,
-        around: AbstractContextManager[Any] | None = None,
+    def _start(
+        self, client: Any, td: Any, timeout: float | None, wait: bool, around: AbstractContextManager[Any]
     ) -> Future[TensorDictBase]:
         async def call() -> TensorDictBase:
             async with asyncio.timeout(timeout):
-                with around or nullcontext():
+                with around:
                     reply: TensorDictBase = await client(td, wait=wait)
                 return reply
 
-        client = self.client(index)
         return self._portal.start_task_soon(call)
 
     def submit(self, index: int, td: Any) -> Callable[[], None]:

@@ -24,8 +24,9 @@ from tensordict import TensorDictBase
 from aioinfer.client import AsyncInferenceClient, InferenceClient
 from aioinfer.errors import ServerClosedError, own_error
 from aioinfer.interaction import unstamp
+from aioinfer.transports.admission import Admission
 from aioinfer.transports.bridge import BridgedAsyncClient, BridgedClient, OpenRequests
-from aioinfer.transports.pending import Admission, Request
+from aioinfer.transports.pending import Request
 
 __all__ = ["InferenceTransport"]
 

@@ -13,7 +13,7 @@ from tensordict import TensorDictBase
 from aioinfer.client import AsyncInferenceClient, InferenceClient
 from aioinfer.errors import ServerClosedError, own_error
 from aioinfer.interaction import caller_mode, stamp
-from aioinfer.transports.pending import Admission
+from aioinfer.transports.admission import Admission
 from aioinfer.transports.room import RoomQueue
 
 __all__ = ["BridgedAsyncClient", "BridgedClient", "OpenRequests"]

@@ -11,9 +11,10 @@ from typing import Any
 from tensordict import TensorDictBase
 
 from aioinfer.errors import ServerClosedError, own_error
+from aioinfer.transports.admission import Admission
 from aioinfer.transports.base import InferenceTransport
 from aioinfer.transports.outlets import LoopOutlet
-from aioinfer.transports.pending import Admission, PendingQueue, Request, answer
+from aioinfer.transports.pending import PendingQueue, Request, answer
 
 __all__ = ["InProcessTransport"]
 

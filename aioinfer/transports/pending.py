@@ -8,19 +8,17 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from tensordict import TensorDict, TensorDictBase
 
-from aioinfer.errors import InvalidRequestError, ServerClosedError, ServerOverloadedError, own_error
+from aioinfer.errors import ServerClosedError, own_error
 from aioinfer.interaction import Mode, caller_mode
-from aioinfer.stats import StatsRecorder
-from aioinfer.tensors import RequestSpec
+from aioinfer.transports.admission import Admission
 from aioinfer.transports.bells import LockBell
 from aioinfer.transports.outlets import Outlet
 from aioinfer.transports.room import RoomQueue
 from aioinfer.transports.sleepers import Sleepers
 
-__all__ = ["Admission", "PendingQueue", "Request"]
+__all__ = ["PendingQueue", "Request"]
 
 # How long, in seconds, a batch is held back for the callers that the one before has woken: at most until none of them
 # has run for the one time, or until the other has passed. 64 threads take 0.4 to 1 ms on two cores.
@@ -44,81 +42,6 @@ class Request:
         self.outlet = outlet
         self.submitted_at = submitted_at
         self.mode = mode
-
-
-class Admission:
-    """What a server takes: checked in the caller's thread, before a request can meet another one.
-
-    Args:
-        request_spec: an example of a request; ``None`` takes any layout without batch dimension.
-        max_pending: most requests that may wait; ``None`` is without bound.
-        stats: counts what is refused and dropped.
-    """
-
-    def __init__(
-        self,
-        request_spec: TensorDictBase | None = None,
-        max_pending: int | None = None,
-        stats: StatsRecorder | None = None,
-    ) -> None:
-        if max_pending is not None and (not isinstance(max_pending, int) or max_pending < 1):
-            raise ValueError(f"max_pending must be an integer of at least 1, or None, got {max_pending!r}")
-        self.spec = None if request_spec is None else RequestSpec(request_spec)
-        self.batch_size = torch.Size([]) if self.spec is None else self.spec.batch_size
-        self.max_pending = max_pending
-        self.stats = StatsRecorder() if stats is None else stats
-        self.serving = False
-        self.superseded = False
-        self.closed: ServerClosedError | None = None
-        self.open = self.spec is None and max_pending is None
-        """Whether a TensorDict of the right batch size needs no further check."""
-
-    def close(self, error: ServerClosedError) -> None:
-        """Refuse every request from now on."""
-        self.closed = error
-        self.open = False
-
-    def hand_over(self, successor: Admission) -> None:
-        """Give way to another server's terms; raise :class:`RuntimeError` while this server runs."""
-        if self.serving and successor is not self:
-            raise RuntimeError(
-                "the transport has a running server already; shut it down first, or make a second transport"
-            )
-        self.superseded = successor is not self
-
-    def check(self, td: TensorDictBase) -> None:
-        """Let a request through, or count it as rejected and raise.
-
-        Raises:
-            InvalidRequestError: no TensorDict, or not of the layout that the server takes.
-            ServerClosedError: the server is shut down.
-        """
-        if self.closed is not None:
-            raise own_error(self.closed)
-        if type(td) is not TensorDict and not isinstance(td, TensorDictBase):
-            self.stats.reject()
-            raise InvalidRequestError(f"a request must be a TensorDict, got {type(td).__qualname__}")
-        if td.batch_size != self.batch_size:
-            self.stats.reject()
-            raise InvalidRequestError(
-                f"the request has batch size {list(td.batch_size)}, "
-                f"requests to this server have {list(self.batch_size)}"
-                " (send each row as a request of its own, or give the server a request_spec)"
-            )
-        if self.spec is not None:
-            try:
-                self.spec.check(td)
-            except InvalidRequestError:
-                self.stats.reject()
-                raise
-
-    def overloaded(self) -> ServerOverloadedError:
-        """Count a request as rejected and return the error that says so."""
-        self.stats.reject()
-        return ServerOverloadedError(
-            f"{self.max_pending} requests are pending already (max_pending={self.max_pending}); "
-            "try again later, or call with wait=True"
-        )
 
 
 class PendingQueue:

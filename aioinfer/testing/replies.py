@@ -1,0 +1,225 @@
+"""What every transport must hold of replies and of errors, whoever asks."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+
+from aioinfer.errors import InvalidRequestError, ModelError
+from aioinfer.interaction import InteractionType, calling_in, interaction_type
+from aioinfer.testing.callers import HANG, GatedModel, Ground, double, eventually, expect_error, is_double, request
+
+__all__ = ["CHECKS"]
+
+# -- replies -----------------------------------------------------------------------------------------------
+
+
+def every_caller_gets_its_own_reply(ground: Ground) -> None:
+    """A reply is the row of the request that it answers, whatever else is under way."""
+    with ground.serve(double, max_batch_size=5) as (server, callers):
+        for turn in range(20):
+            values = [100 * turn + index for index in range(16)]
+            replies = [callers.call(index, request(value)) for index, value in enumerate(values)]
+            for value, reply in zip(values, replies, strict=True):
+                assert is_double(reply.result(HANG), value)
+        assert server.stats().ok == 320
+
+
+def requests_that_wait_meet_in_one_batch(ground: Ground) -> None:
+    """While the model is busy requests gather, and leave together when it is free."""
+    model = GatedModel()
+    with ground.serve(model) as (server, callers):
+        replies = [callers.call(0, request(0))]
+        assert model.entered.wait(HANG)
+        replies += [callers.call(index, request(index)) for index in range(1, 9)]
+        eventually(lambda: server.stats().pending == 8)
+        model.open()
+        for value, reply in enumerate(replies):
+            assert is_double(reply.result(HANG), value)
+    assert sorted(map(len, model.batches)) == [1, 8]
+
+
+def a_batch_holds_max_batch_size_at_most(ground: Ground) -> None:
+    """Waiting requests beyond ``max_batch_size`` leave in further batches, in order of arrival."""
+    model = GatedModel()
+    with ground.serve(model, max_batch_size=3) as (server, callers):
+        replies = [callers.call(0, request(0))]
+        assert model.entered.wait(HANG)
+        for index in range(1, 9):
+            replies.append(callers.call(index, request(index)))
+            eventually(lambda: server.stats().pending == index)  # noqa: B023
+        model.open()
+        for reply in replies:
+            reply.result(HANG)
+    assert model.batches == [[0], [1, 2, 3], [4, 5, 6], [7, 8]]
+
+
+def requests_made_before_the_start_are_served(ground: Ground) -> None:
+    """A request may come before its server runs."""
+    with ground.serve(double, start=False) as (server, callers):
+        reply = callers.call(0, request(3))
+        eventually(lambda: server.stats().pending == 1)
+        server.start()
+        assert is_double(reply.result(HANG), 3)
+
+
+def a_reply_shares_no_memory(ground: Ground) -> None:
+    """Writing to a reply shows neither in the request, nor in another reply, nor in the model."""
+    bias = torch.ones(3)
+
+    def model(td: TensorDictBase) -> TensorDictBase:
+        return TensorDict(
+            {"observation": td["observation"], "bias": bias.expand(td.batch_size[0], 3)}, batch_size=td.batch_size
+        )
+
+    asked = [request(index) for index in range(4)]
+    with ground.serve(model, start=False) as (server, callers):
+        pending = [callers.call(index, td) for index, td in enumerate(asked)]
+        eventually(lambda: server.stats().pending == 4)
+        server.start()
+        replies = [reply.result(HANG) for reply in pending]
+    for reply in replies:
+        assert (reply["bias"] == 1).all()
+        reply["bias"].fill_(-1)
+        reply["observation"].fill_(-1)
+    assert (bias == 1).all()
+    for value, td in enumerate(asked):
+        assert (td["observation"] == value).all()
+
+
+# -- unlike requests ---------------------------------------------------------------------------------------
+
+
+def unlike_requests_are_batched_apart(ground: Ground) -> None:
+    """Requests of unlike keys, shapes or dtypes never meet, and each group takes one pass."""
+    batches: list[int] = []
+
+    def model(td: TensorDictBase) -> TensorDictBase:
+        batches.append(td.batch_size[0])
+        return td.clone()
+
+    kinds = (
+        request(1),
+        request(1, size=5),
+        TensorDict({"other": torch.ones(3)}),
+        TensorDict({"observation": torch.ones(3).long()}),
+    )
+    with ground.serve(model, start=False) as (server, callers):
+        replies = [callers.call(index, kinds[index % 4]) for index in range(8)]
+        eventually(lambda: server.stats().pending == 8)
+        server.start()
+        for index, reply in enumerate(replies):
+            expected = kinds[index % 4]
+            found = reply.result(HANG)
+            assert set(found.keys()) == set(expected.keys())
+            for key, value in expected.items():
+                assert found[key].dtype == value.dtype
+                assert (found[key] == value).all()
+    assert batches == [2, 2, 2, 2]
+
+
+def exploration_modes_are_batched_apart(ground: Ground) -> None:
+    """The exploration mode in force at the caller is in force when its row is computed, and nowhere else."""
+    codes = {None: 0, "random": 1, "mean": 2}
+
+    def model(td: TensorDictBase) -> TensorDictBase:
+        mode = interaction_type()
+        code = torch.full(td.batch_size, codes[None if mode is None else mode.value])
+        return TensorDict({"action": code}, batch_size=td.batch_size)
+
+    modes = [None, InteractionType.RANDOM, InteractionType.MEAN]
+    with ground.serve(model) as (_, callers):
+        for turn in range(12):
+            mode = modes[turn % 3]
+            reply = callers.call(0, request(1), around=calling_in(mode)).result(HANG)
+            assert reply["action"] == codes[None if mode is None else mode.value]
+            assert interaction_type() is None
+
+
+def invalid_requests_are_refused_at_once(ground: Ground) -> None:
+    """What is no request, or not of the layout that the server was told, is refused where it is submitted."""
+    bad = (
+        "observation",
+        {"observation": torch.ones(3)},
+        TensorDict({"observation": torch.ones(2, 3)}, batch_size=[2]),
+        TensorDict({"other": torch.ones(3)}),
+        request(1, size=4),
+        TensorDict({"observation": torch.ones(3).long()}),
+    )
+    with ground.serve(double, request_spec=request(0)) as (server, callers):
+        for td in bad:
+            expect_error(InvalidRequestError, callers.call(0, td))
+        assert is_double(callers.call(0, request(2)).result(HANG), 2)
+        assert server.stats().rejected == len(bad)
+
+
+# -- errors of the model -----------------------------------------------------------------------------------
+
+
+def a_request_that_the_model_cannot_serve_fails_alone(ground: Ground) -> None:
+    """Where the model raises on a batch, only those fail that it can't serve alone, each with an error of its own."""
+
+    def model(td: TensorDictBase) -> TensorDictBase:
+        if (td["observation"] < 0).any():
+            raise ArithmeticError("negative")
+        return double(td)
+
+    with ground.serve(model, start=False) as (server, callers):
+        replies = [callers.call(index, request(-1 if index in (3, 8) else index)) for index in range(12)]
+        eventually(lambda: server.stats().pending == 12)
+        server.start()
+        errors = [expect_error(ArithmeticError, replies.pop(index)) for index in (8, 3)]
+        assert errors[0] is not errors[1]
+        assert all(str(error) == "negative" and isinstance(error.__cause__, ArithmeticError) for error in errors)
+        for index, reply in zip([i for i in range(12) if i not in (3, 8)], replies, strict=True):
+            assert is_double(reply.result(HANG), index)
+        assert (server.stats().ok, server.stats().failed) == (10, 2)
+
+
+def any_exception_out_of_the_model_ends_its_requests(ground: Ground) -> None:
+    """Also one that is meant to end a thread or a task: the caller gets an error, and the server lives on."""
+    raised = [SystemExit(3), KeyboardInterrupt(), asyncio.CancelledError(), StopIteration(), GeneratorExit()]
+
+    def model(td: TensorDictBase) -> TensorDictBase:
+        value = int(td["observation"].flatten()[0])
+        if value < 0:
+            raise raised[-value - 1]
+        return double(td)
+
+    with ground.serve(model) as (server, callers):
+        for index, original in enumerate(raised):
+            error = expect_error(ModelError, callers.call(0, request(-1 - index)))
+            assert error.__cause__ is original
+        assert is_double(callers.call(0, request(2)).result(HANG), 2)
+        assert server.is_alive
+
+
+def wrong_output_fails_its_batch_and_says_what_it_was(ground: Ground) -> None:
+    """A model that returns no TensorDict, or the wrong number of rows, fails that batch only."""
+    outputs: list[Any] = [None, torch.ones(1, 3), TensorDict({"action": torch.ones(7, 3)}, batch_size=[7]), None]
+
+    def model(td: TensorDictBase) -> Any:
+        return outputs.pop(0) if len(outputs) > 1 else double(td)
+
+    with ground.serve(model) as (_, callers):
+        for word in ("NoneType", "Tensor", "[7]"):
+            assert word in str(expect_error(ModelError, callers.call(0, request(1))))
+        assert is_double(callers.call(0, request(2)).result(HANG), 2)
+
+
+CHECKS = (
+    every_caller_gets_its_own_reply,
+    requests_that_wait_meet_in_one_batch,
+    a_batch_holds_max_batch_size_at_most,
+    requests_made_before_the_start_are_served,
+    a_reply_shares_no_memory,
+    unlike_requests_are_batched_apart,
+    exploration_modes_are_batched_apart,
+    invalid_requests_are_refused_at_once,
+    a_request_that_the_model_cannot_serve_fails_alone,
+    any_exception_out_of_the_model_ends_its_requests,
+    wrong_output_fails_its_batch_and_says_what_it_was,
+)
