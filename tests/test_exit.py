@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -78,6 +79,7 @@ def test_an_idle_server_uses_no_measurable_processor_time(transport: str) -> Non
     before = set(threading.enumerate())
     with InferenceServer(double, TRANSPORTS[transport]()) as server:
         server.client()(request(1), 20)
+        asyncio.run(server.async_client()(request(1)))
         threads = set(threading.enumerate()) - before
         assert {thread.name for thread in threads} == {"aioinfer-model", "aioinfer-loop"}
         time.sleep(0.1)  # what the request left to do

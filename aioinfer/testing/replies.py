@@ -90,6 +90,31 @@ def a_reply_shares_no_memory(ground: Ground) -> None:
         assert (td["observation"] == value).all()
 
 
+def a_reply_keeps_little_more_than_itself_alive(ground: Ground) -> None:
+    """A row of 1 KiB or more has memory of its own; smaller rows may lie in one piece with their batch."""
+
+    def model(td: TensorDictBase) -> TensorDictBase:
+        count = td.batch_size[0]
+        return TensorDict({"large": torch.zeros(count, 256), "small": torch.zeros(count, 255)}, batch_size=[count])
+
+    with ground.serve(model, start=False) as (server, callers):
+        pending = [callers.call(index, request(index)) for index in range(8)]
+        eventually(lambda: server.stats().pending == 8)
+        server.start()
+        for reply in [future.result(HANG) for future in pending]:
+            assert reply["large"].untyped_storage().nbytes() == 1024
+            assert reply["small"].untyped_storage().nbytes() <= 8 * 1020
+
+
+def a_lone_caller_waits_for_nobody(ground: Ground) -> None:
+    """With ``min_batch_size=1`` it never pays the batching wait, else never more than ``timeout``."""
+    choices: list[dict[str, Any]] = [{"timeout": 10 * HANG}, {"min_batch_size": 8, "timeout": 0.01}]
+    for options in choices:
+        with ground.serve(double, **options) as (_, callers):
+            for value in range(3):
+                assert is_double(callers.call(0, request(value)).result(HANG), value)
+
+
 # -- unlike requests ---------------------------------------------------------------------------------------
 
 
@@ -216,6 +241,8 @@ CHECKS = (
     a_batch_holds_max_batch_size_at_most,
     requests_made_before_the_start_are_served,
     a_reply_shares_no_memory,
+    a_reply_keeps_little_more_than_itself_alive,
+    a_lone_caller_waits_for_nobody,
     unlike_requests_are_batched_apart,
     exploration_modes_are_batched_apart,
     invalid_requests_are_refused_at_once,
