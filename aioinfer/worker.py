@@ -83,8 +83,8 @@ class Worker:
             self._draining = True
             self._transport.wake()
         else:
+            self._thread.stop()  # first: a caller that is told of the end may let the model go on
             self._transport.close(error)
-            self._thread.stop()
 
     def join(self, timeout: float | None) -> bool:
         """Wait for the end; say whether it came."""
