@@ -58,10 +58,6 @@ class ModelThread:
         self._stopping = True
         self._wake()
 
-    def is_alive(self) -> bool:
-        """Whether the thread runs."""
-        return self._thread.is_alive()
-
     def join(self, timeout: float | None) -> None:
         """Wait for the end of the thread; returns at once on the thread itself."""
         if threading.current_thread() is not self._thread:

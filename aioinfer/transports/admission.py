@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDictBase
 
 from aioinfer.errors import InvalidRequestError, ServerClosedError, ServerOverloadedError, own_error
 from aioinfer.stats import StatsRecorder
@@ -61,7 +61,7 @@ class Admission:
         """
         if self.closed is not None:
             raise own_error(self.closed)
-        if type(td) is not TensorDict and not isinstance(td, TensorDictBase):
+        if not isinstance(td, TensorDictBase):
             self.stats.reject()
             raise InvalidRequestError(f"a request must be a TensorDict, got {type(td).__qualname__}")
         if td.batch_size != self.batch_size:

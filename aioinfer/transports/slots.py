@@ -44,8 +44,7 @@ class SlotTransport(InProcessTransport):
         super().__init__()
         self._num_slots = num_slots
         self._buffer = _RequestBuffer(num_slots) if preallocate else None
-        self._indices = iter(range(num_slots))
-        self._indices_lock = threading.Lock()
+        self._made_lock = threading.Lock()
         self._made = 0
 
     def submit(self, td: TensorDictBase) -> Future[TensorDictBase]:
@@ -76,11 +75,11 @@ class SlotTransport(InProcessTransport):
         return self._made
 
     def _next_index(self) -> int:
-        with self._indices_lock:
-            index = next(self._indices, None)
-            if index is None:
+        with self._made_lock:
+            index = self._made
+            if index == self._num_slots:
                 raise RuntimeError(f"all {self._num_slots} slots are taken; make a SlotTransport with more")
-            self._made = index + 1
+            self._made += 1
             return index
 
 
