@@ -23,6 +23,7 @@ from aioinfer.errors import (
     PeerDiedError,
     ServerClosedError,
     ServerOverloadedError,
+    ServerPausedError,
     WeightSyncError,
 )
 from aioinfer.policy import PolicyClientModule
@@ -44,6 +45,7 @@ __all__ = [
     "PolicyClientModule",
     "ServerClosedError",
     "ServerOverloadedError",
+    "ServerPausedError",
     "ServerStats",
     "SlotTransport",
     "ThreadingTransport",

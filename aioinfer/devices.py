@@ -6,19 +6,20 @@ own; one event per batch tells that the replies are there. Nothing synchronises 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
-from aioinfer.tensors import rows, stack
+from aioinfer.tensors import stack
 
-__all__ = ["CudaPlacement", "HostPlacement", "Model", "Placement", "place"]
+__all__ = ["CudaPlacement", "HostPlacement", "Model", "Placement", "place", "settle"]
 
 Model = Callable[[TensorDictBase], TensorDictBase]
 Check = Callable[[Any], TensorDictBase]
+Split = Callable[[TensorDictBase], Sequence[TensorDict]]
 
 
 class Placement(Protocol):
@@ -32,17 +33,19 @@ class Placement(Protocol):
         """Stack requests so that they travel fast."""
         ...
 
-    def run(
-        self, model: Model, batch: TensorDictBase, check: Check, keys: Container[str] | None
-    ) -> Sequence[TensorDict]:
+    def run(self, model: Model, batch: TensorDictBase, check: Check, split: Split) -> Sequence[TensorDict]:
         """Run the model over a batch where it lives, and bring one reply per row back.
 
         Args:
             model: what to run.
             batch: ``[B, ...]``, where its requests were.
             check: returns the model's output if it is a proper one, else raises.
-            keys: the entries of the output that the replies have; ``None``: all.
+            split: makes the replies of an output.
         """
+        ...
+
+    def update(self, write: Callable[[], None]) -> None:
+        """Let ``write`` change the model's weights, after the pass before and ahead of the next one."""
         ...
 
 
@@ -79,15 +82,16 @@ class HostPlacement:
     def stack(self, tds: Sequence[TensorDictBase]) -> TensorDict:
         return stack(tds)
 
-    def run(
-        self, model: Model, batch: TensorDictBase, check: Check, keys: Container[str] | None
-    ) -> Sequence[TensorDict]:
+    def run(self, model: Model, batch: TensorDictBase, check: Check, split: Split) -> Sequence[TensorDict]:
         target = self._output_device
         if self._device is not None:
             target = target or _origin(batch)
             batch = batch.to(self._device)
         output = check(model(batch))
-        return rows(output if target is None else output.to(target), keys)
+        return split(output if target is None else output.to(target))
+
+    def update(self, write: Callable[[], None]) -> None:
+        write()
 
 
 class CudaPlacement:
@@ -121,20 +125,23 @@ class CudaPlacement:
         # torch keeps freed pinned blocks, and reuses one only after the copies that read it have ended.
         return torch.empty(shape, dtype=dtype, pin_memory=True)
 
-    def run(
-        self, model: Model, batch: TensorDictBase, check: Check, keys: Container[str] | None
-    ) -> Sequence[TensorDict]:
+    def run(self, model: Model, batch: TensorDictBase, check: Check, split: Split) -> Sequence[TensorDict]:
         target = self._output_device or _origin(batch) or torch.device("cpu")
         with self._cuda.stream(self._stream):
             output = check(model(_move(batch, self._device)))
             if target.type == "cuda":
-                replies = rows(_move(output, target), keys)
+                replies = split(_move(output, target))
                 self._synchronize()
                 self._lend(replies, target)
                 return replies
             output = _move(output, target)
             self._synchronize()
-            return rows(output, keys)  # copied out of the pinned block, which goes back to its pool
+            return split(output)  # copied out of the pinned block, which goes back to its pool
+
+    def update(self, write: Callable[[], None]) -> None:
+        with self._cuda.stream(self._stream):
+            write()
+            self._synchronize()  # whoever lent the new weights gets them back now
 
     def _synchronize(self) -> None:
         event = self._cuda.Event()
@@ -148,6 +155,13 @@ class CudaPlacement:
             for leaf in reply.values(True, True):
                 if isinstance(leaf, Tensor):
                     leaf.record_stream(consumer)
+
+
+def settle(tensors: Iterable[Tensor]) -> None:
+    """Wait until what this thread has written to ``tensors`` is there for every other thread and stream."""
+    for device in {tensor.device for tensor in tensors}:
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
 
 
 def _move(td: TensorDictBase, device: torch.device) -> TensorDictBase:

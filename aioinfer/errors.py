@@ -11,6 +11,7 @@ __all__ = [
     "PeerDiedError",
     "ServerClosedError",
     "ServerOverloadedError",
+    "ServerPausedError",
     "WeightSyncError",
     "own_error",
 ]
@@ -26,6 +27,10 @@ class ServerClosedError(InferenceError):
 
 class ServerOverloadedError(InferenceError):
     """The queue of pending requests is full (``max_pending``); the request was refused at once."""
+
+
+class ServerPausedError(InferenceError):
+    """The server is paused and refuses requests (``paused(pending="reject")``); it takes them again soon."""
 
 
 class PeerDiedError(InferenceError):

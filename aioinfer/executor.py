@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 
@@ -12,7 +13,7 @@ __all__ = ["ModelThread"]
 
 
 class ModelThread:
-    """Prepares the model, then serves one batch after the other.
+    """Prepares the model, then serves one batch after the other, and does jobs in between.
 
     Whatever touches the model runs here. So the model needs no lock, and nothing changes it during a
     forward pass.
@@ -44,6 +45,11 @@ class ModelThread:
         self._wake = wake
         self._ended = ended
         self._stopping = False
+        self._jobs: deque[tuple[Callable[[], None], Future[None]]] = deque()
+        self._over = False
+        self._lock = threading.Lock()  # guards the two above
+        self._holds = 0  # model thread only: how many want no batch to be served
+        self._news = threading.Event()  # of jobs, or the end, for a thread that is held
         self._prepared: Future[None] = Future()
         # A daemon: a program that ends without shutting its server down must not hang.
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -53,9 +59,30 @@ class ModelThread:
         self._thread.start()
         return self._prepared
 
+    def submit(self, job: Callable[[], None]) -> Future[None]:
+        """Do ``job`` on the thread, before the next batch; the future is cancelled if the thread ends first."""
+        future: Future[None] = Future()
+        with self._lock:
+            if self._over:
+                future.cancel()
+                return future
+            self._jobs.append((job, future))
+        self._news.set()
+        self._wake()
+        return future
+
+    def hold(self) -> None:
+        """A job: serve no batch from now on, until ``let_go`` was done as often."""
+        self._holds += 1
+
+    def let_go(self) -> None:
+        """A job: undo a ``hold``."""
+        self._holds -= 1
+
     def stop(self) -> None:
         """End the thread after the batch that runs now."""
         self._stopping = True
+        self._news.set()
         self._wake()
 
     def join(self, timeout: float | None) -> None:
@@ -70,10 +97,30 @@ class ModelThread:
             self._prepare()
             self._prepared.set_result(None)
             while not self._stopping:
-                self._serve()
+                self._do_jobs()
+                if self._holds:
+                    self._news.wait()
+                    self._news.clear()
+                elif not self._stopping:
+                    self._serve()
         except BaseException as caught:
             error = caught
         finally:
+            with self._lock:
+                self._over = True
+            for _, future in self._jobs:
+                future.cancel()
             self._ended(error)
             if error is not None and not self._prepared.done():
                 self._prepared.set_exception(error)
+
+    def _do_jobs(self) -> None:
+        while self._jobs:
+            job, future = self._jobs.popleft()
+            if future.set_running_or_notify_cancel():
+                try:
+                    job()
+                except BaseException as error:  # whoever waits for the job is told; it must not end the thread
+                    future.set_exception(error)
+                else:
+                    future.set_result(None)

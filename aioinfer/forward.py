@@ -14,7 +14,7 @@ from tensordict.utils import NestedKey
 from aioinfer.devices import Model, Placement
 from aioinfer.errors import ModelError
 from aioinfer.interaction import in_force
-from aioinfer.tensors import UnlikeRequestsError, check_output, group_by_layout
+from aioinfer.tensors import UnlikeRequestsError, check_output, group_by_layout, rows
 from aioinfer.transports.pending import Request
 
 __all__ = ["CollateFn", "ForwardPass", "Outcome"]
@@ -41,6 +41,8 @@ class ForwardPass:
         collate_fn: list of requests to a batch, whatever their layouts; ``None`` stacks those of like layout.
         out_keys: the entries that replies have; ``None``: the model's ``out_keys`` if it is a TensorDict module,
             else all that it returns.
+        version_key: the entry of replies that says which weights computed them; ``None``: none does.
+        version: of the weights that the model has.
         split_failed_batches: where the model raises on several requests, run each half again, until only
             those fail that the model can't serve alone; ``2n`` extra passes at most.
     """
@@ -52,6 +54,8 @@ class ForwardPass:
         *,
         collate_fn: CollateFn | None,
         out_keys: Sequence[NestedKey] | None,
+        version_key: str | None,
+        version: Callable[[], int],
         split_failed_batches: bool,
     ) -> None:
         if out_keys is None and isinstance(model, TensorDictModuleBase):
@@ -61,6 +65,8 @@ class ForwardPass:
         self._collate_fn = collate_fn
         # A nested key brings the whole entry that it lies in.
         self._keys = frozenset(map(_entry, out_keys)) if out_keys else None
+        self._version_key = version_key
+        self._version = version
         self._split_failed_batches = split_failed_batches
 
     def open(self) -> None:
@@ -109,7 +115,11 @@ class ForwardPass:
         count = len(requests)
         batch = self._collate([request.td for request in requests])
         with in_force(requests[0].mode):
-            return self._placement.run(self._model, batch, lambda output: check_output(output, count), self._keys)
+            return self._placement.run(self._model, batch, lambda output: check_output(output, count), self._split)
+
+    def _split(self, output: TensorDictBase) -> Sequence[TensorDictBase]:
+        stamp = None if self._version_key is None else (self._version_key, self._version())
+        return rows(output, self._keys, stamp)
 
     def _collate(self, tds: list[TensorDictBase]) -> TensorDictBase:
         if self._collate_fn is not None:

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
-import threading
 from collections.abc import Sequence
-from contextlib import ExitStack
-from types import TracebackType
-from typing import Any, Self
+from concurrent.futures import CancelledError, Future
+from functools import partial
 
-import anyio.to_thread
 import torch
-from anyio.from_thread import start_blocking_portal
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 
@@ -21,15 +16,20 @@ from aioinfer.client import AsyncInferenceClient, InferenceClient
 from aioinfer.devices import Model, place
 from aioinfer.errors import ServerClosedError
 from aioinfer.forward import CollateFn, ForwardPass
+from aioinfer.life import ServerLife
+from aioinfer.pause import Pause, PendingPolicy
 from aioinfer.stats import ServerStats, StatsRecorder
 from aioinfer.transports.admission import Admission
 from aioinfer.transports.base import InferenceTransport
+from aioinfer.updates import Updates
+from aioinfer.weight_sync.scheme import WeightSyncScheme
+from aioinfer.weight_sync.weights import WeightsLike
 from aioinfer.worker import Worker
 
 __all__ = ["InferenceServer"]
 
 
-class InferenceServer:
+class InferenceServer(ServerLife):
     """Serves one model to many callers at once, in batches.
 
     Embed it in a running event loop with ``async with server:`` (and ``await server.aclose()``), or host
@@ -51,8 +51,15 @@ class InferenceServer:
             module, so that requests are not sent back; all that it returns if it is another callable.
         output_device: where replies are moved. By default back to where the requests were, if
             ``device`` is given.
-        weight_sync: receives weights from a trainer. Not there yet: only ``None`` is accepted.
+        weight_sync: receives weights from a trainer; they are applied between two forward passes. The server
+            serves what it has until the first ones come.
         weight_sync_model_id: the name under which this model's weights are published.
+        policy_version: the version of the weights that the model has at the start.
+        policy_version_key: the entry of each reply that says which version computed it, an integer tensor
+            with the batch size of the reply; ``None``: none does.
+        swap_weights: fill new weights into a spare copy beside the forward passes, and let the parameters take over its
+            memory between two of them: no pass waits for a copy. By default new weights are copied into the
+            memory that the parameters have, which CUDA graphs and whoever else knows its address rely on.
         request_spec: an example of a request. Others are refused with :class:`InvalidRequestError`
             where they are submitted. Without it, requests of any layout are taken that have no batch dimension.
         max_pending: most requests that may wait; beyond, :class:`ServerOverloadedError`.
@@ -78,8 +85,11 @@ class InferenceServer:
         device: torch.device | str | int | None = None,
         out_keys: Sequence[NestedKey] | None = None,
         output_device: torch.device | str | int | None = None,
-        weight_sync: Any = None,
+        weight_sync: WeightSyncScheme | None = None,
         weight_sync_model_id: str = "policy",
+        policy_version: int = 0,
+        policy_version_key: str | None = "policy_version",
+        swap_weights: bool = False,
         request_spec: TensorDictBase | None = None,
         max_pending: int | None = None,
         split_failed_batches: bool = True,
@@ -90,27 +100,38 @@ class InferenceServer:
             raise TypeError(f"transport must be an InferenceTransport, got {type(transport).__qualname__}")
         if collate_fn is not None and not callable(collate_fn):
             raise TypeError(f"collate_fn must be callable, got {type(collate_fn).__qualname__}")
-        if weight_sync is not None:
-            raise NotImplementedError("weight_sync is not supported yet; pass None")
+        if not isinstance(weight_sync, WeightSyncScheme | None):
+            raise TypeError(f"weight_sync must be a WeightSyncScheme, got {type(weight_sync).__qualname__}")
+        if not isinstance(policy_version_key, str | None):
+            raise TypeError(f"policy_version_key must be a string, got {policy_version_key!r}")
         self.model = model
-        self.transport = transport
+        self.weight_sync = weight_sync
         self.weight_sync_model_id = weight_sync_model_id
+        self.policy_version_key = policy_version_key
         self._rule = BatchRule(max_batch_size, min_batch_size, timeout)
         self._stats = StatsRecorder()
         self._request_spec = request_spec
         self._max_pending = max_pending
+        placement = place(device, output_device)
+        self._updates = Updates(
+            model,
+            placement,
+            scheme=weight_sync,
+            model_id=weight_sync_model_id,
+            version=policy_version,
+            swap=swap_weights,
+            stats=self._stats,
+        )
         self._forward = ForwardPass(
             model,
-            place(device, output_device),
+            placement,
             collate_fn=collate_fn,
             out_keys=out_keys,
+            version_key=policy_version_key,
+            version=lambda: self._updates.version,
             split_failed_batches=split_failed_batches,
         )
-        self._lock = threading.Lock()  # guards the attributes below
-        self._worker: Worker | None = None
-        self._task: asyncio.Task[None] | None = None
-        self._host: ExitStack | None = None
-        self._admission = self._open_transport()
+        super().__init__(transport)
 
     # -- clients and figures ---------------------------------------------------------------------------
 
@@ -130,127 +151,86 @@ class InferenceServer:
 
     def stats(self, *, reset: bool = False) -> ServerStats:
         """What the server did since it was made; ``reset=True`` starts anew afterwards."""
-        return self._stats.snapshot(pending=self.transport.pending(), reset=reset)
+        return self._stats.snapshot(
+            pending=self.transport.pending(),
+            version=self.policy_version,
+            trainer=self._updates.connected,
+            reset=reset,
+        )
 
-    # -- in a running event loop -----------------------------------------------------------------------
+    # -- weights ---------------------------------------------------------------------------------------
 
-    async def __aenter__(self) -> Self:
-        await self._open()
-        return self
+    @property
+    def policy_version(self) -> int:
+        """The version of the weights in use: how many updates were applied, or what the trainer calls them."""
+        return self._updates.version
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        await self.aclose()
-
-    async def aclose(self, timeout: float | None = 5.0, *, drain: bool = False) -> None:  # noqa: ASYNC109 - as shutdown
-        """Shut down without blocking the event loop; see :meth:`shutdown`.
-
-        If it is cancelled, the server shuts down all the same and nobody waits for its worker.
-        """
-        if self._host is not None:
-            await anyio.to_thread.run_sync(lambda: self.shutdown(timeout, drain=drain))
-            return
-        error = self._refuse(drain)
-        worker, task = self._worker, self._task
-        if worker is None:
-            return
-        try:
-            async with asyncio.timeout(timeout):
-                await asyncio.shield(asyncio.wrap_future(worker.ended))
-        except TimeoutError:
-            pass
-        finally:
-            worker.abandon(error)
-        if worker.ended.done():
-            worker.join(None)  # of the thread, no more than its return is left
-            if task is not None and task.get_loop() is asyncio.get_running_loop():
-                await asyncio.wait([task])
-
-    async def _open(self) -> None:
-        worker, opened = self._start_worker()
-        self._task = asyncio.get_running_loop().create_task(self._live(worker), name="aioinfer-server")
-        try:
-            await asyncio.wrap_future(opened)
-        except BaseException:
-            await self.aclose()
-            raise
-
-    async def _live(self, worker: Worker) -> None:
-        """The server's task: it ends with the worker, or ends it when its event loop goes down first."""
-        try:
-            await asyncio.shield(asyncio.wrap_future(worker.ended))
-        finally:
-            worker.close(_closed(), drain=False)
-
-    # -- hosted in a background thread -----------------------------------------------------------------
-
-    def start(self) -> Self:
-        """Start the server on an event loop in a background thread.
-
-        Raises:
-            RuntimeError: it runs already, or its last worker has not ended yet.
-        """
-        with ExitStack() as host:
-            portal = host.enter_context(start_blocking_portal(name="aioinfer-loop"))
-            portal.call(self._open)
-            self._host = host.pop_all()
-        atexit.register(self.shutdown, 1.0)
-        return self
-
-    def shutdown(self, timeout: float | None = 5.0, *, drain: bool = False) -> None:
-        """Refuse new requests, fail or serve the pending ones, and end the worker. Idempotent.
-
-        The batch that the model works on is finished and answered. Where that takes longer than ``timeout``,
-        its requests are failed too, and the worker ends, unnoticed, when the model returns.
+    def update_weights(self, weights: WeightsLike, *, version: int | None = None) -> None:
+        """Serve other weights, from the next forward pass on; return when they are in use.
 
         Args:
-            timeout: seconds to wait for the worker; ``None`` waits for ever.
-            drain: serve the pending requests first, as far as ``timeout`` allows; by default they fail with
-                :class:`ServerClosedError` at once.
+            weights: a module, a TensorDict or a state dict. They are copied, as they are now.
+            version: your own number for them; ``None`` counts up.
+
+        Raises:
+            RuntimeError: the server does not run.
+            TypeError: the model, or what was given, has no weights.
+            WeightSyncError: the weights don't fit; the old ones serve on.
+            ServerClosedError: the server was shut down meanwhile.
         """
-        atexit.unregister(self.shutdown)
-        error = self._refuse(drain)
-        worker = self._worker
-        if worker is not None and not worker.join(timeout):
-            worker.abandon(error)
-        with self._lock:
-            host, self._host = self._host, None
-        if host is not None:
-            host.close()
+        job = self._load(weights, version)
+        try:
+            job.result()
+        except CancelledError:
+            raise _closed_meanwhile() from None
 
-    def __enter__(self) -> Self:
-        return self.start()
+    async def aupdate_weights(self, weights: WeightsLike, *, version: int | None = None) -> None:
+        """Do as :meth:`update_weights`, without blocking the event loop while a forward pass runs.
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.shutdown()
+        The copy is taken before it first suspends. If it is cancelled, the weights are used all the same.
+        """
+        job = self._load(weights, version)
+        done = asyncio.wrap_future(job)
+        done.add_done_callback(lambda future: future.cancelled() or future.exception())  # if nobody awaits it any more
+        await asyncio.wait([done])
+        if done.cancelled():
+            raise _closed_meanwhile()
+        done.result()
 
-    # -- both ------------------------------------------------------------------------------------------
+    def paused(self, pending: PendingPolicy = "keep") -> Pause:
+        """Run no forward pass inside a ``with`` block, or an ``async with`` block. Weights may be updated inside.
 
-    def _open_transport(self) -> Admission:
-        admission = Admission(self._request_spec, self._max_pending, self._stats)
-        self.transport.open(admission)
-        return admission
+        Args:
+            pending: what becomes of requests that are pending when it begins: ``"keep"`` lets them wait,
+                ``"wait"`` serves them first, ``"reject"`` fails them, and what is submitted inside too, with
+                :class:`ServerPausedError`. With the others, what is submitted inside waits.
 
-    def _start_worker(self) -> tuple[Worker, Any]:
-        with self._lock:
-            if self.is_alive:
-                raise RuntimeError("the server runs already, or its worker has not ended since the last shutdown")
-            if self._admission.closed is not None or self._admission.superseded:
-                self._admission = self._open_transport()
-            self._worker = Worker(self.transport, self._admission, self._rule, self._forward, self._stats)
-            return self._worker, self._worker.start()
+        Raises:
+            RuntimeError: the server does not run.
+            ValueError: ``pending`` is none of the three.
+        """
+        if pending not in ("keep", "wait", "reject"):
+            raise ValueError(f'pending must be "keep", "wait" or "reject", got {pending!r}')
+        worker = self._running()
+        return Pause(partial(worker.pause, pending), partial(worker.resume, pending))
 
-    def _refuse(self, drain: bool) -> ServerClosedError:
-        error = _closed()
-        if self._worker is not None and self._worker.is_alive():
-            self._worker.close(error, drain=drain)
-        elif not self._admission.superseded:
-            self.transport.finish(error)
-        return error
+    def _load(self, weights: WeightsLike, version: int | None) -> Future[None]:
+        worker = self._running()
+        return worker.submit(partial(self._updates.load, self._updates.copied(weights), version))
+
+    # -- life ------------------------------------------------------------------------------------------
+
+    def _make_admission(self) -> Admission:
+        return Admission(self._request_spec, self._max_pending, self._stats)
+
+    def _make_worker(self, admission: Admission) -> Worker:
+        self._updates.open()
+        release = self._updates.release
+        return Worker(self.transport, admission, self._rule, self._forward, self._stats, release)
+
+    async def _accompany(self, worker: Worker) -> None:
+        await self._updates.follow(worker.submit)
 
 
-def _closed() -> ServerClosedError:
-    return ServerClosedError("the server is shut down; it serves again after start()")
+def _closed_meanwhile() -> ServerClosedError:
+    return ServerClosedError("the server was shut down before the new weights were in use")

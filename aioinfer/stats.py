@@ -49,6 +49,11 @@ class ServerStats:
         queue_wait: from ``submit`` until a batch took the request.
         forward: one forward pass: collate, copy to the device, model, copy back.
         request: from ``submit`` until the reply was handed over.
+        policy_version: of the weights in use, whether or not the statistics were reset.
+        weight_updates: updates of the weights that were applied.
+        refused_updates: updates of the weights that did not fit, or were none.
+        trainer_connected: whether a trainer has sent weights and is still there; ``None`` without ``weight_sync``.
+            Without a trainer, the server serves what it has.
     """
 
     ok: int
@@ -61,6 +66,10 @@ class ServerStats:
     queue_wait: Percentiles
     forward: Percentiles
     request: Percentiles
+    policy_version: int = 0
+    weight_updates: int = 0
+    refused_updates: int = 0
+    trainer_connected: bool | None = None
 
 
 class StatsRecorder:
@@ -76,6 +85,7 @@ class StatsRecorder:
 
     def _clear(self) -> None:
         self._ok = self._failed = self._cancelled = self._rejected = self._batched = 0
+        self._updates = self._refused_updates = 0
         self._batches: Counter[DispatchReason] = Counter()
         # (submitted_at of each request, taken_at, forward seconds, settled_at) of the latest batches
         self._window: deque[tuple[Sequence[float], float, float, float]] = deque()
@@ -95,6 +105,12 @@ class StatsRecorder:
         """Count requests that ended with an error outside of a forward pass."""
         with self._lock:
             self._failed += count
+
+    def update(self, *, applied: bool) -> None:
+        """Count an update of the weights."""
+        with self._lock:
+            self._updates += applied
+            self._refused_updates += not applied
 
     def batch(
         self,
@@ -121,12 +137,15 @@ class StatsRecorder:
             while self._in_window > _WINDOW_REQUESTS and len(self._window) > 1:
                 self._in_window -= len(self._window.popleft()[0])
 
-    def snapshot(self, *, pending: int, reset: bool = False) -> ServerStats:
-        """Freeze the counts; ``reset`` starts anew in the same step."""
+    def snapshot(
+        self, *, pending: int, version: int = 0, trainer: bool | None = None, reset: bool = False
+    ) -> ServerStats:
+        """Freeze the counts, beside what the server says of this moment; ``reset`` starts anew in the same step."""
         with self._lock:
             window = tuple(self._window)
             counts = (self._ok, self._failed, self._cancelled, self._rejected)
             batches, batched = dict(self._batches), self._batched
+            updates, refused_updates = self._updates, self._refused_updates
             if reset:
                 self._clear()
         passes = sum(batches.values())
@@ -138,4 +157,8 @@ class StatsRecorder:
             queue_wait=Percentiles.of([taken - at for submitted, taken, _, _ in window for at in submitted]),
             forward=Percentiles.of([forward for _, _, forward, _ in window]),
             request=Percentiles.of([settled - at for submitted, _, _, settled in window for at in submitted]),
+            policy_version=version,
+            weight_updates=updates,
+            refused_updates=refused_updates,
+            trainer_connected=trainer,
         )

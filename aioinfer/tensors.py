@@ -148,12 +148,15 @@ def check_output(output: Any, count: int) -> TensorDictBase:
     return output
 
 
-def rows(output: TensorDictBase, keys: Container[str] | None = None) -> Sequence[TensorDict]:
+def rows(
+    output: TensorDictBase, keys: Container[str] | None = None, stamp: tuple[str, int] | None = None
+) -> Sequence[TensorDict]:
     """Take a model's output apart, one reply for each row.
 
     Args:
         output: ``[B, *size]``.
         keys: the entries to take; ``None`` takes all.
+        stamp: the name and the value of one more entry, an integer ``[*size]``.
 
     Returns:
         ``B`` TensorDicts ``[*size]``. None shares an element with ``output``, its model, or another
@@ -161,11 +164,16 @@ def rows(output: TensorDictBase, keys: Container[str] | None = None) -> Sequence
     """
     size, device = output.batch_size[1:], output.device
     columns = {key: _split(value) for key, value in output.items() if keys is None or key in keys}
+    if stamp is not None:
+        columns[stamp[0]] = torch.full(output.batch_size, stamp[1], device=device).unbind(0)
     if not columns:
         return [_new({}, size, device) for _ in range(output.batch_size[0])]
     if len(columns) == 1:
         ((key, values),) = columns.items()
         return [_new({key: value}, size, device) for value in values]
+    if len(columns) == 2:
+        (key, values), (other, others) = columns.items()
+        return [_new({key: value, other: beside}, size, device) for value, beside in zip(values, others, strict=True)]
     names = tuple(columns)
     return [_new(dict(zip(names, values, strict=True)), size, device) for values in zip(*columns.values(), strict=True)]
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 from aioinfer.batching import BatchRule, DispatchReason
 from aioinfer.errors import ServerClosedError, own_error
 from aioinfer.executor import ModelThread
 from aioinfer.forward import ForwardPass, Outcome
+from aioinfer.pause import PendingPolicy
 from aioinfer.stats import StatsRecorder
 from aioinfer.transports.admission import Admission
 from aioinfer.transports.base import InferenceTransport
@@ -41,12 +42,14 @@ class Worker:
         rule: BatchRule,
         forward: ForwardPass,
         stats: StatsRecorder,
+        at_end: Callable[[], None],
     ) -> None:
         self._transport = transport
         self._admission = admission
         self._rule = rule
         self._forward = forward
         self._stats = stats
+        self._at_end = at_end
         self._lock = threading.Lock()
         self._unsettled: Sequence[Request] = ()
         self._abandoned: ServerClosedError | None = None
@@ -108,8 +111,46 @@ class Worker:
             error = ServerClosedError(f"the server's worker died of {type(cause).__qualname__}: {cause}")
             error.__cause__ = cause
         self.abandon(error)
-        self._admission.serving = False
-        self.ended.set_result(None)
+        try:
+            self._at_end()
+        finally:
+            self._admission.serving = False
+            self.ended.set_result(None)
+
+    # -- between the batches ---------------------------------------------------------------------------
+
+    def submit(self, job: Callable[[], None]) -> Future[None]:
+        """Do ``job`` on the thread that owns the model; the future is cancelled if the worker ends first."""
+        return self._thread.submit(job)
+
+    def pause(self, pending: PendingPolicy) -> Future[None]:
+        """Run no more passes, once the future resolves, until ``resume``; ``pending`` is as in ``paused``."""
+        if pending == "reject":
+            self._admission.refuse()
+            return self._thread.submit(self._reject_and_hold)
+        return self._thread.submit(self._thread.hold if pending == "keep" else self._finish_and_hold)
+
+    def resume(self, pending: PendingPolicy) -> None:
+        """Undo a ``pause``, also one that has not come about yet."""
+        if pending == "reject":
+            self._admission.accept()
+        self._thread.submit(self._thread.let_go)
+
+    def _reject_and_hold(self) -> None:
+        while requests := self._transport.take(self._rule.max_batch_size):
+            self._transport.fail_batch(requests, [self._admission.paused() for _ in requests])
+        self._thread.hold()
+
+    def _finish_and_hold(self) -> None:
+        asked_at = time.perf_counter()
+        try:
+            while self._transport.wait_for_pending(1, 1, 0.0) and not self._admission.closed:
+                if time.perf_counter() - self._transport.waited() > asked_at:
+                    break
+                if requests := self._transport.take(self._rule.max_batch_size):
+                    self._answer(requests, DispatchReason.DRAIN)
+        finally:
+            self._thread.hold()
 
     # -- wait, take, forward, answer -------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from aioinfer import InferenceServer, ThreadingTransport, devices
 from aioinfer.devices import CudaPlacement, HostPlacement, place
-from aioinfer.tensors import check_output
+from aioinfer.tensors import check_output, rows
 from aioinfer.testing import double, request
 
 
@@ -23,7 +23,7 @@ def test_nothing_moves_without_a_device() -> None:
     placement = HostPlacement(None, None)
     batch = placement.stack([request(1), request(2)])
     seen: list[TensorDictBase] = []
-    placement.run(lambda td: seen.append(td) or double(td), batch, lambda out: check_output(out, 2), None)  # type: ignore[func-returns-value]
+    placement.run(lambda td: seen.append(td) or double(td), batch, lambda out: check_output(out, 2), rows)  # type: ignore[func-returns-value]
     assert seen[0] is batch
 
 
@@ -113,7 +113,7 @@ def test_a_cuda_batch_is_staged_in_pinned_memory_and_waits_for_one_event(cuda: F
     placement = CudaPlacement(torch.device("cuda"), None, cuda)
     placement.open(double)
     batch = placement.stack([request(1), request(2)])
-    replies = placement.run(double, batch, lambda output: check_output(output, 2), None)
+    replies = placement.run(double, batch, lambda output: check_output(output, 2), rows)
     assert [reply["action"][0].item() for reply in replies] == [2, 4]
     assert cuda.log == [
         "model to cuda",
@@ -139,7 +139,7 @@ def test_replies_that_stay_on_the_device_are_lent_to_the_callers_stream(
     placement = CudaPlacement(torch.device("cuda"), torch.device("cuda"), cuda)
     placement.open(double)
     batch = placement.stack([request(1), request(2)])
-    placement.run(double, batch, lambda output: check_output(output, 2), None)
+    placement.run(double, batch, lambda output: check_output(output, 2), rows)
     assert cuda.log.count("event done") == 1
     assert lent == ["default", "default"]
 

@@ -36,7 +36,7 @@ def test_it_writes_what_the_policy_itself_would_write() -> None:
 def test_it_takes_a_transport_in_place_of_a_client() -> None:
     with InferenceServer(policy(), ThreadingTransport()) as server:
         remote = PolicyClientModule(server.transport)
-        assert set(remote(request(1)).keys()) == {"observation", "action"}
+        assert set(remote(request(1)).keys()) == {"observation", "action", "policy_version"}
 
 
 def test_it_refuses_what_does_not_block() -> None:

@@ -101,10 +101,10 @@ def test_a_failing_batch_costs_two_extra_passes_for_each_request_at_most() -> No
 def test_replies_carry_the_out_keys_of_a_module_and_all_that_a_function_returns() -> None:
     module = TensorDictModule(nn.Linear(3, 2), in_keys=["observation"], out_keys=["action"])
     with InferenceServer(module, ThreadingTransport()) as server:
-        assert set(server.client()(request(1), HANG).keys()) == {"action"}
+        assert set(server.client()(request(1), HANG).keys()) == {"action", "policy_version"}
     with InferenceServer(module, ThreadingTransport(), out_keys=["action", "observation"]) as server:
-        assert set(server.client()(request(1), HANG).keys()) == {"action", "observation"}
-    with InferenceServer(lambda td: module(td), ThreadingTransport()) as server:
+        assert set(server.client()(request(1), HANG).keys()) == {"action", "observation", "policy_version"}
+    with InferenceServer(lambda td: module(td), ThreadingTransport(), policy_version_key=None) as server:
         assert set(server.client()(request(1), HANG).keys()) == {"action", "observation"}
 
 

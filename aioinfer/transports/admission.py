@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from tensordict import TensorDictBase
 
-from aioinfer.errors import InvalidRequestError, ServerClosedError, ServerOverloadedError, own_error
+from aioinfer.errors import InvalidRequestError, ServerClosedError, ServerOverloadedError, ServerPausedError, own_error
 from aioinfer.stats import StatsRecorder
 from aioinfer.tensors import RequestSpec
 
@@ -36,13 +36,28 @@ class Admission:
         self.serving = False
         self.superseded = False
         self.closed: ServerClosedError | None = None
-        self.open = self.spec is None and max_pending is None
+        self._refusing = 0
+        self.open = False
         """Whether a TensorDict of the right batch size needs no further check."""
+        self._look()
 
     def close(self, error: ServerClosedError) -> None:
         """Refuse every request from now on."""
         self.closed = error
-        self.open = False
+        self._look()
+
+    def refuse(self) -> None:
+        """Refuse every request until :meth:`accept` was called as often."""
+        self._refusing += 1
+        self._look()
+
+    def accept(self) -> None:
+        """Undo a :meth:`refuse`."""
+        self._refusing -= 1
+        self._look()
+
+    def _look(self) -> None:
+        self.open = self.spec is None and self.max_pending is None and self.closed is None and not self._refusing
 
     def hand_over(self, successor: Admission) -> None:
         """Give way to another server's terms; raise :class:`RuntimeError` while this server runs."""
@@ -58,9 +73,12 @@ class Admission:
         Raises:
             InvalidRequestError: no TensorDict, or not of the layout that the server takes.
             ServerClosedError: the server is shut down.
+            ServerPausedError: it is paused, and refuses requests meanwhile.
         """
         if self.closed is not None:
             raise own_error(self.closed)
+        if self._refusing:
+            raise self.paused()
         if not isinstance(td, TensorDictBase):
             self.stats.reject()
             raise InvalidRequestError(f"a request must be a TensorDict, got {type(td).__qualname__}")
@@ -77,6 +95,11 @@ class Admission:
             except InvalidRequestError:
                 self.stats.reject()
                 raise
+
+    def paused(self) -> ServerPausedError:
+        """Count a request as rejected and return the error that says so."""
+        self.stats.reject()
+        return ServerPausedError("the server is paused; try again when it goes on")
 
     def overloaded(self) -> ServerOverloadedError:
         """Count a request as rejected and return the error that says so."""

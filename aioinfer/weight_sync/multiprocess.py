@@ -1,0 +1,16 @@
+"""The scheme for weights that may differ from worker to worker."""
+
+from __future__ import annotations
+
+from aioinfer.weight_sync.queued import QueuedWeightSyncScheme
+
+__all__ = ["MultiProcessWeightSyncScheme"]
+
+
+class MultiProcessWeightSyncScheme(QueuedWeightSyncScheme):
+    """Weights travel through one queue for each worker, each of which copies them into its own memory.
+
+    What is on the queue is a descriptor; the snapshot itself lies in shared memory. Workers that get the same
+    weights read the same snapshot. Where they get unlike ones, and with ``sync``, copies are made for one worker after
+    the other, in the same memory.
+    """

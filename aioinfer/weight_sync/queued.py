@@ -1,0 +1,259 @@
+"""What the schemes that send have in common: a channel for each worker, and the two parts to play."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from operator import attrgetter
+from typing import Any, Self
+
+import torch
+from tensordict import TensorDictBase
+from torch import nn
+
+from aioinfer.weight_sync.channels import Channel
+from aioinfer.weight_sync.peers import Delivery
+from aioinfer.weight_sync.receiver import Receiver
+from aioinfer.weight_sync.recipes import Recipe
+from aioinfer.weight_sync.scheme import DeviceMapFn, WeightSyncScheme
+from aioinfer.weight_sync.sender import Sender
+from aioinfer.weight_sync.weights import Strategy, WeightsLike
+from aioinfer.weight_sync.worker import PlainWorker
+
+__all__ = ["QueuedWeightSyncScheme"]
+
+
+class QueuedWeightSyncScheme(WeightSyncScheme):
+    """Base of the schemes over queues. Any thread may send; a worker's part belongs to one thread at a time.
+
+    Args:
+        strategy: see :class:`WeightSyncScheme`.
+        sync: see :class:`WeightSyncScheme`.
+        num_workers: make the queues of so many workers now. Else ``init_on_sender`` makes them, and then has to
+            run before the scheme is handed to the other processes.
+        timeout: seconds that workers have to answer, and that a worker waits for weights.
+        cast: whether workers convert weights of another dtype than their model's, instead of refusing them.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy = "tensordict",
+        sync: bool = True,
+        *,
+        num_workers: int | None = None,
+        timeout: float = 10.0,
+        cast: bool = False,
+    ) -> None:
+        super().__init__(strategy, sync)
+        if num_workers is not None and num_workers < 1:
+            raise ValueError(f"num_workers must be at least 1, got {num_workers}")
+        self.timeout = timeout
+        self.cast = cast
+        self._channels: dict[int, Channel] = {worker: Channel() for worker in range(num_workers or 0)}
+        self._worker_idx: int | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._pid = os.getpid()
+        self._sender: Sender | None = None
+        self._recipe: Recipe | None = None
+        self._published: list[Delivery] = []
+        self._connected = False
+        self._worker: PlainWorker | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = ("strategy", "sync", "timeout", "cast", "_channels", "_worker_idx")
+        return {name: self.__dict__[name] for name in names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    def for_worker(self, worker_idx: int) -> Self:
+        """Make the scheme of one worker, for this process or another: it holds that worker's queues alone.
+
+        Raises:
+            ValueError: an unknown worker.
+        """
+        twin = type(self).__new__(type(self))
+        channels = {worker_idx: self._channel(worker_idx)}
+        twin.__setstate__({**self.__getstate__(), "_channels": channels, "_worker_idx": worker_idx})
+        return twin
+
+    # -- the trainer -----------------------------------------------------------------------------------
+
+    def init_on_sender(
+        self,
+        *,
+        model_id: str | None = None,
+        context: Any = None,
+        weights: WeightsLike | None = None,
+        model: nn.Module | None = None,
+        params_map: Mapping[int, WeightsLike] | None = None,
+        devices: Sequence[torch.device | str | int] | None = None,
+        device_map_fn: DeviceMapFn | None = None,
+        num_workers: int | None = None,
+        ctx: Any = None,
+    ) -> None:
+        del ctx  # the queues are made without one
+        model_id = "policy" if model_id is None else model_id
+        if weights is not None and model is not None:
+            raise ValueError("weights and model both say what is published; give one of them")
+        source = weights if model is None else model
+        if context is not None and source is None and params_map is None:
+            source = attrgetter(model_id)(context)
+            if devices is None and num_workers is None:
+                num_workers = getattr(context, "num_workers", None)
+        recipe = Recipe(
+            self.strategy,
+            source=source,
+            params_map=params_map,
+            devices=devices,
+            device_map_fn=device_map_fn,
+            num_workers=num_workers,
+            known_workers=tuple(self._channels),
+        )
+        self._check_recipe(recipe)
+        if not self._channels:
+            self._channels = {worker: Channel() for worker in recipe.workers}
+        elif unknown := [worker for worker in recipe.workers if worker not in self._channels]:
+            raise ValueError(f"this scheme has queues for workers {sorted(self._channels)}, not for {unknown}")
+        self._forget()
+        channels = {worker: self._channels[worker] for worker in recipe.workers}
+        self._recipe = recipe
+        self._sender = Sender(channels, model_id=model_id, timeout=self.timeout)
+
+    def _check_recipe(self, recipe: Recipe) -> None:
+        """Raise :class:`ValueError` for what this scheme can't do."""
+
+    def send(
+        self,
+        weights: WeightsLike | None = None,
+        worker_ids: int | Sequence[int] | None = None,
+        *,
+        version: int | None = None,
+    ) -> None:
+        sender, delivery = self._publish(weights, worker_ids, version, in_turn=self.sync)
+        if self.sync:
+            sender.wait(delivery)
+
+    async def asend(
+        self,
+        weights: WeightsLike | None = None,
+        worker_ids: int | Sequence[int] | None = None,
+        *,
+        version: int | None = None,
+    ) -> None:
+        sender, delivery = self._publish(weights, worker_ids, version)
+        if self.sync:
+            await sender.async_wait(delivery)
+
+    def send_async(
+        self,
+        weights: WeightsLike | None = None,
+        worker_ids: int | Sequence[int] | None = None,
+        *,
+        version: int | None = None,
+    ) -> None:
+        _, delivery = self._publish(weights, worker_ids, version)
+        self._published.append(delivery)
+
+    def wait_async(self) -> None:
+        sender, _ = self._trainer()
+        while self._published:
+            sender.wait(self._published.pop(0))
+
+    async def await_async(self) -> None:
+        sender, _ = self._trainer()
+        while self._published:
+            await sender.async_wait(self._published.pop(0))
+
+    def _publish(
+        self,
+        weights: WeightsLike | None,
+        worker_ids: int | Sequence[int] | None,
+        version: int | None,
+        *,
+        in_turn: bool = False,
+    ) -> tuple[Sender, Delivery]:
+        sender, recipe = self._trainer()
+        if not self._connected:
+            raise RuntimeError("connect() comes before the first send()")
+        workers = recipe.workers
+        if worker_ids is not None:
+            workers = (worker_ids,) if isinstance(worker_ids, int) else tuple(worker_ids)
+            if unknown := [worker for worker in workers if worker not in recipe.workers]:
+                raise ValueError(f"unknown workers {unknown}; there are {list(recipe.workers)}")
+        parts = recipe.parts(weights, workers)
+        in_turn = in_turn and not recipe.one_for_all
+        return sender, sender.publish(parts, version=version, named=worker_ids is not None, in_turn=in_turn)
+
+    def _trainer(self) -> tuple[Sender, Recipe]:
+        if self._sender is None or self._recipe is None:
+            raise RuntimeError("init_on_sender() comes first")
+        return self._sender, self._recipe
+
+    # -- the worker ------------------------------------------------------------------------------------
+
+    def init_on_receiver(
+        self,
+        *,
+        model_id: str,
+        context: Any = None,
+        worker_idx: int | None = None,
+        model: nn.Module | TensorDictBase | None = None,
+    ) -> None:
+        if context is not None:
+            worker_idx = getattr(context, "worker_idx", None) if worker_idx is None else worker_idx
+            model = attrgetter(model_id)(context) if model is None else model
+        if self._pid != os.getpid():  # forked from the trainer, whose part is not played here
+            self._forget()
+        self._worker_idx = self._only_worker() if worker_idx is None else worker_idx
+        channel = self._channel(self._worker_idx)
+        self._worker = PlainWorker(
+            channel, model_id, model, strategy=self.strategy, cast=self.cast, timeout=self.timeout
+        )
+
+    def receive(self, timeout: float | None = None) -> WeightsLike | None:
+        if self._worker is None:
+            raise RuntimeError("init_on_receiver() comes before receive()")
+        return self._worker.receive(self.timeout if timeout is None else timeout)
+
+    def open_receiver(self, model_id: str, *, thread: int) -> Receiver:
+        worker_idx = self._only_worker() if self._worker_idx is None else self._worker_idx
+        return Receiver(self._channel(worker_idx), model_id, thread=thread)
+
+    def _only_worker(self) -> int:
+        if self._worker_idx is not None:
+            return self._worker_idx
+        return next(iter(self._channels)) if len(self._channels) == 1 else 0
+
+    def _channel(self, worker_idx: int) -> Channel:
+        if worker_idx not in self._channels:
+            known = f"there are {sorted(self._channels)}" if self._channels else "init_on_sender() comes first"
+            raise ValueError(f"worker {worker_idx} is not registered; {known}")
+        return self._channels[worker_idx]
+
+    # -- both ------------------------------------------------------------------------------------------
+
+    def connect(self, worker_idx: int | None = None) -> None:
+        mine = self._worker is not None and not self._worker.is_open and worker_idx in (None, self._worker_idx)
+        if self._worker is not None and (self._sender is None or (mine and worker_idx is not None)):
+            if worker_idx not in (None, self._worker_idx):
+                raise ValueError(f"this is worker {self._worker_idx}, not {worker_idx}")
+            self._worker.connect()
+            return
+        if self._sender is None:
+            raise RuntimeError("init_on_sender() or init_on_receiver() comes before connect()")
+        self._connected = True
+        sender, delivery = self._publish(None, worker_idx, None, in_turn=True)
+        if self.sync:
+            sender.wait_for_those_there(delivery)
+
+    def shutdown(self) -> None:
+        if self._sender is not None and self._pid == os.getpid():
+            self._sender.close()
+        if self._worker is not None and self._pid == os.getpid():
+            self._worker.close()
+        self._forget()
+        self._channels = {}

@@ -1,0 +1,135 @@
+"""The worker's half: takes the newest publication from its queue, and tells the trainer what became of it."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Sequence
+
+from aioinfer.errors import WeightSyncError
+from aioinfer.weight_sync.channels import Channel
+from aioinfer.weight_sync.lines import Ack, Line, Outcome, call, farewell, say
+from aioinfer.weight_sync.publications import Publication, Reader
+from aioinfer.weight_sync.waiting import Source, async_wait_readable, wait_readable
+from aioinfer.weight_sync.weights import Weights
+
+__all__ = ["Arrival", "Receiver"]
+
+
+class Arrival:
+    """Weights that have arrived. Whoever takes them answers once: ``applied`` or ``refused``.
+
+    Attributes:
+        weights: views of the trainer's memory, valid until the answer.
+        version: the sender's own number for them, if it gave one.
+        device: where the sender wants a worker without a model to have them.
+    """
+
+    def __init__(self, publication: Publication, weights: Weights, line: Line) -> None:
+        self.weights = weights
+        self.version = publication.version
+        self.device = publication.device
+        self._number = publication.number
+        self._line = line
+
+    def applied(self, *, lent: bool = False) -> None:
+        """Say that they are in use; ``lent``: as views, which stay valid until the next are applied."""
+        say(self._line, Ack(self._number, Outcome.APPLIED, lent=lent))
+
+    def refused(self, error: Exception) -> None:
+        """Say why they are not used."""
+        say(self._line, Ack(self._number, Outcome.REFUSED, str(error)))
+
+    def skipped(self) -> None:
+        """Say that newer ones are used."""
+        say(self._line, Ack(self._number, Outcome.SKIPPED))
+
+
+class Receiver:
+    """One worker's end. It belongs to one thread at a time; another one may answer an ``Arrival``, or close.
+
+    Args:
+        channel: the worker's.
+        model_id: whose weights it receives.
+        thread: the thread whose event loop receives; 0 if there is none.
+    """
+
+    def __init__(self, channel: Channel, model_id: str, *, thread: int = 0) -> None:
+        self._channel = channel
+        self._model_id = model_id
+        self._thread = thread
+        self._reader = Reader()
+        self._lock = threading.Lock()  # guards the line
+        self._closed = False
+        self._line = call(channel.hellos, thread=thread)
+        self.connected = False
+        """Whether weights have come from the trainer that is there now."""
+
+    @property
+    def sources(self) -> Sequence[Source]:
+        """What is readable when ``take`` has something to do."""
+        return self._channel.updates, self._line
+
+    def take(self) -> Arrival | None:
+        """Take the newest weights, without waiting; older ones are skipped.
+
+        Raises:
+            ValueError: something else is on the queue.
+        """
+        self._call_again_if_alone()
+        newest: Arrival | None = None
+        while (received := self._channel.transport.next_message(0.0)) is not None:
+            arrival = self._read(*received)
+            if newest is not None and arrival is not None:
+                newest.skipped()
+            newest = arrival or newest
+        return newest
+
+    def next(self, timeout: float | None) -> Arrival | None:
+        """Wait up to ``timeout`` seconds, or for ever, for weights."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while (arrival := self.take()) is None:
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                return None
+            wait_readable(self.sources, left)
+        return arrival
+
+    async def async_next(self) -> Arrival:
+        """Wait for weights. Cancelling it loses none."""
+        while (arrival := self.take()) is None:
+            await async_wait_readable(self.sources, None)
+        return arrival
+
+    def close(self) -> None:
+        """Tell the trainer that this worker goes. What it publishes from now on waits for the next one."""
+        with self._lock:
+            self._closed = True
+            self.connected = False
+            farewell(self._line)
+
+    def _read(self, model_id: str, publication: object) -> Arrival | None:
+        if not isinstance(publication, Publication):
+            raise ValueError(f"expected a publication on a scheme's weight queue, got {type(publication).__qualname__}")
+        self.connected = True
+        if model_id != self._model_id:
+            error = WeightSyncError(f'these are weights of "{model_id}", this worker serves "{self._model_id}"')
+            os.close(publication.segment)
+            say(self._line, Ack(publication.number, Outcome.REFUSED, str(error)))
+            return None
+        return Arrival(publication, self._reader.read(publication), self._line)
+
+    def _call_again_if_alone(self) -> None:
+        """Leave a line for the next trainer if the one that had the last line is gone."""
+        with self._lock:
+            if self._closed:
+                return
+            try:
+                gone = self._line.poll()  # a trainer says nothing: only its end is readable
+            except OSError:
+                gone = True
+            if gone:
+                self._line.close()
+                self._line = call(self._channel.hellos, thread=self._thread)
+                self.connected = False

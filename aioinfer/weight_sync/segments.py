@@ -1,0 +1,60 @@
+"""Memory that processes share and that has no name: nothing of it is left when they are gone, however they end."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import secrets
+import tempfile
+
+import torch
+from torch import Tensor
+
+__all__ = ["Segment"]
+
+
+class Segment:
+    """A piece of shared memory, reached by a file descriptor that travels to other processes.
+
+    There is no entry in ``/dev/shm`` to be removed: the kernel frees the memory with the last descriptor
+    and the last mapping.
+
+    Attributes:
+        id: the same in every process.
+        memory: its bytes, ``[nbytes]``. Tensors that are views of it keep the mapping alive.
+    """
+
+    def __init__(self, fd: int, nbytes: int, segment_id: bytes) -> None:
+        self.fd = fd
+        self.id = segment_id
+        self.memory: Tensor = torch.frombuffer(mmap.mmap(fd, nbytes), dtype=torch.uint8)
+
+    @classmethod
+    def create(cls, nbytes: int) -> Segment:
+        """Make a new one; at least one byte."""
+        fd = _anonymous_file()
+        os.ftruncate(fd, nbytes)
+        return cls(fd, nbytes, secrets.token_bytes(8))
+
+    def __len__(self) -> int:
+        return len(self.memory)
+
+    def write(self, data: bytes, at: int) -> None:
+        """Copy ``data`` to byte ``at``."""
+        if data:
+            self.memory[at : at + len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+    def read(self, at: int, size: int) -> bytes:
+        """Copy ``size`` bytes from byte ``at``."""
+        return self.memory[at : at + size].numpy().tobytes() if size else b""
+
+    def __del__(self) -> None:
+        if hasattr(self, "fd"):
+            os.close(self.fd)
+
+
+def _anonymous_file() -> int:
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("aioinfer-weights")
+    with tempfile.TemporaryFile() as file:  # unlinked at once, where that is how the platform does it
+        return os.dup(file.fileno())

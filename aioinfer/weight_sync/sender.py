@@ -1,0 +1,146 @@
+"""The trainer's half: publishes snapshots to the workers, and waits for what becomes of them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from aioinfer.weight_sync.channels import Channel
+from aioinfer.weight_sync.peers import Delivery, Peer
+from aioinfer.weight_sync.publications import Shelf
+from aioinfer.weight_sync.waiting import Source, async_wait_readable, wait_readable
+from aioinfer.weight_sync.weights import Weights
+
+__all__ = ["Part", "Sender"]
+
+# A waiting thread looks again this often, in seconds: another one that waits may have read the answer for it.
+_LOOK_AGAIN = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Weights, and who gets them.
+
+    Attributes:
+        weights: as they are when the part is asked for.
+        workers: by index.
+        devices: for some of them, where a worker without a model gets the tensors.
+    """
+
+    weights: Weights
+    workers: Sequence[int]
+    devices: Mapping[int, str] = field(default_factory=dict)
+
+
+class Sender:
+    """Any thread may call. ``_lock`` guards the peers and what is published; nobody holds it while waiting.
+
+    Args:
+        channels: of each worker, by index.
+        model_id: whose weights are published.
+        timeout: seconds that workers have to answer.
+    """
+
+    def __init__(self, channels: Mapping[int, Channel], *, model_id: str, timeout: float) -> None:
+        self._peers = {worker: Peer(worker, channel) for worker, channel in channels.items()}
+        self._model_id = model_id
+        self._timeout = timeout
+        self._shelf = Shelf()
+        self._lock = threading.Lock()
+
+    def publish(
+        self, parts: Iterable[Part], *, version: int | None, named: bool = False, in_turn: bool = False
+    ) -> Delivery:
+        """Take a snapshot of each part, and leave it in the queues of its workers.
+
+        Args:
+            parts: asked for one after the other, so that one can be freed before the next is made.
+            version: the sender's own number for the weights.
+            named: whether the caller has named the workers; then those that have shut down count as failed.
+            in_turn: before the next part is asked for, wait until the workers that are there have applied this one.
+        """
+        delivery = Delivery()
+        iterator = iter(parts)
+        while (part := next(iterator, None)) is not None:
+            workers = part.workers
+            with self._lock:
+                self._publish(part, delivery, version=version, named=named)
+            del part  # now, not when the next one is there
+            if in_turn:
+                self._wait(delivery, self._there(workers))
+        return delivery
+
+    def _publish(self, part: Part, delivery: Delivery, *, version: int | None, named: bool) -> None:
+        peers = [self._peers[worker] for worker in part.workers]
+        for peer in peers:
+            peer.settle()
+            peer.take_back()
+        publication, stored = self._shelf.publish(part.weights, version)
+        for peer in peers:
+            device = part.devices.get(peer.worker)
+            peer.deliver(publication, stored, model_id=self._model_id, device=device, delivery=delivery, named=named)
+
+    def _there(self, workers: Iterable[int]) -> set[int]:
+        """Those that live, and don't need this very thread to receive."""
+        with self._lock:
+            peers = [self._peers[worker] for worker in workers]
+            return {peer.worker for peer in peers if peer.is_there and not peer.is_blocked_by_this_thread}
+
+    # -- wait ------------------------------------------------------------------------------------------
+
+    def wait(self, delivery: Delivery) -> None:
+        """Block until all workers have answered, or the time is over.
+
+        Raises:
+            WeightSyncError: it names the workers that refused, died or did not answer, and says why.
+        """
+        for worker in self._awaited(delivery):
+            if self._peers[worker].is_blocked_by_this_thread:
+                delivery.fail(worker, "receives on the event loop that this call blocks; await asend() instead")
+        self._wait(delivery, self._peers.keys())
+        self._give_up(delivery)
+
+    def wait_for_those_there(self, delivery: Delivery) -> None:
+        """Do as :meth:`wait`, for those workers only that are there, and don't need this very thread to receive."""
+        there = self._there(self._peers)
+        self._wait(delivery, there)
+        delivery.waiting &= there
+        self._give_up(delivery)
+
+    async def async_wait(self, delivery: Delivery) -> None:
+        """Do as :meth:`wait`, without blocking the event loop."""
+        deadline = time.monotonic() + self._timeout
+        while (sources := self._sources(delivery, self._peers.keys())) and (left := deadline - time.monotonic()) > 0:
+            await async_wait_readable(sources, min(left, _LOOK_AGAIN))
+        self._give_up(delivery)
+
+    def _wait(self, delivery: Delivery, workers: Iterable[int]) -> None:
+        deadline = time.monotonic() + self._timeout
+        while (sources := self._sources(delivery, workers)) and (left := deadline - time.monotonic()) > 0:
+            wait_readable(sources, min(left, _LOOK_AGAIN))
+
+    def _awaited(self, delivery: Delivery) -> list[int]:
+        with self._lock:
+            for worker in tuple(delivery.waiting):
+                self._peers[worker].settle()
+            return sorted(delivery.waiting)
+
+    def _sources(self, delivery: Delivery, workers: Iterable[int]) -> list[Source]:
+        """What to wait for; nothing if all of ``workers`` have answered."""
+        awaited = set(self._awaited(delivery)) & set(workers)
+        return [source for worker in awaited for source in self._peers[worker].sources]
+
+    def _give_up(self, delivery: Delivery) -> None:
+        with self._lock:
+            for worker in tuple(delivery.waiting):
+                what = "did not answer" if self._peers[worker].is_there else "has not connected"
+                delivery.fail(worker, f"{what} within {self._timeout:g} s")
+        delivery.check()
+
+    def close(self) -> None:
+        """End the lines to the workers; what they have not read yet stays in their queues."""
+        with self._lock:
+            for peer in self._peers.values():
+                peer.hang_up()

@@ -1,0 +1,103 @@
+"""Weights by name: read from a module, a TensorDict or a state dict, and given back as one of the latter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from tensordict import NonTensorData, TensorDict, TensorDictBase
+from torch import Tensor, nn
+
+__all__ = ["EXTRA_STATE", "Strategy", "Weights", "WeightsLike", "as_tensordict", "check_strategy", "given_back", "read"]
+
+Strategy: TypeAlias = Literal["tensordict", "state_dict"]
+WeightsLike: TypeAlias = nn.Module | TensorDictBase | Mapping[str, Any]
+
+EXTRA_STATE = "_extra_state"
+"""How state dicts call what ``nn.Module.get_extra_state`` returns, after the name of its module."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """One weight set, without copying it.
+
+    Attributes:
+        tensors: by dotted name, as in a state dict.
+        extra_states: what modules keep beside tensors, by dotted name; each ends with ``_extra_state``.
+    """
+
+    tensors: dict[str, Tensor]
+    extra_states: dict[str, Any]
+
+    def detached(self) -> Weights:
+        """The same, apart from autograd."""
+        return Weights({name: tensor.detach() for name, tensor in self.tensors.items()}, self.extra_states)
+
+
+def check_strategy(strategy: str) -> None:
+    """Raise :class:`ValueError` for anything but the two strategies."""
+    if strategy not in ("tensordict", "state_dict"):
+        raise ValueError(f'strategy must be "tensordict" or "state_dict", got {strategy!r}')
+
+
+def read(source: WeightsLike, strategy: Strategy) -> Weights:
+    """Find the weights in ``source``.
+
+    Args:
+        source: a module, a TensorDict (nested, or with dotted names), or a state dict.
+        strategy: how a module is read: ``"tensordict"`` takes every parameter and buffer, ``"state_dict"``
+            what its ``state_dict()`` has, which leaves buffers out that are not persistent. Both take extra state.
+
+    Raises:
+        TypeError: ``source`` is none of these, or has entries that are no dense tensors.
+    """
+    if isinstance(source, TensorDictBase):
+        entries = _entries_of_tensordict(source)
+    elif isinstance(source, nn.Module):
+        entries = iter(source.state_dict().items()) if strategy == "state_dict" else _entries_of_module(source)
+    elif isinstance(source, Mapping):
+        entries = iter(source.items())
+    else:
+        raise TypeError(f"weights must be a module, a TensorDict or a state dict, got {type(source).__qualname__}")
+    tensors: dict[str, Tensor] = {}
+    extra_states: dict[str, Any] = {}
+    for name, value in entries:
+        if name == EXTRA_STATE or name.endswith("." + EXTRA_STATE):
+            extra_states[name] = value
+        elif isinstance(value, Tensor) and value.layout == torch.strided:
+            tensors[name] = value
+        else:
+            kind = f"of layout {value.layout}" if isinstance(value, Tensor) else f"of type {type(value).__qualname__}"
+            raise TypeError(f'weights must be dense tensors, but "{name}" is {kind}')
+    return Weights(tensors, extra_states)
+
+
+def _entries_of_module(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    # Duplicates too: a tied parameter has several names, and each must be found by whoever unties it.
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+    for name, part in module.named_modules(remove_duplicate=False):
+        if type(part).get_extra_state is not nn.Module.get_extra_state:
+            yield f"{name}.{EXTRA_STATE}" if name else EXTRA_STATE, part.get_extra_state()
+
+
+def _entries_of_tensordict(td: TensorDictBase) -> Iterator[tuple[str, Any]]:
+    for key, value in td.items(include_nested=True, leaves_only=True):
+        name = key if isinstance(key, str) else ".".join(key)
+        yield name, value.data if isinstance(value, NonTensorData) else value
+
+
+def given_back(weights: Weights, strategy: Strategy) -> TensorDict | dict[str, Any]:
+    """Make of weights what the strategy is called after: a nested TensorDict, or a state dict."""
+    if strategy == "state_dict":
+        return {**weights.tensors, **weights.extra_states}
+    return as_tensordict(weights)
+
+
+def as_tensordict(weights: Weights) -> TensorDict:
+    """Make a nested TensorDict of weights; extra states are entries that are no tensors."""
+    extra = {name: NonTensorData(state) for name, state in weights.extra_states.items()}
+    td: TensorDict = TensorDict({**weights.tensors, **extra}).unflatten_keys(".")
+    return td

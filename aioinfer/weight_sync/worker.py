@@ -1,0 +1,79 @@
+"""A worker that is no server: it receives where it calls ``receive``."""
+
+from __future__ import annotations
+
+from tensordict import TensorDictBase
+from torch import nn
+
+from aioinfer.errors import WeightSyncError
+from aioinfer.weight_sync.channels import Channel
+from aioinfer.weight_sync.receiver import Arrival, Receiver
+from aioinfer.weight_sync.snapshots import snapshot
+from aioinfer.weight_sync.targets import ModelTarget
+from aioinfer.weight_sync.weights import Strategy, Weights, WeightsLike, given_back, read
+
+__all__ = ["PlainWorker"]
+
+
+class PlainWorker:
+    """Receives weights into a model, in the thread that calls; see ``WeightSyncScheme.init_on_receiver``."""
+
+    def __init__(
+        self,
+        channel: Channel,
+        model_id: str,
+        model: nn.Module | TensorDictBase | None,
+        *,
+        strategy: Strategy,
+        cast: bool,
+        timeout: float,
+    ) -> None:
+        self._channel = channel
+        self._model_id = model_id
+        self._model = model
+        self._target = None if model is None else ModelTarget(model, cast=cast)
+        self._strategy = strategy
+        self._timeout = timeout
+        self._receiver: Receiver | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it has said hello to the trainer."""
+        return self._receiver is not None
+
+    def connect(self) -> None:
+        """Say hello, and wait for the first weights."""
+        if self._receiver is None:
+            self._receiver = Receiver(self._channel, self._model_id)
+        if self.receive(self._timeout) is None:
+            raise TimeoutError(f"no weights came within {self._timeout:g} s; connect() may be called again")
+
+    def receive(self, timeout: float) -> WeightsLike | None:
+        """Apply the newest weights, or return ``None`` if none come within ``timeout`` seconds."""
+        if self._receiver is None:
+            raise RuntimeError("connect() comes before receive()")
+        arrival = self._receiver.next(timeout)
+        if arrival is None:
+            return None
+        try:
+            weights = self._apply(arrival)
+        except WeightSyncError as error:
+            arrival.refused(error)
+            raise
+        arrival.applied()
+        return weights
+
+    def _apply(self, arrival: Arrival) -> WeightsLike:
+        if self._target is None or self._model is None:
+            own = snapshot(arrival.weights.tensors)
+            if arrival.device is not None:
+                own = {name: tensor.to(arrival.device) for name, tensor in own.items()}
+            return given_back(Weights(own, arrival.weights.extra_states), self._strategy)
+        self._target.load(arrival.weights)
+        return given_back(read(self._model, self._strategy).detached(), self._strategy)
+
+    def close(self) -> None:
+        """Say farewell to the trainer."""
+        if self._receiver is not None:
+            self._receiver.close()
+            self._receiver = None
