@@ -56,7 +56,7 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """Serve CartPole to 64 coroutines and 8 threads; arguments after ``--`` go to ``aioinfer demo``."""
+    """Learn CartPole live, in a process beside the server; arguments after ``--`` go to ``aioinfer demo``."""
     install(session, package=".[demo]")
     session.run("aioinfer", "demo", *session.posargs)
 

@@ -134,6 +134,8 @@ class Updates:
                 self._stats.update(applied=False)
                 _log.warning("ignored a message on the weight queue of %r: %s", self._model_id, error)
                 continue
+            if arrival is None:
+                return
             try:
                 weights = await self._beside(arrival)
             except WeightSyncError as error:

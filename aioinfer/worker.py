@@ -142,13 +142,12 @@ class Worker:
         self._thread.hold()
 
     def _finish_and_hold(self) -> None:
-        asked_at = time.perf_counter()
+        left = self._transport.pending()  # those that come meanwhile wait
         try:
-            while self._transport.wait_for_pending(1, 1, 0.0) and not self._admission.closed:
-                if time.perf_counter() - self._transport.waited() > asked_at:
-                    break
-                if requests := self._transport.take(self._rule.max_batch_size):
+            while left > 0 and self._transport.wait_for_pending(1, 1, 0.0) and not self._admission.closed:
+                if requests := self._transport.take(min(left, self._rule.max_batch_size)):
                     self._answer(requests, DispatchReason.DRAIN)
+                    left -= len(requests)
         finally:
             self._thread.hold()
 

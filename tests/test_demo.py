@@ -1,30 +1,40 @@
+"""The command `aioinfer demo`: how it ends, and what it leaves behind."""
+
 from __future__ import annotations
 
 import argparse
+import asyncio
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import termios
-import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Self
 
 import gymnasium
 import pytest
 import torch
-from tensordict import TensorDictBase
 
 from aioinfer import InferenceServer, demo
+from aioinfer.demo import curve as curves
+from aioinfer.demo.figures import Figures
+from aioinfer.demo.policy import Actor, make_policy
+from aioinfer.demo.rollouts import Rollouts
+from aioinfer.demo.views import View
+from tests.cartpole import ScriptedEnv
 
 # What is started, then interrupted: the demo, and after it a line that tells what it left behind.
 _PROGRAM = """
-import argparse, os, sys, threading
+import argparse, multiprocessing, os, sys, threading
 if os.isatty(0):  # the terminal's Ctrl-C reaches its own session only
     import fcntl, termios
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 from aioinfer import demo
-early = sorted({"gymnasium", "rich"} & set(sys.modules))
+early = sorted({"gymnasium", "matplotlib", "rich"} & set(sys.modules))
 import gymnasium
 open_envs, make = [], gymnasium.make
 def counted(name):
@@ -37,7 +47,7 @@ parser = argparse.ArgumentParser()
 demo.add_arguments(parser)
 status = demo.run(parser.parse_args())
 threads = [t.name for t in threading.enumerate() if t is not threading.main_thread()]
-print(f"left behind: {early} {threads} {open_envs}", flush=True)
+print(f"left behind: {early} {threads} {multiprocessing.active_children()} {open_envs}", flush=True)
 sys.exit(status)
 """
 
@@ -48,18 +58,14 @@ def _run(*arguments: str) -> int:
     return demo.run(parser.parse_args([*arguments]))
 
 
-class _Env:
-    """Stands in for CartPole: the episode never ends, and ``at_step`` is called before each step."""
+class _IdleTrainer:
+    """Stands in for a trainer that never asks for a batch."""
 
-    def __init__(self, at_step: Any) -> None:
-        self._at_step = at_step
+    def __init__(self, scheme: Any, seed: int) -> None:
+        pass
 
-    def reset(self, *, seed: int | None = None) -> tuple[Any, dict[str, Any]]:
-        return torch.zeros(4).numpy(), {}
-
-    def step(self, action: int) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        self._at_step()
-        return torch.zeros(4).numpy(), 1.0, False, False, {}
+    async def feed(self, rollouts: Rollouts, published: Any) -> None:
+        await asyncio.Event().wait()
 
     def close(self) -> None:
         pass
@@ -73,50 +79,36 @@ class _RecordedServer(InferenceServer):
         return await super().__aenter__()
 
 
-@pytest.fixture(autouse=True)
-def _no_thread_left() -> Iterator[None]:
-    before = set(threading.enumerate())
-    yield
-    for thread in set(threading.enumerate()) - before:
-        thread.join(5)  # the server's thread may have its last few instructions before it
-        assert not thread.is_alive()
+# -- the command ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("envs", "threads"), [(4, 2), (3, 0), (0, 3)])
-def test_a_short_run_ends_with_a_summary_and_status_0(
-    capsys: pytest.CaptureFixture[str], envs: int, threads: int
+def test_a_run_that_reaches_the_goal_leaves_trained_weights_and_a_picture_and_ends_with_status_0(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
+    monkeypatch.setattr(curves, "GOAL", 40.0)  # twice what an untrained policy gets
     torch_threads = torch.get_num_threads()
 
-    assert _run("--seconds", "0.3", "--envs", str(envs), "--threads", str(threads), "--plain") == 0
+    assert _run("--plain", "--seed", "3", "--out", str(tmp_path / "new" / "results")) == 0
 
     output = capsys.readouterr().out
-    assert f"{envs} tasks and {threads} threads" in output
-    summary = dict(line.strip().split("  ", 1) for line in output.partition("summary of")[2].splitlines()[1:])
-    assert list(summary) == [
-        "frames/s",
-        "tasks",
-        "threads",
-        "batch size",
-        "queue wait",
-        "forward",
-        "episodes",
-        "requests",
-    ]
-    assert (summary["tasks"].strip() != "0") == (envs > 0)
-    assert (summary["threads"].strip() != "0") == (threads > 0)
-    assert "0 failed, 0 cancelled, 0 rejected" in summary["requests"]
+    summary = dict(line.strip().split("  ", 1) for line in output.partition("summary of")[2].splitlines()[1:6])
+    assert list(summary) == ["episode return", "frames/s", "policy version", "weights' age", "batch size"]
+    assert int(summary["policy version"]) > 0
+    picture, weights = tmp_path / "new" / "results" / "learning_curve.png", tmp_path / "new" / "results" / "policy.pt"
+    assert f"learning curve: {picture}\nweights: {weights}\nlearned in " in output
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    torch.manual_seed(3)
+    untrained = make_policy(Actor())
+    trained = torch.load(weights)
+    assert all(not torch.equal(trained[name], tensor) for name, tensor in untrained.state_dict().items())
+    untrained.load_state_dict(trained)
+    assert multiprocessing.active_children() == []
     assert torch.get_num_threads() == torch_threads
 
 
-@pytest.mark.parametrize("model", ["tiny", "big"])
-def test_each_model_plays(capsys: pytest.CaptureFixture[str], model: str) -> None:
-    assert _run("--seconds", "0.1", "--envs", "2", "--threads", "1", "--model", model) == 0
-
-    assert f"model {model}" in capsys.readouterr().out
-
-
-def test_environments_are_closed_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_does_not_learn_says_so_and_ends_with_status_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     made, closed, make = [], [], gymnasium.make
 
     def counted(name: str) -> Any:
@@ -127,9 +119,37 @@ def test_environments_are_closed_at_the_end(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(gymnasium, "make", counted)
 
-    assert _run("--seconds", "0.1", "--envs", "2", "--threads", "2") == 0
-    assert len(made) == 4
+    assert _run("--seconds", "0.3", "--out", str(tmp_path)) == 1
+
+    assert capsys.readouterr().err.startswith("not learned in 0.")
+    assert {path.name for path in tmp_path.iterdir()} == {"learning_curve.png", "policy.pt"}
+    assert len(made) == 32
     assert set(map(id, made)) == set(map(id, closed))
+    assert multiprocessing.active_children() == []
+
+
+def test_a_trainer_that_dies_ends_the_demo_with_status_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    class KillingView:
+        interval = 0.01
+
+        def show(self, figures: Figures) -> None:
+            for child in multiprocessing.active_children():
+                child.kill()
+
+    @contextmanager
+    def killing_view(title: str) -> Iterator[View]:
+        yield KillingView()
+
+    monkeypatch.setattr(demo, "plain_view", killing_view)
+
+    assert _run("--plain", "--out", str(tmp_path)) == 1
+
+    errors = capsys.readouterr().err.splitlines()
+    assert errors[0] == "the trainer died with exit code -9"
+    assert errors[1].startswith("not learned in ")
+    assert len(errors) == 2
 
 
 @pytest.mark.parametrize(
@@ -139,10 +159,9 @@ def test_environments_are_closed_at_the_end(monkeypatch: pytest.MonkeyPatch) -> 
         (["--seconds", "0"], "above 0, got '0'"),
         (["--seconds", "soon"], "above 0, got 'soon'"),
         (["--seconds", "inf"], "above 0, got 'inf'"),
-        (["--envs", "-3"], "at least 0, got '-3'"),
-        (["--threads", "2.5"], "at least 0, got '2.5'"),
-        (["--envs", "0", "--threads", "0"], "must be at least 1"),
-        (["--model", "huge"], "invalid choice: 'huge'"),
+        (["--seed", "-3"], "from 0 to 4294967295, got '-3'"),
+        (["--seed", "2.5"], "from 0 to 4294967295, got '2.5'"),
+        (["--seed", "4294967296"], "from 0 to 4294967295, got '4294967296'"),
     ],
 )
 def test_bad_values_are_refused_with_a_message(
@@ -154,7 +173,17 @@ def test_bad_values_are_refused_with_a_message(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("module", ["gymnasium", "rich"])
+def test_without_a_place_for_the_results_the_demo_does_not_begin(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+
+    assert _run("--out", str(tmp_path / "file")) == 1
+
+    assert capsys.readouterr() == ("", f"--out {tmp_path / 'file'}: File exists\n")
+
+
+@pytest.mark.parametrize("module", ["gymnasium", "matplotlib", "rich"])
 def test_without_the_extra_one_line_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], module: str
 ) -> None:
@@ -165,62 +194,72 @@ def test_without_the_extra_one_line_says_what_to_install(
     assert capsys.readouterr() == ("", f'the demo needs {module}: pip install "aioinfer[demo]"\n')
 
 
-@pytest.mark.parametrize(("envs", "threads"), [("2", "0"), ("0", "2")])
-def test_a_worker_that_raises_ends_the_demo_with_its_error(
-    monkeypatch: pytest.MonkeyPatch, envs: str, threads: str
+def test_an_environment_that_raises_ends_the_demo_with_its_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def fall() -> None:
+    def fall(step: int) -> tuple[bool, bool]:
         raise ArithmeticError("the pole broke")
 
-    monkeypatch.setattr(gymnasium, "make", lambda name: _Env(fall))
+    monkeypatch.setattr(demo, "TrainerProcess", _IdleTrainer)
+    monkeypatch.setattr(gymnasium, "make", lambda name: ScriptedEnv(fall))
 
     with pytest.raises(ArithmeticError, match="the pole broke"):
-        _run("--envs", envs, "--threads", threads)
+        _run("--out", str(tmp_path))
 
 
-def test_a_model_that_raises_ends_the_demo_with_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def model(td: TensorDictBase) -> TensorDictBase:
-        raise ArithmeticError("no policy")
+def test_a_model_that_raises_ends_the_demo_with_its_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Broken(Actor):
+        def forward(self, observation: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            raise ArithmeticError("no policy")
 
-    monkeypatch.setattr(demo, "make_policy", lambda name: model)
+    monkeypatch.setattr(demo, "TrainerProcess", _IdleTrainer)
+    monkeypatch.setattr(demo, "Actor", Broken)
 
     with pytest.raises(ArithmeticError, match="no policy"):
-        _run("--envs", "2", "--threads", "2")
+        _run("--out", str(tmp_path))
 
 
-def test_a_server_that_closes_ends_the_workers_quietly_and_the_demo_with_status_1(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_server_that_closes_ends_the_demo_with_status_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    _RecordedServer.made = []
-    monkeypatch.setattr(demo, "InferenceServer", _RecordedServer)
-    monkeypatch.setattr(gymnasium, "make", lambda name: _Env(lambda: _RecordedServer.made[0].shutdown(0)))
+    def close(step: int) -> tuple[bool, bool]:
+        _RecordedServer.made[0].shutdown(0)
+        return False, False
 
-    assert _run("--envs", "2", "--threads", "2") == 1
+    _RecordedServer.made = []
+    monkeypatch.setattr(demo, "TrainerProcess", _IdleTrainer)
+    monkeypatch.setattr(demo, "InferenceServer", _RecordedServer)
+    monkeypatch.setattr(gymnasium, "make", lambda name: ScriptedEnv(close))
+
+    assert _run("--out", str(tmp_path)) == 1
 
     output, errors = capsys.readouterr()
     assert "summary of" in output
     assert errors.startswith("the server closed early: ")
-    assert errors.count("\n") == 1
+    assert errors.count("\n") == 2
 
 
-def test_ctrl_c_ends_it_cleanly_on_a_pipe() -> None:
-    with _start("--plain", stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-        assert process.stdout is not None
-        while b"frames/s" not in process.stdout.readline():
-            assert process.poll() is None
+# -- its end, seen from outside ------------------------------------------------------------------------
+
+
+def test_ctrl_c_ends_it_cleanly_on_a_pipe(tmp_path: Path) -> None:
+    with _start("--plain", "--out", str(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        _read_until(process, b"frames/s")
         process.send_signal(signal.SIGINT)
-        rest = process.stdout.read().decode()
+        rest = _read_until_all_processes_ended(process)
 
     assert process.returncode == 130
     assert "summary of" in rest
-    assert "0 failed, 0 cancelled, 0 rejected\nleft behind: [] [] []" in rest
+    assert rest.endswith("left behind: [] [] [] []\n")
     assert "Traceback" not in rest
 
 
-def test_ctrl_c_ends_the_live_view_cleanly_on_a_terminal() -> None:
+def test_ctrl_c_ends_the_live_view_cleanly_on_a_terminal(tmp_path: Path) -> None:
     keyboard, terminal = os.openpty()
     termios.tcsetwinsize(terminal, (24, 80))
-    with _start(stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True) as process:
+    with _start(
+        "--out", str(tmp_path), stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True
+    ) as process:
         os.close(terminal)
         screen = ""
         while "Ctrl-C ends it" not in screen:
@@ -233,15 +272,37 @@ def test_ctrl_c_ends_the_live_view_cleanly_on_a_terminal() -> None:
     _, cursor_is_back, after = screen.rpartition("\x1b[?25h")
     assert cursor_is_back
     assert "summary of" in after
-    assert "0 failed, 0 cancelled, 0 rejected\r\nleft behind: [] [] []" in after
+    assert after.endswith("left behind: [] [] [] []\r\n")
     assert "Traceback" not in screen
 
 
+def test_the_trainer_ends_by_itself_when_the_demo_is_killed(tmp_path: Path) -> None:
+    with _start("--plain", "--out", str(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        _read_until(process, b" ms)")  # weights have come
+        process.kill()
+        rest = _read_until_all_processes_ended(process)
+
+    assert process.returncode == -9
+    assert "Traceback" not in rest
+
+
 def _start(*arguments: str, **streams: Any) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-c", _PROGRAM, "--envs", "4", "--threads", "2", "--seconds", "30", *arguments]
+    command = [sys.executable, "-c", _PROGRAM, "--seconds", "50", *arguments]
     return subprocess.Popen(
         command, env={**os.environ, "TERM": "xterm-256color", "PYTHONIOENCODING": "utf-8"}, **streams
     )
+
+
+def _read_until(process: subprocess.Popen[bytes], part: bytes) -> None:
+    assert process.stdout is not None
+    while part not in (line := process.stdout.readline()):
+        assert line, "it ended early"
+
+
+def _read_until_all_processes_ended(process: subprocess.Popen[bytes]) -> str:
+    # The trainer has inherited the pipe, so it is at its end only when the trainer is.
+    assert process.stdout is not None
+    return process.stdout.read().decode()
 
 
 def _until_hang_up(keyboard: int) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Play CartPole in many tasks and threads at once, all on one server, and watch it."""
+"""Learn CartPole live: a trainer in another process learns from what 32 tasks collect through one server."""
 
 from __future__ import annotations
 
@@ -6,51 +6,60 @@ import argparse
 import asyncio
 import math
 import sys
-import threading
-import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
-from functools import partial
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
+from tensordict.nn import TensorDictModule
 
-from aioinfer.demo.figures import Scoreboard
-from aioinfer.demo.players import Player, play_in_task, play_in_thread
-from aioinfer.demo.policies import HIDDEN, make_policy
+from aioinfer.demo.curve import GOAL, WINDOW, LearningCurve
+from aioinfer.demo.figures import Figures, Scoreboard
+from aioinfer.demo.players import Player
+from aioinfer.demo.plot import save_plot
+from aioinfer.demo.policy import Actor, make_policy
+from aioinfer.demo.rollouts import Rollouts
+from aioinfer.demo.trainer import TrainerProcess
 from aioinfer.demo.views import View, live_view, plain_view, suits_live_view, summary
-from aioinfer.errors import ServerClosedError
+from aioinfer.errors import PeerDiedError, ServerClosedError
 from aioinfer.server import InferenceServer
 from aioinfer.transports.threads import ThreadingTransport
+from aioinfer.weight_sync import MultiProcessWeightSyncScheme
 
 __all__ = ["add_arguments", "run"]
 
+_ENVS = 32
+_TITLE = f"CartPole-v1, {_ENVS} tasks on one server, a trainer in another process"
 _INTERRUPTED = 128 + 2  # what a shell reports for a program that SIGINT ended
-_PATIENCE = 2.0  # seconds that workers have for their last reply, before the server closes on them
+_EXTRA = ("gymnasium", "matplotlib", "rich")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``aioinfer demo``."""
-    parser.add_argument("--envs", type=_count, default=64, help="environments in coroutines (default: %(default)s)")
-    parser.add_argument("--threads", type=_count, default=8, help="environments in threads (default: %(default)s)")
-    parser.add_argument("--seconds", type=_seconds, default=15.0, help="how long to play (default: %(default)g)")
     parser.add_argument(
-        "--model", choices=list(HIDDEN), default="mlp", help="size of the policy (default: %(default)s)"
+        "--seconds", type=_seconds, default=90.0, help="how long it may take to learn (default: %(default)g)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the policy and the environments (default: %(default)s)")
+    parser.add_argument(
+        "--seed",
+        type=_seed,
+        default=0,
+        help="of the weights, the actions and the environments (default: %(default)s); two runs with one seed still"
+        " differ a little, since their processes don't run in step",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("aioinfer-demo"),
+        metavar="DIRECTORY",
+        help="where the learning curve and the weights go (default: %(default)s)",
+    )
     parser.add_argument(
         "--plain",
         action="store_true",
         help="one line a second, no live view; the default where the output is no terminal",
     )
-    parser.set_defaults(refuse=parser.error)
-
-
-def _count(text: str) -> int:
-    count = int(text) if text.isdecimal() else -1
-    if count < 0:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, got {text!r}")
-    return count
 
 
 def _seconds(text: str) -> float:
@@ -63,45 +72,48 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _seed(text: str) -> int:
+    seed = int(text) if text.isdecimal() else -1
+    if not 0 <= seed < 2**32:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to {2**32 - 1}, got {text!r}")
+    return seed
+
+
 def run(options: argparse.Namespace) -> int:
     """Run ``aioinfer demo``.
 
     Returns:
-        The exit status: 0 after the full time, 130 after Ctrl-C, 1 without the extra ``demo`` or where the server
-        closed early.
+        The exit status: 0 when the goal is reached, 130 after Ctrl-C, and 1 where it was not reached in time, the
+        trainer died, the server closed early, there is no place for the results, or the extra ``demo`` is missing.
 
     Raises:
-        SystemExit: there would be nobody to play.
-        Exception: what a worker raised: its environment's error, or the model's.
+        Exception: what a player raised: its environment's error, or the model's.
     """
-    if options.envs + options.threads == 0:
-        options.refuse("argument --envs: must be at least 1 where --threads is 0")
+    missing = _missing_extra()
+    if missing is not None:
+        print(f'the demo needs {missing}: pip install "aioinfer[demo]"', file=sys.stderr)
+        return 1
     try:
-        missing = _missing_extra()
-        if missing is not None:
-            print(f'the demo needs {missing}: pip install "aioinfer[demo]"', file=sys.stderr)
-            return 1
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"--out {options.out}: {error.strerror}", file=sys.stderr)
+        return 1
+    try:
         with _one_torch_thread():
-            return asyncio.run(_demo(options))
+            return _learn(options)
     except KeyboardInterrupt:  # before the first frame, or a second one while the first was obeyed
         return _INTERRUPTED
 
 
 def _missing_extra() -> str | None:
-    try:
-        import gymnasium  # noqa: F401
-        import rich  # noqa: F401
-    except ModuleNotFoundError as error:
-        if error.name in ("gymnasium", "rich"):
-            return error.name
-        raise
-    return None
+    # Looked for, not imported: matplotlib is not needed before the end, and takes a while.
+    return next((name for name in _EXTRA if find_spec(name) is None), None)
 
 
 @contextmanager
 def _one_torch_thread() -> Iterator[None]:
-    # A batch of some 70 rows through small layers gains nothing from torch's own threads, and handing the work to
-    # them costs more than the work; they would also take the cores from the workers and their environments.
+    # A batch of 32 rows through small layers gains nothing from torch's own threads, and handing the work to them
+    # costs more than the work; they would also take the cores from the environments and the trainer.
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -110,75 +122,105 @@ def _one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-async def _demo(options: argparse.Namespace) -> int:
+def _learn(options: argparse.Namespace) -> int:
+    torch.manual_seed(options.seed)
+    policy, scheme = make_policy(Actor()), MultiProcessWeightSyncScheme(sync=False, num_workers=1)
+    with closing(TrainerProcess(scheme, options.seed)) as trainer:
+        end = asyncio.run(_play(options, policy, scheme, trainer))
+    print(f"summary of {end.figures.elapsed:.1f} s: {_TITLE}", summary(end.figures), sep="\n", flush=True)
+    if end.status != _INTERRUPTED:
+        _save(policy, end.curve, options)
+        _say_whether_learned(end)
+    return end.status
+
+
+def _save(policy: TensorDictModule, curve: LearningCurve, options: argparse.Namespace) -> None:
+    picture, weights = options.out.resolve() / "learning_curve.png", options.out.resolve() / "policy.pt"
+    save_plot(curve, picture, title=f"{_TITLE}, seed {options.seed}")
+    torch.save(policy.state_dict(), weights)
+    print(f"learning curve: {picture}", f"weights: {weights}", sep="\n", flush=True)
+
+
+def _say_whether_learned(end: _End) -> None:
+    episodes, average = min(end.figures.episodes, WINDOW), end.figures.average_return
+    returns = (
+        f"the latest {episodes} episodes returned {average:.1f} on average" if episodes else "no episode has ended"
+    )
+    result = f"in {end.figures.elapsed:.1f} s: {returns}"
+    if end.status == 0:
+        print(f"learned {result}", flush=True)
+    else:
+        print(f"not learned {result}, the goal is {GOAL:g}", file=sys.stderr)
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    status: int
+    figures: Figures
+    curve: LearningCurve
+
+
+async def _play(
+    options: argparse.Namespace,
+    policy: TensorDictModule,
+    scheme: MultiProcessWeightSyncScheme,
+    trainer: TrainerProcess,
+) -> _End:
     import gymnasium
 
-    torch.manual_seed(options.seed)
-    status, halt = 0, threading.Event()
-    with ExitStack() as stack:  # left in the reverse order: no environment is closed under its worker
+    curve, rollouts = LearningCurve(), Rollouts()
+    with ExitStack() as stack:  # left in the reverse order: no environment is closed under its player
         players = [
-            Player(stack.enter_context(closing(gymnasium.make("CartPole-v1"))), options.seed + index)
-            for index in range(options.envs + options.threads)
+            Player(
+                stack.enter_context(closing(gymnasium.make("CartPole-v1"))),
+                _ENVS * options.seed + index,
+                rollouts=rollouts,
+                curve=curve,
+            )
+            for index in range(_ENVS)
         ]
-        in_tasks, in_threads = players[: options.envs], players[options.envs :]
-        pool = stack.enter_context(ThreadPoolExecutor(max(1, len(in_threads)), thread_name_prefix="aioinfer-demo"))
-        async with InferenceServer(
-            make_policy(options.model), ThreadingTransport(), max_batch_size=len(players)
-        ) as server:
-            board = Scoreboard(in_tasks, in_threads, stats=server.stats)
-            client, task_client, loop = server.client(), server.async_client(), asyncio.get_running_loop()
-            workers: list[asyncio.Future[None]] = [
-                *[loop.create_task(play_in_task(player, task_client, halt=halt)) for player in in_tasks],
-                *[
-                    loop.run_in_executor(pool, partial(play_in_thread, player, client, halt=halt))
-                    for player in in_threads
-                ],
+        async with InferenceServer(policy, ThreadingTransport(), max_batch_size=_ENVS, weight_sync=scheme) as server:
+            board, client = Scoreboard(players, curve, server=server), server.async_client()
+            tasks = [
+                *[asyncio.create_task(player.play(client)) for player in players],
+                asyncio.create_task(trainer.feed(rollouts, board.publish)),
             ]
-            for worker in workers:
-                worker.add_done_callback(_take_note)
             try:
                 with _view(options) as view:
-                    await _watch(workers, board, view=view, seconds=options.seconds)
+                    await _watch(tasks, curve, board, view=view, seconds=options.seconds)
+                status = 0 if curve.learned else 1
             except asyncio.CancelledError:  # Ctrl-C: asyncio.run cancels its main task, and nobody else does
                 status = _INTERRUPTED
-            except ServerClosedError as closed:
-                print(f"the server closed early: {closed}", file=sys.stderr)
+            except PeerDiedError as error:
+                print(error, file=sys.stderr)
+                status = 1
+            except ServerClosedError as error:
+                print(f"the server closed early: {error}", file=sys.stderr)
                 status = 1
             finally:
-                halt.set()
-                # Their last replies first, so that no request is left to fail when the server closes.
-                await asyncio.wait(workers, timeout=_PATIENCE)
-            figures = board.whole()
-    print(f"summary of {figures.elapsed:.1f} s: {_title(options)}", summary(figures), sep="\n", flush=True)
-    return status
-
-
-def _title(options: argparse.Namespace) -> str:
-    tasks, threads = _number(options.envs, "task"), _number(options.threads, "thread")
-    return f"CartPole-v1, {tasks} and {threads} on one server, model {options.model}"
-
-
-def _number(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+            return _End(status, board.whole(), curve)
 
 
 def _view(options: argparse.Namespace) -> AbstractContextManager[View]:
     if options.plain or not suits_live_view():
-        return plain_view(f"{_title(options)}: {options.seconds:g} s")
-    return live_view(_title(options), seconds=options.seconds)
+        return plain_view(f"{_TITLE}: {options.seconds:g} s at most")
+    return live_view(_TITLE, seconds=options.seconds)
 
 
-async def _watch(workers: Sequence[asyncio.Future[None]], board: Scoreboard, *, view: View, seconds: float) -> None:
-    """Show how it goes until the time is up; raise what a worker raises."""
-    end = time.perf_counter() + seconds
-    while (left := end - time.perf_counter()) > 0:
-        done, _ = await asyncio.wait(workers, timeout=min(view.interval, left), return_when=asyncio.FIRST_EXCEPTION)
-        for worker in done:
-            worker.result()
-        view.show(board.recent())
-
-
-def _take_note(worker: asyncio.Future[None]) -> None:
-    # Else asyncio logs each error but the one that ends the demo.
-    if not worker.cancelled():
-        worker.exception()
+async def _watch(
+    tasks: Sequence[asyncio.Task[None]], curve: LearningCurve, board: Scoreboard, *, view: View, seconds: float
+) -> None:
+    """Show how it goes until the goal is reached or the time is up; raise what a task raises."""
+    goal = asyncio.create_task(curve.wait_for_goal())
+    try:
+        while not goal.done() and (left := seconds - curve.elapsed) > 0:
+            patience = min(view.interval, left)
+            done, _ = await asyncio.wait([*tasks, goal], timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+            view.show(board.recent())
+    finally:
+        goal.cancel()

@@ -1,83 +1,76 @@
-"""What the demo measures: samples of every counter, and the figures between two samples."""
+"""What the view shows: samples of every counter, and the figures between two samples."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from aioinfer.demo.curve import LearningCurve
 from aioinfer.demo.players import Player
-from aioinfer.stats import Percentiles, ServerStats
+from aioinfer.server import InferenceServer
 
 __all__ = ["Figures", "Scoreboard"]
 
-# The view shows the latest seconds: as many as make the figures readable, few enough to see them change.
-_RECENT_SECONDS = 2.0
+# The view shows the latest second: enough to make the figures readable, little enough to see them change.
+_RECENT_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class _Sample:
     at: float
-    task_frames: int
-    thread_frames: int
-    episodes: int
-    returns: float
+    frames: int
     passes: int
     batched: float
-    stats: ServerStats
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What happened in a stretch of the run.
+    """How the run goes.
 
     Attributes:
         elapsed: seconds since the run began.
-        task_rate: frames per second in coroutines.
-        thread_rate: frames per second in threads.
+        average_return: of the latest episodes; ``None`` before the first has ended.
+        episodes: ended since the run began.
+        rate: frames per second.
         batch_size: requests per forward pass; 0 without one.
-        queue_wait: of the server's latest requests, in seconds.
-        forward: of the server's latest forward passes, in seconds.
-        episodes: finished since the run began.
-        mean_return: of the episodes that finished in this stretch; ``None`` if none did.
-        outcomes: requests since the run began, by what became of them.
+        version: of the policy that computes the replies; 0 before the first weights.
+        weights_age: seconds since the trainer published that version; ``None`` before the first weights.
     """
 
     elapsed: float
-    task_rate: float
-    thread_rate: float
-    batch_size: float
-    queue_wait: Percentiles
-    forward: Percentiles
+    average_return: float | None
     episodes: int
-    mean_return: float | None
-    outcomes: dict[str, int]
-
-    @property
-    def rate(self) -> float:
-        """Frames per second in all."""
-        return self.task_rate + self.thread_rate
+    rate: float
+    batch_size: float
+    version: int
+    weights_age: float | None
 
 
 class Scoreboard:
-    """Reads the counters of the players and of the server, without stopping any of them.
+    """Reads the counters of the players and of the server, without stopping any of them. Event loop only.
 
     Args:
-        tasks: players in coroutines.
-        threads: players in threads.
-        stats: the server's ``stats``.
+        players: who plays.
+        curve: what they have learned.
+        server: whose clients they are.
     """
 
-    def __init__(self, tasks: Sequence[Player], threads: Sequence[Player], *, stats: Callable[[], ServerStats]) -> None:
-        self._tasks = tasks
-        self._threads = threads
-        self._stats = stats
+    def __init__(self, players: Sequence[Player], curve: LearningCurve, *, server: InferenceServer) -> None:
+        self._players = players
+        self._curve = curve
+        self._server = server
+        self._published: dict[int, float] = {}
         self._first = self._sample()
         self._recent = deque([self._first])
 
+    def publish(self, version: int, at: float) -> None:
+        """Take note that the trainer published a version, and when, by ``time.monotonic``."""
+        self._published[version] = at
+
     def recent(self) -> Figures:
-        """The figures of the latest two seconds."""
+        """The figures of the latest second."""
         now = self._sample()
         self._recent.append(now)
         while len(self._recent) > 2 and now.at - self._recent[1].at >= _RECENT_SECONDS:
@@ -89,35 +82,25 @@ class Scoreboard:
         return self._between(self._first, self._sample())
 
     def _sample(self) -> _Sample:
-        players, stats = (*self._tasks, *self._threads), self._stats()
+        stats = self._server.stats()
         passes = sum(stats.batches.values())
-        return _Sample(
-            at=time.perf_counter(),
-            task_frames=sum([player.frames for player in self._tasks]),
-            thread_frames=sum([player.frames for player in self._threads]),
-            episodes=sum([player.episodes for player in players]),
-            returns=sum([player.returns for player in players]),
-            passes=passes,
-            batched=stats.mean_batch_size * passes,
-            stats=stats,
-        )
+        frames = sum([player.frames for player in self._players])
+        return _Sample(at=time.monotonic(), frames=frames, passes=passes, batched=stats.mean_batch_size * passes)
 
     def _between(self, old: _Sample, new: _Sample) -> Figures:
-        seconds, passes, episodes = new.at - old.at, new.passes - old.passes, new.episodes - old.episodes
-        stats = new.stats
+        seconds, passes = new.at - old.at, new.passes - old.passes
         return Figures(
-            elapsed=new.at - self._first.at,
-            task_rate=(new.task_frames - old.task_frames) / seconds,
-            thread_rate=(new.thread_frames - old.thread_frames) / seconds,
+            elapsed=new.at - self._curve.started,
+            average_return=self._curve.average,
+            episodes=len(self._curve.episodes),
+            rate=(new.frames - old.frames) / seconds,
             batch_size=(new.batched - old.batched) / passes if passes else 0.0,
-            queue_wait=stats.queue_wait,
-            forward=stats.forward,
-            episodes=new.episodes,
-            mean_return=(new.returns - old.returns) / episodes if episodes else None,
-            outcomes={
-                "ok": stats.ok,
-                "failed": stats.failed,
-                "cancelled": stats.cancelled,
-                "rejected": stats.rejected,
-            },
+            version=self._server.policy_version,
+            weights_age=self._weights_age(new.at),
         )
+
+    def _weights_age(self, now: float) -> float | None:
+        if not self._published:
+            return None
+        # Weights may be faster than the trainer's note of them: then they are new.
+        return now - self._published.get(self._server.policy_version, now)

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
+from aioinfer.demo.curve import GOAL, WINDOW
 from aioinfer.demo.figures import Figures
-from aioinfer.stats import Percentiles
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 __all__ = ["View", "live_view", "plain_view", "suits_live_view", "summary"]
 
 _BARS = "▁▂▃▄▅▆▇█"
-_LABEL_WIDTH = 10
+_CURVE_WIDTH = 36
+_LABEL_WIDTH = 14
 
 
 class View(Protocol):
@@ -46,21 +47,24 @@ def summary(figures: Figures) -> str:
 
 
 def _rows(figures: Figures) -> list[tuple[str, str]]:
-    mean_return = "-" if figures.mean_return is None else f"{figures.mean_return:.1f}"
     return [
+        (
+            "episode return",
+            f"{_average(figures)} over the latest {min(figures.episodes, WINDOW)} of {figures.episodes:,}",
+        ),
         ("frames/s", f"{figures.rate:,.0f}"),
-        ("  tasks", f"{figures.task_rate:,.0f}"),
-        ("  threads", f"{figures.thread_rate:,.0f}"),
+        ("policy version", f"{figures.version}"),
+        ("weights' age", _age(figures)),
         ("batch size", f"{figures.batch_size:.1f} on average"),
-        ("queue wait", f"{_milliseconds(figures.queue_wait)} of the latest requests"),
-        ("forward", f"{_milliseconds(figures.forward)} of the latest passes"),
-        ("episodes", f"{figures.episodes:,} finished, mean return {mean_return}"),
-        ("requests", ", ".join([f"{count:,} {outcome}" for outcome, count in figures.outcomes.items()])),
     ]
 
 
-def _milliseconds(percentiles: Percentiles) -> str:
-    return f"{percentiles.p50 * 1e3:.2f} ms p50, {percentiles.p99 * 1e3:.2f} ms p99"
+def _average(figures: Figures) -> str:
+    return "-" if figures.average_return is None else f"{figures.average_return:.1f}"
+
+
+def _age(figures: Figures) -> str:
+    return "untrained" if figures.weights_age is None else f"{figures.weights_age * 1e3:.0f} ms"
 
 
 # -- one line a second -----------------------------------------------------------------------------
@@ -70,15 +74,10 @@ class _PlainView:
     interval = 1.0
 
     def show(self, figures: Figures) -> None:
-        mean_return = "-" if figures.mean_return is None else f"{figures.mean_return:.1f}"
         print(
-            f"{figures.elapsed:5.1f} s  {figures.rate:,.0f} frames/s"
-            f" ({figures.task_rate:,.0f} tasks, {figures.thread_rate:,.0f} threads)"
-            f"  batch {figures.batch_size:.1f}"
-            f"  wait {figures.queue_wait.p50 * 1e3:.2f}/{figures.queue_wait.p99 * 1e3:.2f} ms"
-            f"  forward {figures.forward.p50 * 1e3:.2f} ms"
-            f"  episodes {figures.episodes:,}  return {mean_return}  "
-            + " ".join([f"{outcome} {count:,}" for outcome, count in figures.outcomes.items()]),
+            f"{figures.elapsed:5.1f} s  return {_average(figures)} ({figures.episodes:,} episodes)"
+            f"  {figures.rate:,.0f} frames/s  version {figures.version} ({_age(figures)})"
+            f"  batch {figures.batch_size:.1f}",
             flush=True,
         )
 
@@ -94,15 +93,17 @@ def plain_view(title: str) -> Iterator[View]:
 
 
 class _LiveView:
-    interval = 0.25
+    interval = 0.2
 
     def __init__(self, live: Live, title: str, seconds: float) -> None:
         self._live = live
         self._title = title
         self._seconds = seconds
-        self._rates: deque[float] = deque(maxlen=36)
+        self._returns: deque[float] = deque(maxlen=_CURVE_WIDTH)
+        self._rates: deque[float] = deque(maxlen=_CURVE_WIDTH)
 
     def show(self, figures: Figures) -> None:
+        self._returns.append(figures.average_return or 0.0)
         self._rates.append(figures.rate)
         self._live.update(self._panel(figures), refresh=True)
 
@@ -113,45 +114,30 @@ class _LiveView:
         from rich.table import Table
         from rich.text import Text
 
-        top = Table.grid(padding=(0, 2))
-        top.add_column(style="dim", min_width=_LABEL_WIDTH)
-        top.add_column(justify="right", min_width=9)
-        top.add_column(width=self._rates.maxlen)
-        rows = _rows(figures)
-        curves = (
-            Text(_curve(self._rates), style="green"),
-            _share(figures.task_rate, figures.rate, style="cyan"),
-            _share(figures.thread_rate, figures.rate, style="magenta"),
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="dim", min_width=_LABEL_WIDTH)
+        table.add_column(style="bold", justify="right", min_width=7)
+        table.add_column(width=_CURVE_WIDTH)
+        progress = ProgressBar(total=GOAL, completed=figures.average_return or 0.0, width=_CURVE_WIDTH)
+        table.add_row("episode return", _average(figures), Text(_curve(self._returns, GOAL), style="green"))
+        table.add_row("", "", progress)
+        table.add_row("frames/s", f"{figures.rate:,.0f}", Text(_curve(self._rates, max(self._rates)), style="cyan"))
+        table.add_row("policy version", f"{figures.version}")
+        table.add_row("weights' age", _age(figures))
+        table.add_row("batch size", f"{figures.batch_size:.1f}")
+        table.add_row("episodes", f"{figures.episodes:,}")
+        foot = Text(
+            f"{figures.elapsed:.0f} of {self._seconds:g} s at most; the goal is a return of {GOAL:g}; Ctrl-C ends it",
+            style="dim",
         )
-        for (label, text), curve in zip(rows, curves, strict=False):
-            top.add_row(label, Text(text, style="bold"), curve)
-        bottom = Table.grid(padding=(0, 2))
-        bottom.add_column(style="dim", min_width=_LABEL_WIDTH)
-        bottom.add_column()
-        for label, text in rows[len(curves) :]:
-            bottom.add_row(label, text)
-        foot = Table.grid(padding=(0, 2))
-        done = min(figures.elapsed, self._seconds)
-        foot.add_row(
-            ProgressBar(total=self._seconds, completed=done, width=40),
-            f"{done:.0f} of {self._seconds:g} s",
-            Text("Ctrl-C ends it", style="dim"),
-        )
-        body = Group(top, Text(), bottom, Text(), foot)
+        body = Group(table, Text(), foot)
         panel = Panel(body, title=self._title, title_align="left", border_style="blue", padding=(1, 2), width=80)
         # The terminal echoes ^C where the cursor is: in a line of its own it can't push the panel up.
         return Group(panel, Text())
 
 
-def _curve(rates: deque[float]) -> str:
-    top = max(rates)
-    return "".join([_BARS[round(rate / top * (len(_BARS) - 1))] for rate in rates]) if top else ""
-
-
-def _share(part: float, whole: float, *, style: str) -> RenderableType:
-    from rich.progress_bar import ProgressBar
-
-    return ProgressBar(total=whole or 1.0, completed=part, width=36, complete_style=style, finished_style=style)
+def _curve(values: deque[float], top: float) -> str:
+    return "".join([_BARS[min(round(value / top * 7), 7)] for value in values]) if top else ""
 
 
 @contextmanager

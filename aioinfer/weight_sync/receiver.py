@@ -96,9 +96,9 @@ class Receiver:
             wait_readable(self.sources, left)
         return arrival
 
-    async def async_next(self) -> Arrival:
-        """Wait for weights. Cancelling it loses none."""
-        while (arrival := self.take()) is None:
+    async def async_next(self) -> Arrival | None:
+        """Wait for weights; ``None`` if the receiver is closed meanwhile. Cancelling it loses none."""
+        while (arrival := self.take()) is None and not self._closed:
             await async_wait_readable(self.sources, None)
         return arrival
 

@@ -203,7 +203,7 @@ class WeightSyncScheme(ABC):
         """Send, or receive and apply, the first weights.
 
         The trainer does not wait for workers that are not there yet: they find the weights when they come. With
-        ``sync`` it waits for those that are. A worker waits for the trainer.
+        ``sync`` it gives those that are there the time to apply them. A worker waits for the trainer.
 
         Args:
             worker_idx: in the trainer, one worker to connect to; in a worker, its index.

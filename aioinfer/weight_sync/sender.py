@@ -86,6 +86,8 @@ class Sender:
         """Those that live, and don't need this very thread to receive."""
         with self._lock:
             peers = [self._peers[worker] for worker in workers]
+            for peer in peers:
+                peer.settle()
             return {peer.worker for peer in peers if peer.is_there and not peer.is_blocked_by_this_thread}
 
     # -- wait ------------------------------------------------------------------------------------------
@@ -103,11 +105,9 @@ class Sender:
         self._give_up(delivery)
 
     def wait_for_those_there(self, delivery: Delivery) -> None:
-        """Do as :meth:`wait`, for those workers only that are there, and don't need this very thread to receive."""
-        there = self._there(self._peers)
-        self._wait(delivery, there)
-        delivery.waiting &= there
-        self._give_up(delivery)
+        """Do as :meth:`wait` for those that are there and don't need this very thread; to be slow is no failure."""
+        self._wait(delivery, self._there(self._peers))
+        delivery.check()
 
     async def async_wait(self, delivery: Delivery) -> None:
         """Do as :meth:`wait`, without blocking the event loop."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from multiprocessing.connection import wait
 from typing import Any, Protocol
 
-import anyio
+import anyio.lowlevel
 
 __all__ = ["Source", "async_wait_readable", "wait_readable"]
 
@@ -36,5 +36,6 @@ async def async_wait_readable(sources: Sequence[Source], timeout: float | None) 
             for source in sources:
                 selector.register(source.fileno(), selectors.EVENT_READ)
         except (OSError, ValueError):  # another thread has closed one
+            await anyio.lowlevel.checkpoint()
             return
         await anyio.wait_readable(selector.fileno())

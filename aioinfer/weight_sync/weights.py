@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
-from tensordict import NonTensorData, TensorDict, TensorDictBase
+from tensordict import NonTensorData, TensorDict, TensorDictBase, is_leaf_nontensor
 from torch import Tensor, nn
 
 __all__ = ["EXTRA_STATE", "Strategy", "Weights", "WeightsLike", "as_tensordict", "check_strategy", "given_back", "read"]
@@ -84,7 +84,7 @@ def _entries_of_module(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _entries_of_tensordict(td: TensorDictBase) -> Iterator[tuple[str, Any]]:
-    for key, value in td.items(include_nested=True, leaves_only=True):
+    for key, value in td.items(include_nested=True, leaves_only=True, is_leaf=is_leaf_nontensor):
         name = key if isinstance(key, str) else ".".join(key)
         yield name, value.data if isinstance(value, NonTensorData) else value
 

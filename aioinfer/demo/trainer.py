@@ -1,0 +1,108 @@
+"""The trainer: a process of its own that asks for a batch, learns from it, publishes the weights, and asks again."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import multiprocessing
+import pickle
+import signal
+import socket
+import struct
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
+
+import torch
+
+from aioinfer.demo.policy import Actor, make_policy
+from aioinfer.demo.ppo import PPO
+from aioinfer.demo.rollouts import Rollouts
+from aioinfer.errors import PeerDiedError
+from aioinfer.weight_sync import MultiProcessWeightSyncScheme
+
+__all__ = ["TrainerProcess"]
+
+# What the trainer sends: which version it has published, and when, by the clock of this machine.
+_NOTICE = struct.Struct("<qd")
+_PATIENCE = 2.0  # seconds that the trainer has to end, before it is killed
+
+
+def _train(scheme: MultiProcessWeightSyncScheme, channel: socket.socket, seed: int) -> None:
+    """What runs in the process. It ends when the other end of the channel is gone, however that happened."""
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    actor = Actor()
+    learner = PPO(actor)
+    scheme.init_on_sender(model_id="policy", model=make_policy(actor))
+    scheme.connect()
+    try:
+        with channel, channel.makefile("rb") as batches:
+            for version in itertools.count(1):  # servers call the first weights that they get 1, too
+                channel.sendall(_NOTICE.pack(version, time.monotonic()))
+                learner.update(pickle.load(batches))
+                scheme.send(version=version + 1)
+    except (EOFError, pickle.UnpicklingError, ConnectionError):
+        pass
+    finally:
+        scheme.shutdown()
+
+
+class TrainerProcess:
+    """The process, and this end of the channel to it. Starts at once.
+
+    Args:
+        scheme: what it publishes weights with.
+        seed: of its weights and of the order in which it goes over a batch.
+    """
+
+    def __init__(self, scheme: MultiProcessWeightSyncScheme, seed: int) -> None:
+        self._channel, far = socket.socketpair()
+        self._process = multiprocessing.get_context("spawn").Process(
+            target=_train, args=(scheme, far, seed), name="aioinfer-trainer", daemon=True
+        )
+        with far, _interrupts_held_back():
+            self._process.start()
+
+    async def feed(self, rollouts: Rollouts, published: Callable[[int, float], None]) -> None:
+        """Send a batch each time that the trainer asks for one; never blocks the event loop.
+
+        Args:
+            rollouts: where the batches come from.
+            published: called with a version and the time, by ``time.monotonic``, at which it was published.
+
+        Raises:
+            PeerDiedError: the trainer is gone.
+        """
+        reader, writer = await asyncio.open_connection(sock=self._channel)
+        try:
+            while True:
+                published(*_NOTICE.unpack(await reader.readexactly(_NOTICE.size)))
+                writer.write(pickle.dumps(await rollouts.take(), pickle.HIGHEST_PROTOCOL))
+                await writer.drain()
+        except (asyncio.IncompleteReadError, ConnectionError):
+            # Its end of the channel closes a moment before the process is gone.
+            await asyncio.to_thread(self._process.join, _PATIENCE)
+            raise PeerDiedError(f"the trainer died with exit code {self._process.exitcode}") from None
+        finally:
+            writer.transport.abort()  # what a trainer that ends would not read any more need not be written
+
+    def close(self) -> None:
+        """End the process, if it has not ended."""
+        self._channel.close()
+        self._process.join(_PATIENCE)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    # The trainer inherits the mask: Ctrl-C reaches this process only, which then ends the trainer.
+    resource_tracker.ensure_running()  # else the start does it, and lets interrupts through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

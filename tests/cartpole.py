@@ -1,0 +1,28 @@
+"""An environment for the tests of the demo that falls when it is told to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+
+class ScriptedEnv:
+    """Stands in for CartPole: observations count the steps, and ``at_step`` says whether one ends the episode."""
+
+    def __init__(self, at_step: Callable[[int], tuple[bool, bool]]) -> None:
+        self._at_step = at_step
+        self._steps = 0
+
+    def reset(self, *, seed: int | None = None) -> tuple[Any, dict[str, Any]]:
+        self._steps = 0
+        return np.zeros(4, np.float32), {}
+
+    def step(self, action: int) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self._steps += 1
+        terminated, truncated = self._at_step(self._steps)
+        return np.full(4, self._steps, np.float32), 1.0, terminated, truncated, {}
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,157 @@
+"""A paused server runs no forward pass; what is pending waits, is served first, or is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from aioinfer import InferenceServer, InferenceTransport, ServerClosedError, ServerPausedError, ThreadingTransport
+from aioinfer.testing import GatedModel, double, eventually, request
+from aioinfer.testing.callers import is_double
+from tests.transports import TRANSPORTS
+from tests.weight_models import mark_of, policy
+
+HANG = 20.0
+
+
+@pytest.fixture(params=TRANSPORTS)
+def make(request: pytest.FixtureRequest) -> Callable[[], InferenceTransport]:
+    return TRANSPORTS[request.param]
+
+
+def test_pending_requests_are_kept_until_the_server_goes_on(make: Callable[[], InferenceTransport]) -> None:
+    passes: list[int] = []
+    with InferenceServer(lambda td: passes.append(1) or double(td), make()) as server:  # type: ignore[func-returns-value]
+        with server.paused():
+            asked = [server.client().submit(request(value)) for value in range(5)]
+            eventually(lambda: server.stats().pending == 5)
+            assert not passes
+            assert not any(future.done() for future in asked)
+        for value, future in enumerate(asked):
+            assert is_double(future.result(HANG), value)
+
+
+def test_pending_requests_are_served_first_where_that_is_asked_for(make: Callable[[], InferenceTransport]) -> None:
+    gate = GatedModel()
+    with InferenceServer(gate, make(), max_batch_size=2) as server, ThreadPoolExecutor(1) as pool:
+        asked = [server.client().submit(request(value)) for value in range(7)]
+        assert gate.entered.wait(HANG)
+        inside, leave = threading.Event(), threading.Event()
+
+        def pause() -> list[bool]:
+            with server.paused(pending="wait"):
+                done = [future.done() for future in asked]
+                inside.set()
+                assert leave.wait(HANG)
+                return done
+
+        pausing = pool.submit(pause)
+        assert not inside.wait(0.05)  # the pass that runs, and those to come, are not over
+        gate.open()
+        assert inside.wait(HANG)
+        late = server.client().submit(request(9))
+        passes = len(gate.batches)
+        leave.set()
+        assert all(pausing.result(HANG))
+        assert is_double(late.result(HANG), 9)
+        assert len(gate.batches) == passes + 1
+
+
+def test_pending_requests_are_refused_where_that_is_asked_for(make: Callable[[], InferenceTransport]) -> None:
+    gate = GatedModel()
+    with InferenceServer(gate, make()) as server, ThreadPoolExecutor(1) as pool:
+        running = server.client().submit(request(0))
+        assert gate.entered.wait(HANG)
+        asked = [server.client().submit(request(value)) for value in range(1, 4)]
+        eventually(lambda: server.stats().pending == 3)
+        leave = threading.Event()
+
+        def pause() -> None:
+            with server.paused(pending="reject"):
+                assert leave.wait(HANG)
+
+        pausing = pool.submit(pause)
+        gate.open()
+        for future in asked:
+            with pytest.raises(ServerPausedError):
+                future.result(HANG)
+        with pytest.raises(ServerPausedError):
+            server.client()(request(4), HANG, wait=True)
+        assert is_double(running.result(HANG), 0)
+        leave.set()
+        pausing.result(HANG)
+        assert is_double(server.client()(request(5), HANG), 5)
+        assert gate.seen == {0.0, 5.0}
+        assert server.stats().rejected == 4
+
+
+async def test_a_pause_can_be_awaited_and_nested() -> None:
+    passes: list[int] = []
+    async with InferenceServer(
+        lambda td: passes.append(1) or double(td),  # type: ignore[func-returns-value]
+        ThreadingTransport(),
+    ) as server:
+        client = server.async_client()
+        async with server.paused():
+            with server.paused("wait"):
+                asked = client.submit(request(1))
+            await asyncio.sleep(0.01)
+            assert not passes
+        assert is_double(await asyncio.wait_for(asked, HANG), 1)
+
+
+async def test_a_pause_that_is_cancelled_while_it_begins_leaves_nothing_behind() -> None:
+    gate = GatedModel()
+    async with InferenceServer(gate, ThreadingTransport()) as server:
+        asked = server.async_client().submit(request(1))
+        assert await asyncio.to_thread(gate.entered.wait, HANG)
+
+        async def pause() -> None:
+            async with server.paused(pending="reject"):
+                raise AssertionError("it can't have begun")
+
+        pausing = asyncio.ensure_future(pause())
+        await asyncio.sleep(0.01)
+        pausing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await pausing
+        gate.open()
+        assert is_double(await asked, 1)
+        assert is_double(await asyncio.wait_for(server.async_client()(request(2)), HANG), 2)
+
+
+def test_weights_can_be_updated_inside() -> None:
+    with InferenceServer(policy(1.0), ThreadingTransport()) as server:
+        with server.paused():
+            asked = server.client().submit(request(0))
+            server.update_weights(policy(2.0))
+        assert mark_of(asked.result(HANG)) == 2
+
+
+@pytest.mark.parametrize("pending", ["keep", "wait", "reject"])
+def test_a_server_can_shut_down_and_start_again_inside(pending: Any) -> None:
+    server = InferenceServer(double, ThreadingTransport()).start()
+    with server.paused(pending):
+        if pending == "keep":
+            asked = server.client().submit(request(1))
+        server.shutdown()
+        if pending == "keep":
+            with pytest.raises(ServerClosedError):
+                asked.result(HANG)
+        server.start()
+        assert is_double(server.client()(request(2), HANG), 2)
+    assert is_double(server.client()(request(3), HANG), 3)
+    server.shutdown()
+
+
+def test_bad_ways_to_pause_are_refused() -> None:
+    server = InferenceServer(double, ThreadingTransport())
+    with pytest.raises(RuntimeError, match="does not run"):
+        server.paused()
+    with server, pytest.raises(ValueError, match='"keep", "wait" or "reject"'):
+        server.paused("abort")  # type: ignore[arg-type]
