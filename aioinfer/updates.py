@@ -14,7 +14,6 @@ import anyio.to_thread
 from torch import nn
 
 from aioinfer.devices import Model, Placement, settle
-from aioinfer.errors import WeightSyncError
 from aioinfer.stats import StatsRecorder
 from aioinfer.weight_sync.receiver import Arrival, Receiver
 from aioinfer.weight_sync.scheme import WeightSyncScheme
@@ -138,7 +137,7 @@ class Updates:
                 return
             try:
                 weights = await self._beside(arrival)
-            except WeightSyncError as error:
+            except Exception as error:
                 self._refuse(arrival, error)
                 continue
             await asyncio.wrap_future(submit(partial(self._apply, arrival, weights)))
@@ -156,12 +155,12 @@ class Updates:
     def _apply(self, arrival: Arrival, weights: Weights) -> None:
         try:
             self._load(weights, arrival.version, swap=self._swap)
-        except Exception as error:  # also what set_extra_state, or the device, may raise: the old weights serve on
+        except BaseException as error:  # also what set_extra_state, or the device, may raise: the old weights serve on
             self._refuse(arrival, error)
         else:
             arrival.applied(lent=self._swap and self._lends)
 
-    def _refuse(self, arrival: Arrival, error: Exception) -> None:
+    def _refuse(self, arrival: Arrival, error: BaseException) -> None:
         self._stats.update(applied=False)
         arrival.refused(error)
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
-from aioinfer import InferenceServer
+from aioinfer import InferenceServer, ThreadingTransport
 from aioinfer.testing import double, eventually, request
+from aioinfer.weight_sync import MultiProcessWeightSyncScheme, SharedMemWeightSyncScheme
 from tests.transports import TRANSPORTS
+from tests.weight_models import SCHEMES, policy
 
 PROGRAM = """
 import asyncio, sys, threading
@@ -85,6 +89,52 @@ def test_an_idle_server_uses_no_measurable_processor_time(transport: str) -> Non
         time.sleep(0.1)  # what the request left to do
         # Processor time, not elapsed time; the least of a few, since a loaded machine can only add to it.
         assert min(used_within(1.0, threads) for _ in range(3)) < 0.002
+
+
+@pytest.mark.skipif(not hasattr(time, "pthread_getcpuclockid"), reason="needs clocks of threads")
+@pytest.mark.parametrize("trainer", [False, True], ids=["no trainer yet", "a trainer that sends nothing"])
+@pytest.mark.parametrize("kind", SCHEMES)
+def test_an_idle_server_with_weight_sync_uses_no_measurable_processor_time(
+    kind: type[MultiProcessWeightSyncScheme] | type[SharedMemWeightSyncScheme], trainer: bool
+) -> None:
+    before = set(threading.enumerate())
+    scheme = kind(num_workers=1)
+    with InferenceServer(policy(), ThreadingTransport(), weight_sync=scheme):
+        if trainer:
+            scheme.init_on_sender(model=policy())
+            scheme.connect()
+        threads = set(threading.enumerate()) - before
+        assert {thread.name for thread in threads} == {"aioinfer-model", "aioinfer-loop"}
+        time.sleep(0.1)  # what the first weights left to do
+        assert min(used_within(1.0, threads) for _ in range(3)) < 0.002
+    scheme.shutdown()
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
+def test_weights_leave_no_file_descriptor_and_no_memory_behind() -> None:
+    def cycle() -> None:
+        for kind in SCHEMES:
+            for swap in (False, True):
+                scheme = kind(num_workers=1)
+                with InferenceServer(policy(), ThreadingTransport(), weight_sync=scheme, swap_weights=swap):
+                    scheme.init_on_sender(model=policy())
+                    scheme.connect()
+                    for size in (500, 900):  # which is refused, and needs other memory
+                        for _ in range(20):
+                            scheme.send_async(policy(size=size))
+                scheme.shutdown()
+
+    def mappings() -> int:
+        return Path("/proc/self/maps").read_text().count("aioinfer-weights")
+
+    cycle()
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        cycle()
+    gc.collect()
+    eventually(lambda: len(os.listdir("/proc/self/fd")) <= before)
+    assert mappings() == 0
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")

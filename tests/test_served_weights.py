@@ -172,12 +172,13 @@ def test_rubbish_on_the_weight_queue_is_counted_and_ignored(scheme: Scheme, capl
     with serving(scheme) as server:
         scheme._channels[0].updates.put((("policy", {"weight": 1}), "update_weights"))
         eventually(lambda: server.stats().refused_updates == 1)
-        scheme._channels[0].updates.put("hello")
+        scheme._channels[0].updates._writer.send(b"hello")
         eventually(lambda: server.stats().refused_updates == 2)
+        scheme._channels[0].updates.put(b"somebody else's")
         scheme.init_on_sender(model=policy(4.0))
         scheme.connect()
         assert mark_of(server.client()(request(0), HANG)) == 4
-    assert "hello" in caplog.text
+    assert "can't be unpickled" in caplog.text
 
 
 def test_extra_state_travels_to_a_server(scheme: Scheme) -> None:

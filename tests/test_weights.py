@@ -267,6 +267,16 @@ def test_buffers_that_are_not_persistent_may_be_left_out() -> None:
     assert torch.equal(target.get_buffer("passing"), torch.ones(1))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when it first compiles
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_compiled_module_has_the_names_of_what_was_compiled(strategy: Strategy) -> None:
+    source, target = rich(), rich()
+    scramble(source)
+    compiled: Any = torch.compile(nn.Sequential(target), backend="eager")
+    ModelTarget(compiled).load(read(nn.Sequential(source), strategy))
+    assert same(source, target, strategy)
+
+
 def test_a_tensordict_can_be_the_target() -> None:
     td = TensorDict({"layer": {"weight": torch.zeros(3, 3), "bias": torch.zeros(3)}})
     ModelTarget(td).load(read({f"layer.{name}": tensor for name, tensor in LINEAR.items()}, "state_dict"))
@@ -280,6 +290,14 @@ def test_a_queue_refuses_what_is_too_long() -> None:
     queue = DescriptorQueue()
     with pytest.raises(ValueError, match="may have 2048 bytes"):
         queue.put(b"x" * 3000)
+    queue.close()
+
+
+def test_what_cannot_be_unpickled_is_an_error_that_says_so() -> None:
+    queue = DescriptorQueue()
+    queue._writer.send(b"rubbish")
+    with pytest.raises(ValueError, match="can't be unpickled"):
+        queue.get_nowait()
     queue.close()
 
 

@@ -96,7 +96,11 @@ class Peer:
         named: bool,
     ) -> None:
         """Leave a publication in the worker's queue. ``named``: the caller has asked for this worker."""
-        self._channel.transport.send_weights_async(replace(publication, device=device), model_id)
+        try:
+            self._channel.transport.send_weights_async(replace(publication, device=device), model_id)
+        except queue.Full:
+            delivery.fail(self.worker, "has a full queue")
+            return
         stored.readers += 1
         self._reading[publication.number] = stored
         if self._line is None and self._absent == _SHUT_DOWN and not named:
@@ -114,8 +118,11 @@ class Peer:
                 model_id, publication = opened(self._channel.updates.get_nowait())
             except queue.Empty:
                 return unread
-            os.close(publication.segment)
-            unread.append((model_id, publication))
+            except ValueError:  # somebody else's
+                continue
+            if isinstance(publication, Publication):
+                os.close(publication.segment)
+                unread.append((model_id, publication))
 
     # -- from the worker -------------------------------------------------------------------------------
 
@@ -151,6 +158,8 @@ class Peer:
                 self._note(ack)
 
     def _note(self, ack: Ack) -> None:
+        if ack.number not in self._reading:  # of a trainer before this one
+            return
         if ack.outcome is Outcome.APPLIED:  # what came before is out of use, and this one too unless it is lent
             done = [n for n in self._reading if n[1] < ack.number[1] or (n == ack.number and not ack.lent)]
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import os
 import pickle
 import queue
 import socket
@@ -67,12 +68,22 @@ class DescriptorQueue:
             raise
 
     def get_nowait(self) -> Any:
-        """Take the first message; raise :class:`queue.Empty` if there is none."""
+        """Take the first message.
+
+        Raises:
+            queue.Empty: there is none.
+            ValueError: there was one that can't be unpickled.
+        """
         try:
             data, descriptors, _, _ = socket.recv_fds(self._reader, _MOST_BYTES, _MOST_DESCRIPTORS, _RECEIVE_FLAGS)
         except (BlockingIOError, InterruptedError):
             raise queue.Empty from None
-        return _Unpickler(io.BytesIO(data), descriptors).load()
+        try:
+            return _Unpickler(io.BytesIO(data), descriptors).load()
+        except Exception as error:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            raise ValueError(f"a message can't be unpickled: {type(error).__qualname__}: {error}") from error
 
     def get(self, block: bool = True, timeout: float | None = None) -> Any:
         """Take the first message, waiting ``timeout`` seconds, or for ever, where there is none.

@@ -17,6 +17,11 @@ from aioinfer.weight_sync.weights import Weights
 __all__ = ["Arrival", "Receiver"]
 
 
+def reason(error: BaseException) -> str:
+    """Why weights are refused, for a process that may not know the class of the error."""
+    return str(error) if isinstance(error, WeightSyncError) else f"{type(error).__qualname__}: {error}"
+
+
 class Arrival:
     """Weights that have arrived. Whoever takes them answers once: ``applied`` or ``refused``.
 
@@ -37,9 +42,9 @@ class Arrival:
         """Say that they are in use; ``lent``: as views, which stay valid until the next are applied."""
         say(self._line, Ack(self._number, Outcome.APPLIED, lent=lent))
 
-    def refused(self, error: Exception) -> None:
+    def refused(self, error: BaseException) -> None:
         """Say why they are not used."""
-        say(self._line, Ack(self._number, Outcome.REFUSED, str(error)))
+        say(self._line, Ack(self._number, Outcome.REFUSED, reason(error)))
 
     def skipped(self) -> None:
         """Say that newer ones are used."""
@@ -113,12 +118,14 @@ class Receiver:
         if not isinstance(publication, Publication):
             raise ValueError(f"expected a publication on a scheme's weight queue, got {type(publication).__qualname__}")
         self.connected = True
-        if model_id != self._model_id:
-            error = WeightSyncError(f'these are weights of "{model_id}", this worker serves "{self._model_id}"')
-            os.close(publication.segment)
-            say(self._line, Ack(publication.number, Outcome.REFUSED, str(error)))
+        try:
+            if model_id != self._model_id:
+                os.close(publication.segment)
+                raise WeightSyncError(f'these are weights of "{model_id}", this worker serves "{self._model_id}"')
+            return Arrival(publication, self._reader.read(publication), self._line)
+        except Exception as error:  # also what mapping the memory, or unpickling an extra state, may raise
+            say(self._line, Ack(publication.number, Outcome.REFUSED, reason(error)))
             return None
-        return Arrival(publication, self._reader.read(publication), self._line)
 
     def _call_again_if_alone(self) -> None:
         """Leave a line for the next trainer if the one that had the last line is gone."""

@@ -18,6 +18,9 @@ WeightsLike: TypeAlias = nn.Module | TensorDictBase | Mapping[str, Any]
 EXTRA_STATE = "_extra_state"
 """How state dicts call what ``nn.Module.get_extra_state`` returns, after the name of its module."""
 
+# torch.compile wraps a module in one that adds this to names; trainer and server need not agree on compiling.
+_COMPILED = "_orig_mod."
+
 
 @dataclass(frozen=True, slots=True)
 class Weights:
@@ -64,6 +67,7 @@ def read(source: WeightsLike, strategy: Strategy) -> Weights:
     tensors: dict[str, Tensor] = {}
     extra_states: dict[str, Any] = {}
     for name, value in entries:
+        name = name.replace(_COMPILED, "")
         if name == EXTRA_STATE or name.endswith("." + EXTRA_STATE):
             extra_states[name] = value
         elif isinstance(value, Tensor) and value.layout == torch.strided:
