@@ -17,6 +17,7 @@ from aioinfer import InferenceServer, ThreadingTransport, devices
 from aioinfer.devices import CudaPlacement, HostPlacement, place
 from aioinfer.tensors import check_output, rows
 from aioinfer.testing import double, request
+from aioinfer.weight_sync import MultiProcessWeightSyncScheme
 
 
 def test_nothing_moves_without_a_device() -> None:
@@ -142,6 +143,52 @@ def test_replies_that_stay_on_the_device_are_lent_to_the_callers_stream(
     placement.run(double, batch, lambda output: check_output(output, 2), rows)
     assert cuda.log.count("event done") == 1
     assert lent == ["default", "default"]
+
+
+def test_weights_are_written_on_the_models_stream_and_given_back_when_that_is_done(cuda: FakeCuda) -> None:
+    placement = CudaPlacement(torch.device("cuda"), None, cuda)
+    placement.open(double)
+    cuda.log.clear()
+    placement.update(lambda: cuda.log.append("write"))
+    assert cuda.log == ["enter own", "write", "event on own", "event done", "leave"]
+
+
+def test_a_copy_of_weights_is_there_before_another_thread_sees_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[str] = []
+
+    class Stream:
+        def synchronize(self) -> None:
+            waited.append("current stream")
+
+    class Somewhere:
+        device = torch.device("cuda:0")
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    tensors: Any = [Somewhere(), torch.ones(1), Somewhere()]
+    devices.settle(tensors)
+    assert waited == ["current stream"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize("trainer", ["cpu", "cuda"])
+def test_weights_get_to_a_server_on_cuda(swap: bool, trainer: str) -> None:
+    scheme = MultiProcessWeightSyncScheme(num_workers=1)
+    source = nn.Linear(3, 2).to(trainer)
+    model = TensorDictModule(nn.Linear(3, 2), in_keys=["observation"], out_keys=["action"])
+    with InferenceServer(model, ThreadingTransport(), device="cuda", weight_sync=scheme, swap_weights=swap) as server:
+        scheme.init_on_sender(model=TensorDictModule(source, in_keys=["observation"], out_keys=["action"]))
+        scheme.connect()
+        for value in range(50):
+            nn.init.constant_(source.weight, value)
+            if value % 2:
+                scheme.send()
+            else:
+                server.update_weights({"module." + name: tensor for name, tensor in source.state_dict().items()})
+            reply = server.client()(request(1), 20)
+            expected = source(request(1)["observation"].to(trainer)).cpu()
+            torch.testing.assert_close(reply["action"], expected.detach())
+    scheme.shutdown()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
