@@ -9,9 +9,16 @@ The way of a request, and the files that it passes::
                                                                        the model         transports/sleepers.py
                                                                                       -> chain of threads -> return
                                         '----------- worker.py: wait, take, forward, answer -----------'
-                                                     server.py: from start to shutdown
+                                                     life.py: from start to shutdown
 
-``transports/base.py`` says how to write a transport; ``testing/contract.py`` what it must hold.
+And the way of new weights, from a trainer in another process, or (``server.update_weights``) in this one::
+
+    weight_sync/sender.py        weight_sync/receiver.py      updates.py               executor.py
+    snapshot in shared memory -> newest of the queue       -> does it fit? load it, -> between two
+                                 of each worker               all or nothing           forward passes
+
+``transports/base.py`` says how to write a transport, ``testing/contract.py`` what it must hold, and
+``weight_sync/scheme.py`` what a trainer and its workers can say to each other.
 """
 
 from aioinfer.batching import DispatchReason

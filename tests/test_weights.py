@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from tensordict import TensorDict
 from torch import nn
 
-from aioinfer import WeightSyncError
 from aioinfer.weight_sync.publications import Reader, Shelf
 from aioinfer.weight_sync.queues import Descriptor, DescriptorQueue
 from aioinfer.weight_sync.snapshots import Layout, LayoutCache, snapshot
@@ -161,126 +160,6 @@ def test_memory_is_used_again_when_nobody_reads_it() -> None:
     assert third.segment_id == first.segment_id
     larger, _ = shelf.publish(Weights({"weight": torch.ones(10**6)}, {}), None)
     assert larger.segment_id not in {first.segment_id, second.segment_id}
-
-
-# -- loading -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("swap", [False, True])
-def test_tied_parameters_stay_tied_and_parameters_stay_the_same_objects(swap: bool) -> None:
-    source, target = rich(), rich()
-    scramble(source)
-    before = dict(target.named_parameters(remove_duplicate=False))
-    model = ModelTarget(target)
-    weights = travelled(read(source, "tensordict"))
-    model.load(model.spare(weights) if swap else weights, swap=swap)
-    assert dict(target.named_parameters(remove_duplicate=False)) == before
-    assert target[2].weight is target[0].weight
-    assert same(source, target)
-
-
-def test_weights_are_copied_in_place_unless_they_are_swapped() -> None:
-    target = nn.Linear(3, 3)
-    model, address = ModelTarget(target), target.weight.data_ptr()
-    model.load(read(nn.Linear(3, 3), "tensordict"))
-    assert target.weight.data_ptr() == address
-    new = read(nn.Linear(3, 3), "tensordict").detached()
-    model.load(new, swap=True)
-    assert target.weight.data_ptr() == new.tensors["weight"].data_ptr() != address
-    model.copy_borrowed()
-    assert target.weight.data_ptr() != new.tensors["weight"].data_ptr()
-    assert torch.equal(target.weight, new.tensors["weight"])
-
-
-def test_a_spare_copy_is_not_the_one_in_use() -> None:
-    target = nn.Linear(3, 3)
-    model = ModelTarget(target)
-    for _ in range(5):
-        source = nn.Linear(3, 3)
-        spare = model.spare(read(source, "tensordict"))
-        assert spare.tensors["weight"].data_ptr() != target.weight.data_ptr()
-        model.load(spare, swap=True)
-        assert torch.equal(target.weight, source.weight)
-
-
-LINEAR = {"weight": torch.ones(3, 3), "bias": torch.ones(3)}
-
-
-@pytest.mark.parametrize(
-    ("weights", "message"),
-    [
-        ({"weight": torch.ones(3, 3)}, '"bias" is missing'),
-        ({**LINEAR, "scale": torch.ones(3)}, 'the model has no "scale"'),
-        ({**LINEAR, "bias": torch.ones(4)}, r'"bias" has shape \[4\], the model has \[3\]'),
-        ({**LINEAR, "bias": torch.ones(3).long()}, '"bias" has dtype torch.int64, the model has torch.float32'),
-        ({**LINEAR, "a": 0, "b": 0, "c": 0, "d": 0}, 'no "a".*no "b".*no "c", and 1 more'),
-        ({**LINEAR, "_extra_state": 3}, 'the model has no "_extra_state"'),
-        ({**LINEAR, "inner._extra_state": 3}, 'the model has no "inner._extra_state"'),
-    ],
-)
-@pytest.mark.parametrize("swap", [False, True])
-def test_weights_that_do_not_fit_are_refused_as_a_whole(weights: dict[str, Any], message: str, swap: bool) -> None:
-    filled = {name: torch.zeros(1) if len(name) == 1 else value for name, value in weights.items()}
-    target = nn.Linear(3, 3)
-    before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
-    with pytest.raises(WeightSyncError, match=message):
-        ModelTarget(target).load(read(filled, "state_dict"), swap=swap)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in target.state_dict().items())
-
-
-def test_another_dtype_is_converted_only_where_asked() -> None:
-    target = nn.Linear(3, 3)
-    double = {name: tensor.double() for name, tensor in LINEAR.items()}
-    with pytest.raises(WeightSyncError, match="dtype"):
-        ModelTarget(target).load(read(double, "state_dict"))
-    model = ModelTarget(target, cast=True)
-    model.load(read(double, "state_dict"))
-    assert torch.equal(target.weight, LINEAR["weight"])
-    model.load(model.spare(read(double, "state_dict")), swap=True)
-    assert target.weight.dtype == torch.float32
-
-
-def test_unlike_weights_for_tied_parameters_are_refused() -> None:
-    module = rich()
-    weights = {name: value.clone() for name, value in read(module, "tensordict").tensors.items()}
-    ModelTarget(module).load(Weights(weights, {}))  # equal, though no longer tied
-    weights["2.weight"] += 1
-    with pytest.raises(WeightSyncError, match=r'"2.weight" and "0.weight" differ, but are one tensor'):
-        ModelTarget(module).load(Weights(weights, {}))
-
-
-def test_extra_states_are_set_all_or_none() -> None:
-    model = nn.Sequential(Counter(1), Counter(2))
-    good = nn.Sequential(Counter(3), Counter(4))
-    bad = nn.Sequential(Counter(5), Counter(6, "rubbish"))
-    ModelTarget(model).load(read(good, "state_dict"))
-    with pytest.raises(WeightSyncError, match=r'the model refused "1\._extra_state": ValueError: rubbish'):
-        ModelTarget(model).load(read(bad, "state_dict"))
-    assert same(model, good)
-
-
-def test_buffers_that_are_not_persistent_may_be_left_out() -> None:
-    source, target = rich(), rich()
-    scramble(source)
-    ModelTarget(target).load(read(source.state_dict(), "tensordict"))
-    assert same(source, target, "state_dict")
-    assert torch.equal(target.get_buffer("passing"), torch.ones(1))
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when it first compiles
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_compiled_module_has_the_names_of_what_was_compiled(strategy: Strategy) -> None:
-    source, target = rich(), rich()
-    scramble(source)
-    compiled: Any = torch.compile(nn.Sequential(target), backend="eager")
-    ModelTarget(compiled).load(read(nn.Sequential(source), strategy))
-    assert same(source, target, strategy)
-
-
-def test_a_tensordict_can_be_the_target() -> None:
-    td = TensorDict({"layer": {"weight": torch.zeros(3, 3), "bias": torch.zeros(3)}})
-    ModelTarget(td).load(read({f"layer.{name}": tensor for name, tensor in LINEAR.items()}, "state_dict"))
-    assert torch.equal(td["layer", "weight"], LINEAR["weight"])
 
 
 # -- queues ------------------------------------------------------------------------------------------------

@@ -1,0 +1,163 @@
+"""Publishing in two steps, awaiting, and what is said on the queues."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from tensordict import TensorDict
+from torch import nn
+
+from aioinfer import WeightSyncError
+from aioinfer.weight_sync import (
+    MPTransport,
+    NoWeightSyncScheme,
+    WeightSyncScheme,
+)
+from tests.weight_workers import HANG, Scheme, following, linear, scheme, value_of
+
+__all__ = ["scheme"]
+
+
+# -- two steps, and awaiting -------------------------------------------------------------------------------
+
+
+def test_publishing_and_waiting_can_be_two_steps(scheme: Scheme) -> None:
+    source, target = linear(1), linear(0)
+    scheme.init_on_sender(model=source)
+    with following(scheme, 0, target):
+        scheme.connect()
+        scheme.send_async(linear(7))
+        scheme.wait_async()
+        assert value_of(target) == 7
+        scheme.wait_async()  # nothing is under way
+
+
+async def test_an_async_trainer_is_not_blocked(scheme: Scheme) -> None:
+    source, target = linear(1), linear(0)
+    scheme.init_on_sender(model=source)
+    scheme.connect()
+    own = scheme.for_worker(0)
+    own.init_on_receiver(model_id="policy", model=target)
+    own.connect()
+    nn.init.constant_(source.weight, 2)
+    sending = asyncio.ensure_future(scheme.asend())
+    await asyncio.sleep(0)
+    nn.init.constant_(source.weight, -1)  # the copy is taken
+    assert not sending.done()
+    assert own.receive(HANG) is not None
+    await asyncio.wait_for(sending, HANG)
+    assert value_of(target) == 2
+    scheme.send_async(linear(3))
+    waiting = asyncio.ensure_future(scheme.await_async())
+    await asyncio.sleep(0)
+    assert own.receive(HANG) is not None
+    await asyncio.wait_for(waiting, HANG)
+    own.shutdown()
+
+
+async def test_sends_at_the_same_time_all_return(scheme: Scheme) -> None:
+    target = linear(0)
+    scheme.init_on_sender(model=linear(1))
+    with following(scheme, 0, target):
+        await asyncio.to_thread(scheme.connect)
+        blocking = [asyncio.to_thread(scheme.send, linear(value)) for value in range(8)]
+        awaiting = [scheme.asend(linear(value)) for value in range(8)]
+        await asyncio.wait_for(asyncio.gather(*blocking, *awaiting), HANG)
+
+
+async def test_a_send_that_is_cancelled_has_published(scheme: Scheme) -> None:
+    target = linear(0)
+    scheme.init_on_sender(model=linear(1))
+    scheme.connect()
+    own = scheme.for_worker(0)
+    own.init_on_receiver(model_id="policy", model=target)
+    own.connect()
+    sending = asyncio.ensure_future(scheme.asend(linear(2)))
+    await asyncio.sleep(0.01)
+    sending.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await sending
+    assert own.receive(HANG) is not None
+    assert value_of(target) == 2
+    own.shutdown()
+
+
+# -- the wire ----------------------------------------------------------------------------------------------
+
+
+def test_a_transport_carries_weights_over_any_queue() -> None:
+    transport = MPTransport(queue.Queue(), queue.Queue())
+    module, target = linear(2), linear(0)
+    transport.send_weights_async(TensorDict.from_module(module), model_id="critic")
+    nn.init.constant_(module.weight, -1)
+    (model_id, weights), kind = transport.weight_queue.get()
+    assert (model_id, kind) == ("critic", "update_weights")
+    assert float(weights["weight"][0, 0]) == 2
+    number = transport.send_weights_async(linear(3))
+    assert transport.receive_weights(model=target) is not None
+    with pytest.raises(TimeoutError):
+        transport.wait_ack(number + 1, timeout=0.01)
+    assert value_of(target) == 3
+    assert transport.receive_weights(timeout=0.01) is None
+    transport.send_weights_async(nn.Linear(3, 3))
+    with pytest.raises(WeightSyncError):
+        transport.receive_weights(model=target)
+    with pytest.raises(WeightSyncError, match="don't fit"):
+        transport.wait_ack(2)
+    with pytest.raises(RuntimeError, match="ack_queue"):
+        MPTransport(queue.Queue()).wait_ack()
+
+
+@pytest.mark.parametrize("rubbish", [("policy", "close"), ((1, 2), "update_weights"), "hello", None])
+def test_anything_else_on_the_queue_is_an_error_that_names_it(rubbish: Any) -> None:
+    transport = MPTransport(queue.Queue())
+    transport.weight_queue.put(rubbish)
+    with pytest.raises(ValueError, match=str(rubbish[1] if rubbish == ("policy", "close") else "got")):
+        transport.receive_weights(timeout=1)
+
+
+def test_rubbish_on_the_queue_of_a_scheme_is_an_error_of_the_worker_and_no_more(scheme: Scheme) -> None:
+    target = linear(0)
+    scheme.init_on_sender(model=linear(1))
+    own = scheme.for_worker(0)
+    own.init_on_receiver(model_id="policy", model=target)
+    scheme.connect()
+    own.connect()
+    own._channels[0].updates.put(("policy", "close"))
+    with pytest.raises(ValueError, match='got "close"'):
+        own.receive()
+    scheme.send_async(linear(2))
+    assert own.receive() is not None
+    assert value_of(target) == 2
+    own.shutdown()
+
+
+def test_weights_of_another_model_are_refused(scheme: Scheme) -> None:
+    scheme.init_on_sender(model_id="critic", model=linear(1))
+    own = scheme.for_worker(0)
+    own.timeout = 0.5
+    own.init_on_receiver(model_id="policy", model=linear(0))
+    scheme.connect()
+    with ThreadPoolExecutor(1) as pool:
+        connecting = pool.submit(own.connect)
+        with pytest.raises(WeightSyncError, match='weights of "critic", this worker serves "policy"'):
+            scheme.send()
+        with pytest.raises(TimeoutError):
+            connecting.result(HANG)
+    own.shutdown()
+
+
+def test_nothing_travels_by_the_scheme_that_does_nothing() -> None:
+    scheme: WeightSyncScheme = NoWeightSyncScheme()
+    scheme.init_on_sender(model_id="policy", model=linear(1))
+    scheme.init_on_receiver(model_id="policy", model=linear(0))
+    scheme.connect()
+    scheme.send()
+    scheme.send_async()
+    scheme.wait_async()
+    assert scheme.receive() is None
+    scheme.shutdown()
