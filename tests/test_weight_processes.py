@@ -277,7 +277,7 @@ def test_a_program_that_ends_leaves_no_process_and_no_memory(end: str, method: s
         assert running.stdout.read(), "it did not get that far"
         running.wait(HANG)
     eventually(lambda: not any_process_of(running.pid))
-    assert shared_memory() <= before
+    eventually(lambda: shared_memory() <= before)  # other programs of the machine may come and go
 
 
 def shared_memory() -> set[str]:
