@@ -14,6 +14,7 @@ from tensordict.utils import NestedKey
 from aioinfer.devices import Model, Placement
 from aioinfer.errors import ModelError
 from aioinfer.interaction import in_force
+from aioinfer.stamps import VersionStamps
 from aioinfer.tensors import UnlikeRequestsError, check_output, group_by_layout, rows
 from aioinfer.transports.pending import Request
 
@@ -67,6 +68,7 @@ class ForwardPass:
         self._keys = frozenset(map(_entry, out_keys)) if out_keys else None
         self._version_key = version_key
         self._version = version
+        self._stamps = VersionStamps()
         self._split_failed_batches = split_failed_batches
 
     def open(self) -> None:
@@ -118,8 +120,10 @@ class ForwardPass:
             return self._placement.run(self._model, batch, lambda output: check_output(output, count), self._split)
 
     def _split(self, output: TensorDictBase) -> Sequence[TensorDictBase]:
-        stamp = None if self._version_key is None else (self._version_key, self._version())
-        return rows(output, self._keys, stamp)
+        if self._version_key is None:
+            return rows(output, self._keys)
+        stamps = self._stamps.make(self._version(), output.batch_size, output.device)
+        return rows(output, self._keys, {self._version_key: stamps})
 
     def _collate(self, tds: list[TensorDictBase]) -> TensorDictBase:
         if self._collate_fn is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, TypeAlias
 
@@ -149,23 +149,25 @@ def check_output(output: Any, count: int) -> TensorDictBase:
 
 
 def rows(
-    output: TensorDictBase, keys: Container[str] | None = None, stamp: tuple[str, int] | None = None
+    output: TensorDictBase, keys: Container[str] | None = None, extra: Mapping[str, Sequence[Tensor]] | None = None
 ) -> Sequence[TensorDict]:
     """Take a model's output apart, one reply for each row.
 
     Args:
         output: ``[B, *size]``.
         keys: the entries to take; ``None`` takes all.
-        stamp: the name and the value of one more entry, an integer ``[*size]``.
+        extra: more entries, each with one tensor for each row.
 
     Returns:
         ``B`` TensorDicts ``[*size]``. None shares an element with ``output``, its model, or another
         row; rows of a leaf below 1 KiB are parts of one allocation.
     """
     size, device = output.batch_size[1:], output.device
-    columns = {key: _split(value) for key, value in output.items() if keys is None or key in keys}
-    if stamp is not None:
-        columns[stamp[0]] = torch.full(output.batch_size, stamp[1], device=device).unbind(0)
+    columns: dict[str, Iterable[Any]] = {
+        key: _split(value) for key, value in output.items() if keys is None or key in keys
+    }
+    if extra is not None:
+        columns.update(extra)
     if not columns:
         return [_new({}, size, device) for _ in range(output.batch_size[0])]
     if len(columns) == 1:

@@ -16,7 +16,7 @@ ROOT = Path(aioinfer.__file__).parent
 # Each line may import from the lines above it.
 FLOORS = (
     {"errors", "interaction", "batching"},
-    {"tensors", "stats", "client", "executor"},
+    {"tensors", "stamps", "stats", "client", "executor"},
     {"transports.admission", "transports.bells"},
     {"devices", "transports.room", "transports.outlets", "transports.sleepers"},
     {"transports.pending"},
