@@ -37,9 +37,17 @@ def test_the_transport_of_the_example_holds_the_contract() -> None:
     check_transport(runpy.run_path(str(ROOT / "docs" / "examples" / "own_transport.py"))["ListTransport"])
 
 
+README_BLOCKS = re.findall(
+    r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+)
+
+
 def test_the_code_in_the_readme_runs_from_top_to_bottom() -> None:
-    blocks = re.findall(
-        r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
-    )
-    assert len(blocks) == 3
-    assert run("-c", "\n".join(blocks))
+    assert len(README_BLOCKS) == 4
+    assert run("-c", "\n".join(README_BLOCKS[:3]))
+
+
+def test_the_program_in_the_readme_that_starts_a_process_runs(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"  # a process that is spawned imports it
+    program.write_text(README_BLOCKS[3], encoding="utf-8")
+    assert "computed by version" in run(str(program))
