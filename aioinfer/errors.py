@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 
 __all__ = [
     "InferenceError",
@@ -51,7 +52,15 @@ class ModelError(InferenceError):
 
 
 class WeightSyncError(InferenceError):
-    """A weight update was refused, or did not arrive."""
+    """A weight update was refused, or did not arrive.
+
+    Attributes:
+        failures: to the sender, for each worker that does not use the weights, by index, why not.
+    """
+
+    def __init__(self, message: str = "", *, failures: Mapping[int, str] | None = None) -> None:
+        super().__init__(message)
+        self.failures = dict(failures or {})
 
 
 def own_error(original: BaseException) -> Exception:

@@ -23,7 +23,7 @@ from aioinfer.transports.admission import Admission
 from aioinfer.transports.base import InferenceTransport
 from aioinfer.updates import Updates
 from aioinfer.weight_sync.scheme import WeightSyncScheme
-from aioinfer.weight_sync.weights import WeightsLike
+from aioinfer.weight_sync.weights import WeightsLike, check_version
 from aioinfer.worker import Worker
 
 __all__ = ["InferenceServer"]
@@ -102,6 +102,7 @@ class InferenceServer(ServerLife):
             raise TypeError(f"collate_fn must be callable, got {type(collate_fn).__qualname__}")
         if not isinstance(weight_sync, WeightSyncScheme | None):
             raise TypeError(f"weight_sync must be a WeightSyncScheme, got {type(weight_sync).__qualname__}")
+        check_version(policy_version)
         if not isinstance(policy_version_key, str | None):
             raise TypeError(f"policy_version_key must be a string, got {policy_version_key!r}")
         self.model = model
@@ -165,31 +166,33 @@ class InferenceServer(ServerLife):
         """The version of the weights in use: how many updates were applied, or what the trainer calls them."""
         return self._updates.version
 
-    def update_weights(self, weights: WeightsLike, *, version: int | None = None) -> None:
+    def update_weights(self, weights: WeightsLike, *, version: int | None = None, cast: bool = False) -> None:
         """Serve other weights, from the next forward pass on; return when they are in use.
 
         Args:
             weights: a module, a TensorDict or a state dict. They are copied, as they are now.
             version: your own number for them; ``None`` counts up.
+            cast: convert weights of another dtype than the model's, instead of refusing them.
 
         Raises:
             RuntimeError: the server does not run.
+            ValueError: ``version`` does not fit into 64 bits.
             TypeError: the model, or what was given, has no weights.
             WeightSyncError: the weights don't fit; the old ones serve on.
             ServerClosedError: the server was shut down meanwhile.
         """
-        job = self._load(weights, version)
+        job = self._load(weights, version, cast)
         try:
             job.result()
         except CancelledError:
             raise _closed_meanwhile() from None
 
-    async def aupdate_weights(self, weights: WeightsLike, *, version: int | None = None) -> None:
+    async def aupdate_weights(self, weights: WeightsLike, *, version: int | None = None, cast: bool = False) -> None:
         """Do as :meth:`update_weights`, without blocking the event loop while a forward pass runs.
 
         The copy is taken before it first suspends. If it is cancelled, the weights are used all the same.
         """
-        job = self._load(weights, version)
+        job = self._load(weights, version, cast)
         done = asyncio.wrap_future(job)
         done.add_done_callback(lambda future: future.cancelled() or future.exception())  # if nobody awaits it any more
         await asyncio.wait([done])
@@ -214,9 +217,10 @@ class InferenceServer(ServerLife):
         worker = self._running()
         return Pause(partial(worker.pause, pending), partial(worker.resume, pending))
 
-    def _load(self, weights: WeightsLike, version: int | None) -> Future[None]:
+    def _load(self, weights: WeightsLike, version: int | None, cast: bool) -> Future[None]:
+        check_version(version)
         worker = self._running()
-        return worker.submit(partial(self._updates.load, self._updates.copied(weights), version))
+        return worker.submit(partial(self._updates.load, self._updates.copied(weights), version, cast=cast))
 
     # -- life ------------------------------------------------------------------------------------------
 

@@ -42,7 +42,7 @@ class ServerStats:
         ok: requests answered with a reply.
         failed: requests answered with an error: the model's, or that the server closed.
         cancelled: requests whose caller went away (cancelled or timed out) before the answer.
-        rejected: requests refused at ``submit``: invalid, or the queue was full.
+        rejected: requests refused at ``submit``: invalid, or the queue was full; or by a pause.
         pending: requests that wait now, none of which a batch has taken.
         batches: forward passes by the reason they left.
         mean_batch_size: requests per forward pass; 0 without one.
@@ -52,8 +52,8 @@ class ServerStats:
         policy_version: of the weights in use, whether or not the statistics were reset.
         weight_updates: updates of the weights that were applied.
         refused_updates: updates of the weights that did not fit, or were none.
-        trainer_connected: whether a trainer has sent weights and is still there; ``None`` without ``weight_sync``.
-            Without a trainer, the server serves what it has.
+        trainer_connected: whether a trainer has published weights for this server and is still there; ``None``
+            without ``weight_sync``. Without a trainer, the server serves what it has.
     """
 
     ok: int

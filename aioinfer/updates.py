@@ -67,6 +67,7 @@ class Updates:
         elif scheme is not None:
             raise TypeError(f"weight_sync needs a model that is an nn.Module, got {type(model).__qualname__}")
         self._receiver: Receiver | None = None
+        self._lent = False  # whether the parameters lie in the trainer's memory
 
     # -- from a trainer in this process ----------------------------------------------------------------
 
@@ -83,22 +84,22 @@ class Updates:
         settle(own.values())
         return Weights(own, copy.deepcopy(found.extra_states))
 
-    def load(self, own: Weights, version: int | None) -> None:
+    def load(self, own: Weights, version: int | None, *, cast: bool) -> None:
         """Load weights that nobody else writes to.
 
         Raises:
             WeightSyncError: they don't fit.
         """
         try:
-            self._load(own, version, swap=self._swap)
+            self._load(own, version, swap=self._swap, cast=cast)
         except Exception:
             self._stats.update(applied=False)
             raise
 
-    def _load(self, weights: Weights, version: int | None, *, swap: bool) -> None:
+    def _load(self, weights: Weights, version: int | None, *, swap: bool, cast: bool = False) -> None:
         assert self._target is not None  # checked where the weights came in
         target = self._target
-        self._placement.update(lambda: target.load(weights, swap=swap))
+        self._placement.update(lambda: target.load(weights, swap=swap, cast=cast))
         self.version = self.version + 1 if version is None else version
         self._stats.update(applied=True)
 
@@ -115,10 +116,8 @@ class Updates:
 
     @property
     def connected(self) -> bool | None:
-        """Whether a trainer has sent weights and is still there; ``None`` without a scheme."""
-        if self._scheme is None:
-            return None
-        return self._receiver is not None and self._receiver.connected
+        """Whether a trainer has published weights and is still there; ``None`` if there is nothing to receive."""
+        return None if self._receiver is None else self._receiver.connected
 
     async def follow(self, submit: Submit) -> None:
         """Receive, and have the model thread load, one update after the other, until cancelled.
@@ -136,21 +135,22 @@ class Updates:
             if arrival is None:
                 return
             try:
-                weights = await self._beside(arrival)
+                weights = await anyio.to_thread.run_sync(self._swappable, arrival) if self._swap else arrival.weights
             except Exception as error:
                 self._refuse(arrival, error)
                 continue
             await asyncio.wrap_future(submit(partial(self._apply, arrival, weights)))
 
-    async def _beside(self, arrival: Arrival) -> Weights:
-        """What can be done beside the forward passes: fill the spare copy, if the scheme lends no memory."""
-        if not self._swap or self._lends or self._target is None:
-            return arrival.weights
-        return await anyio.to_thread.run_sync(self._target.spare, arrival.weights)
+    def _swappable(self, arrival: Arrival) -> Weights:
+        """Weights whose memory the parameters can take over: the trainer's, if it is lent and will do, or a spare copy.
 
-    @property
-    def _lends(self) -> bool:
-        return self._scheme is not None and self._scheme.lends
+        That is filled in a thread of its own, beside the forward passes.
+        """
+        assert self._scheme is not None
+        assert self._target is not None
+        if self._scheme.lends and self._target.can_borrow(arrival.weights):
+            return arrival.weights
+        return self._target.spare(arrival.weights)
 
     def _apply(self, arrival: Arrival, weights: Weights) -> None:
         try:
@@ -158,7 +158,8 @@ class Updates:
         except BaseException as error:  # also what set_extra_state, or the device, may raise: the old weights serve on
             self._refuse(arrival, error)
         else:
-            arrival.applied(lent=self._swap and self._lends)
+            self._lent = self._swap and weights is arrival.weights
+            arrival.applied(lent=self._lent)
 
     def _refuse(self, arrival: Arrival, error: BaseException) -> None:
         self._stats.update(applied=False)
@@ -166,7 +167,8 @@ class Updates:
 
     def release(self) -> None:
         """End the model thread's part: give borrowed memory back, and say farewell to the trainer."""
-        if self._target is not None:
+        if self._target is not None and self._lent:
             self._target.copy_borrowed()
+            self._lent = False
         if self._receiver is not None:
             self._receiver.close()

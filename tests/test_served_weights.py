@@ -117,12 +117,20 @@ def test_versions_count_updates_or_are_the_senders_own(scheme: Scheme) -> None:
         scheme.init_on_sender(model=policy(1.0))
         scheme.connect()
         assert server.policy_version == 6
+        scheme.connect(version=9)
+        assert server.policy_version == 9
         scheme.send(policy(2.0), version=70)
         reply = client(request(0), HANG)
         assert (mark_of(reply), int(reply["policy_version"])) == (2, 70)
         scheme.send()
         assert server.stats().policy_version == server.policy_version == 71
         server.update_weights(policy(3.0))
+        assert server.policy_version == 72
+        for version, error in (("v1", TypeError), (1.5, TypeError), (2**70, ValueError)):
+            with pytest.raises(error, match="version must"):
+                server.update_weights(policy(4.0), version=version)  # type: ignore[arg-type]
+            with pytest.raises(error, match="version must"):
+                scheme.send(version=version)  # type: ignore[arg-type]
         assert server.policy_version == 72
 
 
@@ -164,6 +172,11 @@ def test_an_update_that_does_not_fit_is_refused_to_the_sender_and_the_server_ser
         assert (mark_of(reply), int(reply["policy_version"])) == (1, 1)
         stats = server.stats()
         assert (stats.weight_updates, stats.refused_updates, stats.trainer_connected) == (1, 3, True)
+        doubles = {name: tensor.double() for name, tensor in policy(3.0).state_dict().items()}
+        with pytest.raises(WeightSyncError, match="dtype"):
+            server.update_weights(doubles)
+        server.update_weights(doubles, cast=True)
+        assert mark_of(server.client()(request(0), HANG)) == 3
         scheme.send(policy(4.0))
         assert mark_of(server.client()(request(0), HANG)) == 4
 
@@ -209,7 +222,13 @@ def test_a_server_needs_a_module_and_a_queue() -> None:
     with InferenceServer(double, ThreadingTransport()) as plain, pytest.raises(TypeError, match=r"nn\.Module"):
         plain.update_weights(policy())
     with InferenceServer(policy(), ThreadingTransport(), weight_sync=NoWeightSyncScheme()) as served:
-        assert served.stats().trainer_connected is False
+        assert served.stats().trainer_connected is None
+    several = MultiProcessWeightSyncScheme(num_workers=2)
+    with pytest.raises(ValueError, match="say which one"):
+        InferenceServer(policy(), ThreadingTransport(), weight_sync=several).start()
+    several.for_worker(1).init_on_receiver(model_id="policy")
+    with InferenceServer(policy(), ThreadingTransport(), weight_sync=several.for_worker(1)):
+        pass
 
 
 # -- coming and going --------------------------------------------------------------------------------------

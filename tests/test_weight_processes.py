@@ -199,6 +199,34 @@ def test_no_reply_is_torn_while_a_trainer_in_another_process_publishes(scheme: S
         assert max(seen) <= published
 
 
+def leave_weights_and_end(scheme: Scheme, orders: Connection[Any, Any]) -> None:
+    scheme.init_on_sender(model=policy(3.0))
+    scheme.connect()
+
+
+def send_what_a_parent_published(scheme: Scheme, orders: Connection[Any, Any]) -> None:
+    try:
+        scheme.send()
+    except RuntimeError as error:
+        orders.send(str(error))
+
+
+def test_weights_that_a_trainer_leaves_behind_are_found_though_it_is_gone(scheme: Scheme) -> None:
+    scheme.init_on_sender(model=policy(0.0))
+    with Child("fork", leave_weights_and_end, scheme) as trainer:
+        trainer.process.join()
+    with InferenceServer(policy(0.0), ThreadingTransport(), weight_sync=scheme) as server:
+        eventually(lambda: mark_of(server.client()(request(0), HANG)) == 3)
+        assert server.stats().trainer_connected is False
+
+
+def test_a_process_that_was_forked_from_a_trainer_is_none(scheme: Scheme) -> None:
+    scheme.init_on_sender(model=policy(0.0))
+    scheme.connect()
+    with Child("fork", send_what_a_parent_published, scheme) as child:
+        assert "init_on_sender" in child.hear()
+
+
 def test_trainers_killed_at_any_moment_leave_a_server_that_the_next_one_updates(scheme: Scheme) -> None:
     chance = random.Random(8)
     scheme.init_on_sender(model=policy(0.0))

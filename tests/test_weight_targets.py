@@ -55,6 +55,38 @@ def test_a_spare_copy_is_not_the_one_in_use() -> None:
         assert torch.equal(target.weight, source.weight)
 
 
+def test_a_spare_copy_is_not_the_one_in_use_after_a_refusal_either() -> None:
+    layer = nn.Linear(3, 3)
+    target = nn.Sequential(Counter(0), layer)
+    model = ModelTarget(target)
+    for count in (1, 2, "rubbish", "rubbish", 3, "rubbish", 4):
+        source = nn.Sequential(Counter(0, count), nn.Linear(3, 3))
+        address = layer.weight.data_ptr()
+        spare = model.spare(read(source, "tensordict"))
+        assert spare.tensors["1.weight"].data_ptr() != address
+        if count == "rubbish":
+            with pytest.raises(WeightSyncError, match="rubbish"):
+                model.load(spare, swap=True)
+            assert layer.weight.data_ptr() == address
+        else:
+            model.load(spare, swap=True)
+            assert same(source, target)
+
+
+def test_borrowed_memory_is_never_written_to() -> None:
+    lent = read(nn.Linear(3, 3), "tensordict").detached()
+    copy = {name: tensor.clone() for name, tensor in lent.tensors.items()}
+    target = nn.Linear(3, 3)
+    model = ModelTarget(target)
+    assert model.can_borrow(lent)
+    model.load(lent, swap=True)
+    double = read(nn.Linear(3, 3).double(), "tensordict").detached()
+    assert not model.can_borrow(double)
+    model.load(double, swap=True, cast=True)
+    assert torch.equal(target.weight, double.tensors["weight"].float())
+    assert all(torch.equal(tensor, copy[name]) for name, tensor in lent.tensors.items())
+
+
 LINEAR = {"weight": torch.ones(3, 3), "bias": torch.ones(3)}
 
 

@@ -1,4 +1,4 @@
-"""The line from a worker back to the trainer: acknowledgements, and the news that either of them died.
+"""The line between a worker and the trainer: acknowledgements, and the news that either of them died.
 
 A worker makes a line when it begins, and again when the trainer at the other end is gone. So a line belongs to
 one life of a worker and one of a trainer: what is said on it can't be taken for an answer to somebody else,
@@ -18,7 +18,7 @@ from typing import TypeAlias
 
 from aioinfer.weight_sync.queues import Descriptor, DescriptorQueue
 
-__all__ = ["Ack", "Hello", "Line", "Outcome", "answer_call", "call", "farewell", "say"]
+__all__ = ["Ack", "Hello", "Line", "Outcome", "answer_call", "call", "farewell", "is_answered", "say"]
 
 
 class Outcome(StrEnum):
@@ -99,7 +99,23 @@ def answer_call(hellos: DescriptorQueue) -> tuple[Hello, Line] | None:
         return None
     line: Line = Connection(int(latest.line))
     _lines.add(line)
+    try:
+        line.send_bytes(b"hello")
+    except OSError:  # it is dead already
+        pass
     return latest, line
+
+
+def is_answered(line: Line) -> bool:
+    """Whether a trainer has taken the other end by now (worker side); raise :class:`OSError` if it is gone."""
+    answered = False
+    while line.poll():
+        try:
+            line.recv_bytes()
+        except EOFError as error:
+            raise ConnectionResetError from error
+        answered = True
+    return answered
 
 
 def _next_hello(hellos: DescriptorQueue) -> Hello | None:

@@ -82,7 +82,9 @@ class NoWeightSyncScheme(WeightSyncScheme):
     def open_receiver(self, model_id: str, *, thread: int) -> None:
         return None
 
-    def connect(self, worker_idx: int | None = None) -> None:
+    def connect(
+        self, worker_idx: int | None = None, *, version: int | None = None, timeout: float | None = None
+    ) -> None:
         pass
 
     def shutdown(self) -> None:

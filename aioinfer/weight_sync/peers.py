@@ -39,7 +39,7 @@ class Delivery:
         """Raise :class:`WeightSyncError` if a worker failed."""
         if self.failures:
             reasons = [f"worker {worker} {reason}" for worker, reason in sorted(self.failures.items())]
-            raise WeightSyncError("; ".join(reasons))
+            raise WeightSyncError("; ".join(reasons), failures=self.failures)
 
 
 class Peer:

@@ -17,22 +17,16 @@ from aioinfer.weight_sync.receiver import Receiver
 from aioinfer.weight_sync.recipes import Recipe
 from aioinfer.weight_sync.scheme import DeviceMapFn, WeightSyncScheme
 from aioinfer.weight_sync.sender import Sender
-from aioinfer.weight_sync.weights import Strategy, WeightsLike
+from aioinfer.weight_sync.weights import Strategy, WeightsLike, check_version
 from aioinfer.weight_sync.worker import PlainWorker
 
 __all__ = ["QueuedWeightSyncScheme"]
 
 
 class QueuedWeightSyncScheme(WeightSyncScheme):
-    """Base of the schemes over queues. Any thread may send; a worker's part belongs to one thread at a time.
+    """Base of the schemes over queues, which describe its arguments.
 
-    Args:
-        strategy: see :class:`WeightSyncScheme`.
-        sync: see :class:`WeightSyncScheme`.
-        num_workers: make the queues of so many workers now. Else ``init_on_sender`` makes them, and then has to
-            run before the scheme is handed to the other processes.
-        timeout: seconds that workers have to answer, and that a worker waits for weights.
-        cast: whether workers convert weights of another dtype than their model's, instead of refusing them.
+    Any thread may send; a worker's part belongs to one thread at a time.
     """
 
     def __init__(
@@ -179,6 +173,7 @@ class QueuedWeightSyncScheme(WeightSyncScheme):
         sender, recipe = self._trainer()
         if not self._connected:
             raise RuntimeError("connect() comes before the first send()")
+        check_version(version)
         workers = recipe.workers
         if worker_ids is not None:
             workers = (worker_ids,) if isinstance(worker_ids, int) else tuple(worker_ids)
@@ -189,8 +184,8 @@ class QueuedWeightSyncScheme(WeightSyncScheme):
         return sender, sender.publish(parts, version=version, named=worker_ids is not None, in_turn=in_turn)
 
     def _trainer(self) -> tuple[Sender, Recipe]:
-        if self._sender is None or self._recipe is None:
-            raise RuntimeError("init_on_sender() comes first")
+        if self._sender is None or self._recipe is None or self._pid != os.getpid():
+            raise RuntimeError("init_on_sender() comes first, in the process that sends")
         return self._sender, self._recipe
 
     # -- the worker ------------------------------------------------------------------------------------
@@ -210,9 +205,7 @@ class QueuedWeightSyncScheme(WeightSyncScheme):
             self._forget()
         self._worker_idx = self._only_worker() if worker_idx is None else worker_idx
         channel = self._channel(self._worker_idx)
-        self._worker = PlainWorker(
-            channel, model_id, model, strategy=self.strategy, cast=self.cast, timeout=self.timeout
-        )
+        self._worker = PlainWorker(channel, model_id, model, strategy=self.strategy, cast=self.cast)
 
     def receive(self, timeout: float | None = None) -> WeightsLike | None:
         if self._worker is None:
@@ -226,7 +219,12 @@ class QueuedWeightSyncScheme(WeightSyncScheme):
     def _only_worker(self) -> int:
         if self._worker_idx is not None:
             return self._worker_idx
-        return next(iter(self._channels)) if len(self._channels) == 1 else 0
+        if len(self._channels) > 1:
+            raise ValueError(
+                f"there are workers {sorted(self._channels)}; "
+                "say which one this is, with init_on_receiver or for_worker"
+            )
+        return next(iter(self._channels), 0)
 
     def _channel(self, worker_idx: int) -> Channel:
         if worker_idx not in self._channels:
@@ -236,18 +234,22 @@ class QueuedWeightSyncScheme(WeightSyncScheme):
 
     # -- both ------------------------------------------------------------------------------------------
 
-    def connect(self, worker_idx: int | None = None) -> None:
+    def connect(
+        self, worker_idx: int | None = None, *, version: int | None = None, timeout: float | None = None
+    ) -> None:
         mine = self._worker is not None and not self._worker.is_open and worker_idx in (None, self._worker_idx)
         if self._worker is not None and (self._sender is None or (mine and worker_idx is not None)):
             if worker_idx not in (None, self._worker_idx):
                 raise ValueError(f"this is worker {self._worker_idx}, not {worker_idx}")
-            self._worker.connect()
+            self._worker.connect(self.timeout if timeout is None else timeout)
             return
         if self._sender is None:
             raise RuntimeError("init_on_sender() or init_on_receiver() comes before connect()")
         self._connected = True
-        sender, delivery = self._publish(None, worker_idx, None, in_turn=True)
-        if self.sync:
+        sender, delivery = self._publish(None, worker_idx, version, in_turn=True)
+        if timeout is not None:
+            sender.wait(delivery, timeout)
+        elif self.sync:
             sender.wait_for_those_there(delivery)
 
     def shutdown(self) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from aioinfer.errors import WeightSyncError
 from aioinfer.weight_sync.channels import Channel
-from aioinfer.weight_sync.lines import Ack, Line, Outcome, call, farewell, say
+from aioinfer.weight_sync.lines import Ack, Line, Outcome, call, farewell, is_answered, say
 from aioinfer.weight_sync.publications import Publication, Reader
 from aioinfer.weight_sync.waiting import Source, async_wait_readable, wait_readable
 from aioinfer.weight_sync.weights import Weights
@@ -69,7 +69,7 @@ class Receiver:
         self._closed = False
         self._line = call(channel.hellos, thread=thread)
         self.connected = False
-        """Whether weights have come from the trainer that is there now."""
+        """Whether there is a trainer that has published something since this worker came."""
 
     @property
     def sources(self) -> Sequence[Source]:
@@ -117,7 +117,6 @@ class Receiver:
     def _read(self, model_id: str, publication: object) -> Arrival | None:
         if not isinstance(publication, Publication):
             raise ValueError(f"expected a publication on a scheme's weight queue, got {type(publication).__qualname__}")
-        self.connected = True
         try:
             if model_id != self._model_id:
                 os.close(publication.segment)
@@ -133,10 +132,8 @@ class Receiver:
             if self._closed:
                 return
             try:
-                gone = self._line.poll()  # a trainer says nothing: only its end is readable
+                self.connected |= is_answered(self._line)
             except OSError:
-                gone = True
-            if gone:
                 self._line.close()
                 self._line = call(self._channel.hellos, thread=self._thread)
                 self.connected = False

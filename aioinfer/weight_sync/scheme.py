@@ -75,8 +75,9 @@ class WeightSyncScheme(ABC):
             model_id: the name under which the weights are published; ``None`` is ``"policy"``.
             context: an object that has the model under the name ``model_id``, which may be dotted, and may have
                 ``num_workers``.
-            weights: what is published where ``send`` is given nothing.
-            model: the same, read anew at each ``send``.
+            weights: what is published where ``send`` is given nothing: a module, a TensorDict or a state dict. It is
+                read anew each time.
+            model: the same; modules are mostly named so.
             params_map: for each worker, by index, its weights.
             devices: for each worker, where it gets the weights if it has no model to load them into.
             device_map_fn: makes the weights of a worker, given its index and those of the trainer.
@@ -107,6 +108,7 @@ class WeightSyncScheme(ABC):
 
         Raises:
             RuntimeError: before ``init_on_sender`` or ``connect``.
+            TypeError: ``weights`` is none of these, or has tensors that are not dense.
             ValueError: an unknown worker.
             WeightSyncError: with ``sync``, it names the workers that refused the weights, died, or did not answer
                 in time. The others have applied them.
@@ -164,7 +166,7 @@ class WeightSyncScheme(ABC):
             model_id: the name under which the weights are published.
             context: an object that has the model under the name ``model_id``, which may be dotted, and may have
                 ``worker_idx``.
-            worker_idx: the worker's index; ``None`` where there is only one.
+            worker_idx: the worker's index; ``None`` where there is only one, or the scheme was made by ``for_worker``.
             model: what is updated; ``None``: weights are only handed out by :meth:`receive`.
 
         Raises:
@@ -199,21 +201,27 @@ class WeightSyncScheme(ABC):
     # -- both ------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def connect(self, worker_idx: int | None = None) -> None:
+    def connect(
+        self, worker_idx: int | None = None, *, version: int | None = None, timeout: float | None = None
+    ) -> None:
         """Send, or receive and apply, the first weights.
 
-        The trainer does not wait for workers that are not there yet: they find the weights when they come. With
-        ``sync`` it gives those that are there the time to apply them. A worker waits for the trainer.
+        The trainer does not wait for workers that are not there yet, unless it is given a ``timeout``: they find the
+        weights when they come. With ``sync`` it gives those that are there the time to apply them. A worker waits
+        for the trainer.
 
         Args:
             worker_idx: in the trainer, one worker to connect to; in a worker, its index.
+            version: in the trainer, your own number for these weights.
+            timeout: in the trainer, seconds to wait until all workers have come and applied the weights; in a
+                worker, seconds to wait for them, by default as many as the scheme waits for an answer.
 
         Raises:
             RuntimeError: before ``init_on_sender`` or ``init_on_receiver``.
-            TimeoutError: no weights came in time; ``connect`` may be called again.
-            WeightSyncError: weights were refused.
+            TimeoutError: in a worker, no weights came in time; ``connect`` may be called again.
+            WeightSyncError: weights were refused; or, with a ``timeout``, a worker has not come.
         """
 
     @abstractmethod
     def shutdown(self) -> None:
-        """End this process's part. Others are not touched. Idempotent."""
+        """End this process's part, and give up its queues. Other processes are not touched. Idempotent."""

@@ -92,8 +92,8 @@ class Sender:
 
     # -- wait ------------------------------------------------------------------------------------------
 
-    def wait(self, delivery: Delivery) -> None:
-        """Block until all workers have answered, or the time is over.
+    def wait(self, delivery: Delivery, timeout: float | None = None) -> None:
+        """Block until all workers have answered, or ``timeout`` seconds passed; ``None``: those of the sender.
 
         Raises:
             WeightSyncError: it names the workers that refused, died or did not answer, and says why.
@@ -101,8 +101,8 @@ class Sender:
         for worker in self._awaited(delivery):
             if self._peers[worker].is_blocked_by_this_thread:
                 delivery.fail(worker, "receives on the event loop that this call blocks; await asend() instead")
-        self._wait(delivery, self._peers.keys())
-        self._give_up(delivery)
+        self._wait(delivery, self._peers.keys(), timeout)
+        self._give_up(delivery, timeout)
 
     def wait_for_those_there(self, delivery: Delivery) -> None:
         """Do as :meth:`wait` for those that are there and don't need this very thread; to be slow is no failure."""
@@ -116,8 +116,8 @@ class Sender:
             await async_wait_readable(sources, min(left, _LOOK_AGAIN))
         self._give_up(delivery)
 
-    def _wait(self, delivery: Delivery, workers: Iterable[int]) -> None:
-        deadline = time.monotonic() + self._timeout
+    def _wait(self, delivery: Delivery, workers: Iterable[int], timeout: float | None = None) -> None:
+        deadline = time.monotonic() + (self._timeout if timeout is None else timeout)
         while (sources := self._sources(delivery, workers)) and (left := deadline - time.monotonic()) > 0:
             wait_readable(sources, min(left, _LOOK_AGAIN))
 
@@ -132,11 +132,12 @@ class Sender:
         awaited = set(self._awaited(delivery)) & set(workers)
         return [source for worker in awaited for source in self._peers[worker].sources]
 
-    def _give_up(self, delivery: Delivery) -> None:
+    def _give_up(self, delivery: Delivery, timeout: float | None = None) -> None:
+        seconds = self._timeout if timeout is None else timeout
         with self._lock:
             for worker in tuple(delivery.waiting):
                 what = "did not answer" if self._peers[worker].is_there else "has not connected"
-                delivery.fail(worker, f"{what} within {self._timeout:g} s")
+                delivery.fail(worker, f"{what} within {seconds:g} s")
         delivery.check()
 
     def close(self) -> None:

@@ -13,9 +13,18 @@ __all__ = ["SharedMemWeightSyncScheme"]
 class SharedMemWeightSyncScheme(QueuedWeightSyncScheme):
     """One snapshot in shared memory for all workers; only a notice travels.
 
-    A server with ``swap_weights=True`` computes straight from that memory: there is one copy of the weights for all
-    servers of the machine, and none is made when they change. The trainer writes the next snapshot
-    elsewhere, and comes back to this memory when no server uses it any more.
+    A server on a CPU with ``swap_weights=True`` computes straight from that memory: there is one copy of the weights
+    for all servers of the machine, and none is made when they change. The trainer writes the next snapshot elsewhere,
+    and comes back to this memory when no server uses it any more. Where the model is on another device, or has
+    another dtype, the server copies in place between two passes.
+
+    Args:
+        strategy: see :class:`WeightSyncScheme`.
+        sync: see :class:`WeightSyncScheme`.
+        num_workers: make the queues of so many workers now. Else ``init_on_sender`` makes them, and then has to
+            run before the scheme is handed to the other processes.
+        timeout: seconds that workers have to answer, and that a worker waits for weights.
+        cast: whether workers convert weights of another dtype than their model's, instead of refusing them.
 
     Raises:
         ValueError: ``init_on_sender`` is asked for weights that differ from worker to worker.

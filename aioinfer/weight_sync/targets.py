@@ -37,28 +37,44 @@ class ModelTarget:
         self._model = model
         self._cast = cast
         self._spares: list[dict[str, Tensor]] = []
-        self._borrowed: list[Tensor] = []
+        self._borrowed: list[Tensor] = []  # parameters that have taken over the memory of weights
+        self._in_use: Mapping[str, Tensor] = {}
 
-    def load(self, weights: Weights, *, swap: bool = False) -> None:
+    def load(self, weights: Weights, *, swap: bool = False, cast: bool = False) -> None:
         """Make ``weights`` those of the model: all of them, or none if they don't fit.
 
         Args:
             weights: what the model is to compute with.
             swap: let the parameters take over the memory of ``weights`` instead of copying it; buffers
                 are copied in any case.
+            cast: convert another dtype this time.
 
         Raises:
             WeightSyncError: keys, shapes or dtypes don't fit; the message names the first offending keys.
         """
         targets = read(self._model, "tensordict").tensors
-        self._check(targets, weights)
+        self._check(targets, weights, cast=cast)
         self._set_extra_states(weights.extra_states)
-        targets = {name: targets[name] for name in weights.tensors}
-        swapped = {name for name, target in targets.items() if swap and _can_take_over(target, weights.tensors[name])}
-        for name in swapped:
-            targets[name].data = weights.tensors[name]
-        self._borrowed = [targets[name] for name in swapped]
-        copy_tensors({name: target for name, target in targets.items() if name not in swapped}, weights.tensors)
+        lent = set(map(id, self._borrowed))
+        in_place: dict[str, Tensor] = {}
+        borrowed: list[Tensor] = []
+        for name, tensor in weights.tensors.items():
+            target = targets[name]
+            if swap and _can_take_over(target, tensor):
+                target.data = tensor
+                borrowed.append(target)
+            else:
+                if id(target) in lent:  # not to be written to
+                    target.data = torch.empty_like(target)
+                in_place[name] = target
+        self._borrowed, self._in_use = borrowed, weights.tensors
+        copy_tensors(in_place, weights.tensors)
+
+    def can_borrow(self, weights: Weights) -> bool:
+        """Whether all parameters can take over the memory of ``weights``: same device, dtype and strides."""
+        targets = read(self._model, "tensordict").tensors
+        pairs = [(targets[name], tensor) for name, tensor in weights.tensors.items() if name in targets]
+        return all(_can_take_over(*pair) for pair in pairs if isinstance(pair[0], nn.Parameter))
 
     def spare(self, weights: Weights) -> Weights:
         """Copy weights into memory of the model's own that its parameters don't use now, for ``load(swap=True)``.
@@ -68,11 +84,11 @@ class ModelTarget:
         """
         targets = read(self._model, "tensordict").tensors
         self._check(targets, weights)
-        if len(self._spares) < 2:
-            self._spares.append(_allocate_like(targets))
-        else:
-            self._spares.reverse()
-        spare = self._spares[-1]
+        unused = [spare for spare in self._spares if not _shared(spare, self._in_use)]
+        if not unused:
+            unused = [_allocate_like(targets)]
+            self._spares += unused
+        spare = unused[0]
         copy_tensors({name: spare[name] for name in weights.tensors}, weights.tensors)
         return Weights({name: spare[name] for name in weights.tensors}, weights.extra_states)
 
@@ -82,13 +98,17 @@ class ModelTarget:
         for tensor in borrowed:
             tensor.data = tensor.data.clone()
 
-    def _check(self, targets: Mapping[str, Tensor], weights: Weights) -> None:
-        faults = [*self._misfits(targets, weights.tensors), *self._unknown_extra_states(weights.extra_states)]
+    def _check(self, targets: Mapping[str, Tensor], weights: Weights, *, cast: bool = False) -> None:
+        cast = cast or self._cast
+        faults = [
+            *self._misfits(targets, weights.tensors, cast=cast),
+            *self._unknown_extra_states(weights.extra_states),
+        ]
         if faults:
             more = f", and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
             raise WeightSyncError(f"the weights don't fit the model: {'; '.join(faults[:_SHOWN])}{more}")
 
-    def _misfits(self, targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
+    def _misfits(self, targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, cast: bool) -> list[str]:
         faults: list[str] = []
         if targets.keys() != tensors.keys():
             missing = targets.keys() - tensors.keys()
@@ -103,7 +123,7 @@ class ModelTarget:
                 continue
             if tensor.shape != target.shape:
                 faults.append(f'"{name}" has shape {list(tensor.shape)}, the model has {list(target.shape)}')
-            elif tensor.dtype != target.dtype and not self._cast:
+            elif tensor.dtype != target.dtype and not cast:
                 faults.append(f'"{name}" has dtype {tensor.dtype}, the model has {target.dtype}')
             else:
                 owner = owners.setdefault(id(target), name)
@@ -146,6 +166,10 @@ def _same(one: Tensor, other: Tensor) -> bool:
 def _can_take_over(target: Tensor, tensor: Tensor) -> bool:
     alike = target.dtype == tensor.dtype and target.device == tensor.device and target.stride() == tensor.stride()
     return alike and isinstance(target, nn.Parameter)
+
+
+def _shared(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return any(one.get(name) is tensor for name, tensor in other.items())
 
 
 def _allocate_like(targets: Mapping[str, Tensor]) -> dict[str, Tensor]:

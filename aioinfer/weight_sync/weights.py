@@ -10,7 +10,17 @@ import torch
 from tensordict import NonTensorData, TensorDict, TensorDictBase, is_leaf_nontensor
 from torch import Tensor, nn
 
-__all__ = ["EXTRA_STATE", "Strategy", "Weights", "WeightsLike", "as_tensordict", "check_strategy", "given_back", "read"]
+__all__ = [
+    "EXTRA_STATE",
+    "Strategy",
+    "Weights",
+    "WeightsLike",
+    "as_tensordict",
+    "check_strategy",
+    "check_version",
+    "given_back",
+    "read",
+]
 
 Strategy: TypeAlias = Literal["tensordict", "state_dict"]
 WeightsLike: TypeAlias = nn.Module | TensorDictBase | Mapping[str, Any]
@@ -43,6 +53,16 @@ def check_strategy(strategy: str) -> None:
     """Raise :class:`ValueError` for anything but the two strategies."""
     if strategy not in ("tensordict", "state_dict"):
         raise ValueError(f'strategy must be "tensordict" or "state_dict", got {strategy!r}')
+
+
+def check_version(version: int | None) -> None:
+    """Raise :class:`TypeError` or :class:`ValueError` for what is no version number."""
+    if version is None:
+        return
+    if not isinstance(version, int):
+        raise TypeError(f"version must be an integer, got {version!r}")
+    if not -(2**63) <= version < 2**63:
+        raise ValueError(f"version must fit into 64 bits, got {version}")
 
 
 def read(source: WeightsLike, strategy: Strategy) -> Weights:

@@ -26,14 +26,12 @@ class PlainWorker:
         *,
         strategy: Strategy,
         cast: bool,
-        timeout: float,
     ) -> None:
         self._channel = channel
         self._model_id = model_id
         self._model = model
         self._target = None if model is None else ModelTarget(model, cast=cast)
         self._strategy = strategy
-        self._timeout = timeout
         self._receiver: Receiver | None = None
 
     @property
@@ -41,12 +39,12 @@ class PlainWorker:
         """Whether it has said hello to the trainer."""
         return self._receiver is not None
 
-    def connect(self) -> None:
+    def connect(self, timeout: float) -> None:
         """Say hello, and wait for the first weights."""
         if self._receiver is None:
             self._receiver = Receiver(self._channel, self._model_id)
-        if self.receive(self._timeout) is None:
-            raise TimeoutError(f"no weights came within {self._timeout:g} s; connect() may be called again")
+        if self.receive(timeout) is None:
+            raise TimeoutError(f"no weights came within {timeout:g} s; connect() may be called again")
 
     def receive(self, timeout: float) -> WeightsLike | None:
         """Apply the newest weights, or return ``None`` if none come within ``timeout`` seconds."""
