@@ -58,7 +58,8 @@ class InferenceServer(ServerLife):
         policy_version_key: the entry of each reply that says which version computed it, an integer tensor
             with the batch size of the reply; ``None``: none does.
         swap_weights: fill new weights into a spare copy beside the forward passes, and let the parameters take over its
-            memory between two of them: no pass waits for a copy. By default new weights are copied into the
+            memory between two of them: no pass waits for a copy, unless :meth:`update_weights` is given weights
+            of another device or dtype. By default new weights are copied into the
             memory that the parameters have, which CUDA graphs and whoever else knows its address rely on.
         request_spec: an example of a request. Others are refused with :class:`InvalidRequestError`
             where they are submitted. Without it, requests of any layout are taken that have no batch dimension.
@@ -177,7 +178,7 @@ class InferenceServer(ServerLife):
         Raises:
             RuntimeError: the server does not run.
             ValueError: ``version`` does not fit into 64 bits.
-            TypeError: the model, or what was given, has no weights.
+            TypeError: the model, or what was given, has no weights; or ``version`` is no integer.
             WeightSyncError: the weights don't fit; the old ones serve on.
             ServerClosedError: the server was shut down meanwhile.
         """

@@ -53,7 +53,8 @@ class ServerStats:
         weight_updates: updates of the weights that were applied.
         refused_updates: updates of the weights that did not fit, or were none.
         trainer_connected: whether a trainer has published weights for this server and is still there; ``None``
-            without ``weight_sync``. Without a trainer, the server serves what it has.
+            before the server's first start, and where nothing is received (without ``weight_sync``, or with a
+            ``NoWeightSyncScheme``). Without a trainer, the server serves what it has.
     """
 
     ok: int

@@ -21,6 +21,7 @@ def run(*arguments: str) -> str:
         [sys.executable, "-W", "error", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=50, check=False
     )
     assert ended.returncode == 0, ended.stderr
+    assert "Traceback" not in ended.stderr, ended.stderr  # of a process or a thread that it has started
     return ended.stdout
 
 

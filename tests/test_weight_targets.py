@@ -156,9 +156,17 @@ def test_buffers_that_are_not_persistent_may_be_left_out() -> None:
 def test_a_compiled_module_has_the_names_of_what_was_compiled(strategy: Strategy) -> None:
     source, target = rich(), rich()
     scramble(source)
-    compiled: Any = torch.compile(nn.Sequential(target), backend="eager")
+    inner: Any = torch.compile(target, backend="eager")
+    compiled: Any = torch.compile(nn.Sequential(inner), backend="eager")
     ModelTarget(compiled).load(read(nn.Sequential(source), strategy))
     assert same(source, target, strategy)
+    incomplete = nn.Sequential(source).state_dict()
+    del incomplete["0.1.bias"]
+    with pytest.raises(WeightSyncError, match=r'"0\.1\.bias" is missing'):
+        ModelTarget(compiled).load(read(incomplete, strategy))
+    counter: Any = torch.compile(Counter(1), backend="eager")
+    ModelTarget(counter).load(read(Counter(2), strategy))
+    assert counter.count == 2
 
 
 def test_a_tensordict_can_be_the_target() -> None:

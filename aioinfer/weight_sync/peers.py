@@ -21,12 +21,16 @@ _SHUT_DOWN = "has shut down"
 class Delivery:
     """One call of ``send``: which workers have yet to answer, and what went wrong at the others.
 
+    Args:
+        patient: whether a worker that is gone may be followed by one that answers.
+
     Attributes:
         waiting: workers that have not answered.
         failures: by worker, why it does not use the weights.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, patient: bool = False) -> None:
+        self.patient = patient
         self.waiting: set[int] = set()
         self.failures: dict[int, str] = {}
 
@@ -107,7 +111,7 @@ class Peer:
             return
         delivery.waiting.add(self.worker)
         self._unanswered[publication.number] = delivery
-        if self._line is None and self._hello is not None:
+        if self._line is None and self._hello is not None and not delivery.patient:
             self._fail_unanswered(self._absent)
 
     def _unread(self) -> list[tuple[str, Publication]]:

@@ -169,6 +169,7 @@ class QueuedWeightSyncScheme(WeightSyncScheme):
         version: int | None,
         *,
         in_turn: bool = False,
+        patience: float | None = None,
     ) -> tuple[Sender, Delivery]:
         sender, recipe = self._trainer()
         if not self._connected:
@@ -181,7 +182,8 @@ class QueuedWeightSyncScheme(WeightSyncScheme):
                 raise ValueError(f"unknown workers {unknown}; there are {list(recipe.workers)}")
         parts = recipe.parts(weights, workers)
         in_turn = in_turn and not recipe.one_for_all
-        return sender, sender.publish(parts, version=version, named=worker_ids is not None, in_turn=in_turn)
+        named = worker_ids is not None
+        return sender, sender.publish(parts, version=version, named=named, in_turn=in_turn, patience=patience)
 
     def _trainer(self) -> tuple[Sender, Recipe]:
         if self._sender is None or self._recipe is None or self._pid != os.getpid():
@@ -208,8 +210,8 @@ class QueuedWeightSyncScheme(WeightSyncScheme):
         self._worker = PlainWorker(channel, model_id, model, strategy=self.strategy, cast=self.cast)
 
     def receive(self, timeout: float | None = None) -> WeightsLike | None:
-        if self._worker is None:
-            raise RuntimeError("init_on_receiver() comes before receive()")
+        if self._worker is None or self._pid != os.getpid():
+            raise RuntimeError("init_on_receiver() comes before receive(), in the process that receives")
         return self._worker.receive(self.timeout if timeout is None else timeout)
 
     def open_receiver(self, model_id: str, *, thread: int) -> Receiver:
@@ -246,7 +248,7 @@ class QueuedWeightSyncScheme(WeightSyncScheme):
         if self._sender is None:
             raise RuntimeError("init_on_sender() or init_on_receiver() comes before connect()")
         self._connected = True
-        sender, delivery = self._publish(None, worker_idx, version, in_turn=True)
+        sender, delivery = self._publish(None, worker_idx, version, in_turn=True, patience=timeout)
         if timeout is not None:
             sender.wait(delivery, timeout)
         elif self.sync:

@@ -69,7 +69,7 @@ class Receiver:
         self._closed = False
         self._line = call(channel.hellos, thread=thread)
         self.connected = False
-        """Whether there is a trainer that has published something since this worker came."""
+        """Whether a trainer has answered since this worker came, and was there when ``take`` last looked."""
 
     @property
     def sources(self) -> Sequence[Source]:

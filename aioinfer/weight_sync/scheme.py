@@ -107,11 +107,11 @@ class WeightSyncScheme(ABC):
             version: your own number for these weights. By default servers count the updates that they apply.
 
         Raises:
-            RuntimeError: before ``init_on_sender`` or ``connect``.
-            TypeError: ``weights`` is none of these, or has tensors that are not dense.
-            ValueError: an unknown worker.
+            RuntimeError: before ``init_on_sender`` or ``connect``, or in a process that was forked from the trainer.
+            TypeError: ``weights`` is none of these, or has tensors that are not dense; ``version`` is no ``int``.
+            ValueError: an unknown worker, or a ``version`` that does not fit into 64 bits.
             WeightSyncError: with ``sync``, it names the workers that refused the weights, died, or did not answer
-                in time. The others have applied them.
+                in time, in its ``failures`` too. The others have applied them.
         """
 
     @abstractmethod
@@ -170,7 +170,7 @@ class WeightSyncScheme(ABC):
             model: what is updated; ``None``: weights are only handed out by :meth:`receive`.
 
         Raises:
-            ValueError: a worker that the sender has not registered.
+            ValueError: a worker that the sender has not registered, or none where there are several.
         """
 
     @abstractmethod
@@ -196,6 +196,9 @@ class WeightSyncScheme(ABC):
         Args:
             model_id: the name under which the server's weights are published.
             thread: the thread of the server's event loop.
+
+        Raises:
+            ValueError: there are several workers, and nobody has said which one this is.
         """
 
     # -- both ------------------------------------------------------------------------------------------
@@ -212,14 +215,17 @@ class WeightSyncScheme(ABC):
 
         Args:
             worker_idx: in the trainer, one worker to connect to; in a worker, its index.
-            version: in the trainer, your own number for these weights.
+            version: in the trainer, your own number for these weights, as for :meth:`send`.
             timeout: in the trainer, seconds to wait until all workers have come and applied the weights; in a
                 worker, seconds to wait for them, by default as many as the scheme waits for an answer.
 
         Raises:
-            RuntimeError: before ``init_on_sender`` or ``init_on_receiver``.
+            RuntimeError: before ``init_on_sender`` or ``init_on_receiver``, or in a process that was forked from the
+                trainer.
+            TypeError: as for :meth:`send`.
+            ValueError: an unknown worker, or a ``version`` that does not fit into 64 bits.
             TimeoutError: in a worker, no weights came in time; ``connect`` may be called again.
-            WeightSyncError: weights were refused; or, with a ``timeout``, a worker has not come.
+            WeightSyncError: weights were refused; or, with a ``timeout``, a worker has not come, or has not answered.
         """
 
     @abstractmethod

@@ -51,7 +51,13 @@ class Sender:
         self._lock = threading.Lock()
 
     def publish(
-        self, parts: Iterable[Part], *, version: int | None, named: bool = False, in_turn: bool = False
+        self,
+        parts: Iterable[Part],
+        *,
+        version: int | None,
+        named: bool = False,
+        in_turn: bool = False,
+        patience: float | None = None,
     ) -> Delivery:
         """Take a snapshot of each part, and leave it in the queues of its workers.
 
@@ -60,8 +66,10 @@ class Sender:
             version: the sender's own number for the weights.
             named: whether the caller has named the workers; then those that have shut down count as failed.
             in_turn: before the next part is asked for, wait until the workers that are there have applied this one.
+            patience: seconds to wait for workers, also for the successors of those that have died; ``None``: those of
+                the sender, and for no successors.
         """
-        delivery = Delivery()
+        delivery = Delivery(patient=patience is not None)
         iterator = iter(parts)
         while (part := next(iterator, None)) is not None:
             workers = part.workers
@@ -69,7 +77,7 @@ class Sender:
                 self._publish(part, delivery, version=version, named=named)
             del part  # now, not when the next one is there
             if in_turn:
-                self._wait(delivery, self._there(workers))
+                self._wait(delivery, self._there(workers), patience)
         return delivery
 
     def _publish(self, part: Part, delivery: Delivery, *, version: int | None, named: bool) -> None:

@@ -15,8 +15,8 @@ class SharedMemWeightSyncScheme(QueuedWeightSyncScheme):
 
     A server on a CPU with ``swap_weights=True`` computes straight from that memory: there is one copy of the weights
     for all servers of the machine, and none is made when they change. The trainer writes the next snapshot elsewhere,
-    and comes back to this memory when no server uses it any more. Where the model is on another device, or has
-    another dtype, the server copies in place between two passes.
+    and comes back to this memory when no server uses it any more. Where a parameter is on another device, or has
+    another dtype or other strides, such a server fills a spare copy beside its passes instead.
 
     Args:
         strategy: see :class:`WeightSyncScheme`.

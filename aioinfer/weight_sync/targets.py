@@ -113,7 +113,9 @@ class ModelTarget:
         if targets.keys() != tensors.keys():
             missing = targets.keys() - tensors.keys()
             if missing and isinstance(self._model, nn.Module):
-                missing &= self._model.state_dict().keys()  # buffers that are not persistent may be left out
+                missing &= read(
+                    self._model, "state_dict"
+                ).tensors.keys()  # buffers that are not persistent may be left out
             faults += [f'"{name}" is missing' for name in targets if name in missing]
             faults += [f'the model has no "{name}"' for name in tensors if name not in targets]
         owners: dict[int, str] = {}
@@ -139,9 +141,10 @@ class ModelTarget:
         if not isinstance(self._model, nn.Module):
             return None
         try:
-            module = self._model.get_submodule(name.removesuffix(EXTRA_STATE).removesuffix("."))
+            module = _original(self._model).get_submodule(name.removesuffix(EXTRA_STATE).removesuffix("."))
         except AttributeError:
             return None
+        module = _original(module)
         return module if type(module).set_extra_state is not nn.Module.set_extra_state else None
 
     def _set_extra_states(self, states: Mapping[str, Any]) -> None:
@@ -157,6 +160,12 @@ class ModelTarget:
             for module, state in undo:
                 module.set_extra_state(state)
             raise WeightSyncError(f'the model refused "{name}": {type(error).__qualname__}: {error}') from error
+
+
+def _original(module: nn.Module) -> nn.Module:
+    """What ``torch.compile`` has wrapped, or else the module itself."""
+    original = getattr(module, "_orig_mod", module)
+    return original if isinstance(original, nn.Module) else module
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

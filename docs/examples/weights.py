@@ -24,7 +24,7 @@ def train(scheme: MultiProcessWeightSyncScheme) -> None:
     policy = make_policy()
     optimizer = torch.optim.Adam(policy.parameters(), 0.05)
     scheme.init_on_sender(model=policy)
-    scheme.connect()  # publishes the first weights
+    scheme.connect(timeout=60.0)  # publishes the first weights, and waits until the server has come and uses them
     for _ in range(UPDATES):
         observations = torch.randn(64, 4)
         loss = (policy.module(observations) + observations).square().mean()
@@ -36,7 +36,7 @@ def train(scheme: MultiProcessWeightSyncScheme) -> None:
 
 
 def main() -> None:
-    scheme = MultiProcessWeightSyncScheme(num_workers=1, timeout=60.0)  # makes the queue, ahead of the process
+    scheme = MultiProcessWeightSyncScheme(num_workers=1)  # makes the queue, ahead of the process
     trainer = multiprocessing.get_context("spawn").Process(target=train, args=(scheme,), daemon=True)
     trainer.start()
     with InferenceServer(make_policy(), ThreadingTransport(), weight_sync=scheme) as server:

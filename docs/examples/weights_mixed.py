@@ -37,7 +37,7 @@ def train(scheme: SharedMemWeightSyncScheme, end: threading.Event) -> None:
     policy, version = Policy(), 1
     scheme.init_on_sender(model=policy)
     policy.weight.fill_(version)
-    scheme.connect()  # the first update of a server is its version 1
+    scheme.connect(version=version)
     while not end.is_set():
         version += 1
         policy.weight.fill_(version)

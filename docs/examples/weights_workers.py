@@ -38,13 +38,13 @@ def follow(scheme: MultiProcessWeightSyncScheme, end: Event) -> None:
     scheme.connect()  # waits for the first weights
     while not end.is_set():
         scheme.receive(timeout=0.1)
-    print(f"the follower's last weight {float(next(policy.parameters())[0, 0]):g}")
+    print(f"the follower's last weight {float(next(policy.parameters()).detach()[0, 0]):g}")
     scheme.shutdown()
 
 
 def main() -> None:
     policy = make_policy()
-    scheme = MultiProcessWeightSyncScheme(timeout=60.0)
+    scheme = MultiProcessWeightSyncScheme()
     scheme.init_on_sender(model=policy, num_workers=2)  # makes the queues, ahead of the processes
     context = multiprocessing.get_context("spawn")
     end = context.Event()
@@ -54,10 +54,10 @@ def main() -> None:
     ]
     for worker in workers:
         worker.start()
-    scheme.connect()
+    scheme.connect(version=0, timeout=60.0)  # waits until both have come
     for step in range(1, 11):
         learn(policy, step)
-        scheme.send(version=step)  # waits for both, the first time until they are there
+        scheme.send(version=step)  # returns when both use these weights
     end.set()
     for worker in workers:
         worker.join()
