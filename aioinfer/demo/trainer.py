@@ -36,10 +36,10 @@ def _train(scheme: MultiProcessWeightSyncScheme, channel: socket.socket, seed: i
     actor = Actor()
     learner = PPO(actor)
     scheme.init_on_sender(model_id="policy", model=make_policy(actor))
-    scheme.connect()
+    scheme.connect(version=1)
     try:
         with channel, channel.makefile("rb") as batches:
-            for version in itertools.count(1):  # servers call the first weights that they get 1, too
+            for version in itertools.count(1):
                 channel.sendall(_NOTICE.pack(version, time.monotonic()))
                 learner.update(pickle.load(batches))
                 scheme.send(version=version + 1)
