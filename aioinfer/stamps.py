@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Sequence
+from functools import partial
 from sys import getrefcount
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor
 
 __all__ = ["VersionStamps"]
 
-_SMALLEST = 64  # stamps of a sheet
-_SHEETS = 4  # callers hold the last reply while they wait for the next, and not all are answered by one batch
+# Of each size: callers hold the last reply while they wait for the next, and not all are answered by one batch.
+_SHEETS = 4
 
 # How many tensors share a storage; without it no sheet is known to be unused.
 _use_count = getattr(torch._C, "_storage_Use_Count", None)
@@ -28,7 +29,7 @@ class VersionStamps:
 
     def __init__(self) -> None:
         self._version = 0
-        self._sheets: deque[_Sheet] = deque(maxlen=_SHEETS)
+        self._sheets: defaultdict[int, deque[_Sheet]] = defaultdict(partial(deque, maxlen=_SHEETS))
 
     def make(self, version: int, size: torch.Size, device: torch.device | None) -> Sequence[Tensor]:
         """The stamps of a batch ``[B, *size]``: ``B`` integer tensors ``[*size]``, each of its reply's own."""
@@ -38,12 +39,13 @@ class VersionStamps:
         if version != self._version:
             self._version = version
             self._sheets.clear()
-        for sheet in self._sheets:
-            if len(sheet.stamps) >= count and sheet.is_unused():
+        # Sizes are powers of two: callers that keep their replies must not cost many more stamps than they get.
+        sheets = self._sheets[places := 1 << (count - 1).bit_length()]
+        for sheet in sheets:
+            if sheet.is_unused():
                 return sheet.stamps[:count]
-        sheet = _Sheet(version, max(_SMALLEST, count))
-        self._sheets.append(sheet)
-        return sheet.stamps[:count]
+        sheets.append(_Sheet(version, places))
+        return sheets[-1].stamps[:count]
 
 
 class _Sheet:

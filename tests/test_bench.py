@@ -1,17 +1,23 @@
 import argparse
 import asyncio
+import gc
 import json
+import os
 import sys
+import time
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from aioinfer import bench
-from aioinfer.bench import contenders, drivers, machine, measure, report, runner
+from aioinfer.bench import contenders, drivers, machine, measure, report, runner, trainers, weights
 from aioinfer.bench.models import Policy
+from aioinfer.bench.partners import Partner, Pipe
 from aioinfer.bench.results import Contest, Entry, Figures, Ratio, Results, Summary, better
-from aioinfer.bench.workloads import WORKLOADS, Job, Metric, Pattern, System, Workload
+from aioinfer.bench.workloads import WORKLOADS, Job, Metric, Pattern, System, WeightSet, Workload
 
 BY_NAME = {workload.name: workload for workload in WORKLOADS}
 ABOUT: dict[str, str | int | None] = {
@@ -36,6 +42,11 @@ def contest(name: str, **repeats: list[float | None]) -> Contest:
         figures: list[Figures | None] = [None if value is None else {figure: value} for value in values]
         made[System(system)] = Entry("threading", repeats=figures)
     return Contest(workload, made)
+
+
+def alone(name: str, *repeats: Figures | None) -> Contest:
+    """A workload on which our figure is compared with another one of ours."""
+    return Contest(BY_NAME[name], {System.OURS: Entry("queues", repeats=list(repeats))})
 
 
 def results(*contests: Contest, crashes: tuple[str, ...] = ()) -> Results:
@@ -72,6 +83,26 @@ def test_torchrl_gets_no_slots_where_they_would_need_ten_thousand_threads() -> N
     assert BY_NAME["tasks-tiny"].ways(System.TORCHRL) == ("threading", "slots")
 
 
+def test_who_takes_part_in_a_workload_is_whom_its_ratios_need() -> None:
+    for workload in WORKLOADS:
+        compared = {metric.against for metric in workload.metrics} - {System.BARE}
+        assert not workload.metrics or bool(workload.ways(System.OURS)), workload.name
+        assert System.TORCHRL not in compared or workload.ways(System.TORCHRL), workload.name
+    assert BY_NAME["weights-1mb-8"].ways(System.TORCHRL) == ("queues",)
+    assert BY_NAME["weights-420mb"].ways(System.TORCHRL) == ()
+
+
+@pytest.mark.parametrize("name", ["weights-1mb-8", "weights-1mb-200", "weights-publishing"])
+def test_a_published_model_has_the_size_that_its_workload_names(name: str) -> None:
+    workload = BY_NAME[name]
+    assert workload.weights is not None
+    policy = Policy(workload.model, workload.weights)
+    parameters = list(policy.module.parameters())
+    assert len(parameters) == workload.weights.tensors
+    assert sum(parameter.nbytes for parameter in parameters) == workload.weights.nbytes
+    policy.check(policy.module(policy.request()))
+
+
 # -- arithmetic ----------------------------------------------------------------------------------------
 
 
@@ -95,6 +126,11 @@ def test_a_crashed_repeat_is_left_out() -> None:
 def test_without_the_other_system_there_is_no_ratio(theirs: dict[str, list[float | None]]) -> None:
     rates = contest("tasks-tiny", aioinfer=[100.0, 100.0], **theirs)
     assert rates.ratio(rates.workload.metrics[0]) is None
+
+
+def test_a_figure_can_be_divided_by_another_one_of_the_same_repeats() -> None:
+    times = alone("weights-420mb", {"p50": 0.2, "memcpy": 0.1}, None, {"p50": 0.4, "memcpy": 0.1})
+    assert times.ratio(times.workload.metrics[0]) == Ratio(pytest.approx(3.0), 2.0, 4.0)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -126,7 +162,20 @@ def test_the_better_transport_has_the_higher_rate_or_the_lower_latency() -> None
 def test_the_table_shows_figures_ratio_limits_and_verdict() -> None:
     shown = report.text(results(contest("one-thread", aioinfer=[4e-4], torchrl=[1e-3])))
     row = next(line for line in shown.splitlines() if line.startswith("one-thread"))
-    assert " ".join(row.split()) == "one-thread p50 0.400 ms 1.000 ms 0.40 0.40 to 0.40 <= 0.7 <= 0.5 aim met"
+    assert " ".join(row.split()) == "one-thread p50 0.400 ms torchrl 1.000 ms 0.40 0.40 to 0.40 <= 0.7 <= 0.5 aim met"
+
+
+def test_the_table_shows_what_ours_is_compared_with_where_that_is_not_torchrl() -> None:
+    copies = alone("weights-420mb", {"p50": 0.2, "p99": 0.3, "memcpy": 0.1, "count": 30})
+    rates = alone("weights-publishing", {"rate": 90_000.0, "quiet rate": 100_000.0, "updates": 30})
+    shown = [" ".join(line.split()) for line in report.text(results(copies, rates)).splitlines()]
+    assert "weights-420mb p50 200.000 ms memcpy 100.000 ms 2.00 2.00 to 2.00 <= 3 <= 1.6 bar met" in shown
+    assert ("weights-publishing rate 90,000/s quiet rate 100,000/s 0.90 0.90 to 0.90 >= 0.85 >= 0.97 bar met") in shown
+
+
+def test_a_gap_is_reported_beside_the_gap_without_an_update() -> None:
+    shown = report.text(results(alone("weights-gap-swap", {"gap": 0.002, "quiet gap": 0.0005, "memcpy": 0.02})))
+    assert "weights-gap-swap: the longest gap in as long a time without an update is 0.500 ms" in shown
 
 
 def test_the_share_of_the_bare_forward_also_shows_that_of_torchrl() -> None:
@@ -214,6 +263,39 @@ async def test_an_error_of_a_task_reaches_the_measurement() -> None:
         await drivers.tasks([contenders.TaskCaller(fail, fail)], [None], 0.0, 10.0)
 
 
+def test_acts_that_take_turns_are_timed_apart_without_the_warm_up() -> None:
+    acts: list[str] = []
+    times = drivers.by_turns({"send": lambda: acts.append("send"), "copy": lambda: acts.append("copy")}, 0.0, 0.0)
+    assert acts == ["send", "copy"] * 2
+    assert {name: len(taken) for name, taken in times.items()} == {"send": 1, "copy": 1}
+
+
+@pytest.mark.parametrize(
+    ("begun", "ended", "gap"), [(1.5, 2.5, 1.0), (3.5, 3.6, 3.0), (6.5, 9.0, 2.0), (0.0, 99.0, 3.0)]
+)
+def test_the_longest_gap_lies_at_least_partly_inside_the_update(begun: float, ended: float, gap: float) -> None:
+    assert drivers.longest_gap([1.0, 2.0, 3.0, 6.0, 7.0, 9.0], begun, ended) == gap
+
+
+async def test_gaps_are_measured_with_and_without_an_update() -> None:
+    passes = [0.0]  # of an earlier round
+
+    async def call(request: object) -> None:
+        await asyncio.sleep(0)
+        passes.append(time.perf_counter())
+
+    async def update() -> tuple[float, float]:
+        begun = time.perf_counter()
+        await asyncio.sleep(0.01)
+        return begun, time.perf_counter()
+
+    caller = contenders.TaskCaller(call, call)  # type: ignore[arg-type]
+    started = time.perf_counter()
+    with_one, without = await drivers.gaps([caller], [None], passes, update)
+    assert 0 < with_one < time.perf_counter() - started
+    assert 0 < without < time.perf_counter() - started
+
+
 def test_a_reply_that_is_none_is_not_measured() -> None:
     policy = Policy("tiny")
     with pytest.raises(RuntimeError, match=r"shape \[3, 2\], expected \[2\]"):
@@ -230,6 +312,87 @@ def test_ours_is_measured_on_every_transport(name: str, way: str) -> None:
 def test_ours_and_the_bare_model_are_measured_where_there_is_one_way() -> None:
     assert set(measure.measure(job("open-loop"))) == {"p50", "p99", "count"}
     assert measure.measure(job("bare-tiny-64", System.BARE, "none"))["rate"] > 0
+
+
+# -- with a trainer ------------------------------------------------------------------------------------
+
+
+def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = [
+        workload if workload.weights is None else replace(workload, weights=WeightSet(1_000_000, 50))
+        for workload in WORKLOADS
+    ]
+    monkeypatch.setattr(measure, "WORKLOADS", small)
+
+
+@pytest.mark.parametrize(
+    ("name", "way", "figures"),
+    [
+        ("weights-420mb", "queues", {"p50", "p99", "count", "memcpy"}),
+        ("weights-420mb-shared", "shared memory", {"p50", "p99", "count", "memcpy"}),
+        ("weights-publishing", "queues", {"rate", "quiet rate", "updates"}),
+        ("weights-gap-swap", "queues", {"gap", "quiet gap", "memcpy", "count"}),
+    ],
+)
+def test_weights_are_measured_between_two_processes(
+    monkeypatch: pytest.MonkeyPatch, name: str, way: str, figures: set[str]
+) -> None:
+    shrink(monkeypatch)
+    found = measure.measure(job(name, way=way, seconds=0.2))
+    assert set(found) == figures
+    assert min(found.values()) > 0
+    assert gc.get_freeze_count() == 0
+
+
+def test_a_server_that_does_not_serve_what_was_sent_is_not_measured() -> None:
+    class Stale:
+        def ask(self, observation: list[float]) -> list[float]:
+            return [0.0, 0.0]
+
+    with pytest.raises(RuntimeError, match=r"the server answered \[0.0, 0.0\] after send\(\), the model "):
+        trainers._check(Policy("tiny"), lambda: None, Stale())  # type: ignore[arg-type]
+
+
+def test_a_trainer_that_falls_behind_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Idle:
+        def __init__(self, *_: Any) -> None: ...
+
+        def __enter__(self) -> "Idle":
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def tell(self, message: str) -> None: ...
+
+        def answer(self) -> int:
+            return 0
+
+    shrink(monkeypatch)
+    monkeypatch.setattr(weights, "Partner", Idle)
+    with pytest.raises(RuntimeError, match=r"0\.0 updates/s were published instead of 10"):
+        measure.measure(job("weights-publishing", way="queues"))
+
+
+def fail(pipe: Pipe) -> None:
+    raise ConnectionError("refused")
+
+
+def die(pipe: Pipe) -> None:
+    os._exit(3)
+
+
+def test_what_goes_wrong_in_the_other_process_is_told_in_this_one() -> None:
+    with pytest.raises(RuntimeError, match=r"the other process failed: ConnectionError: refused"):
+        Partner(fail)
+    with pytest.raises(RuntimeError, match="the other process died"):
+        Partner(die)
+
+
+@pytest.mark.skipif(find_spec("torchrl") is None, reason="torchrl is not installed")
+def test_weights_of_torchrl_are_measured_too() -> None:
+    (outcome,) = runner.measure_in_turn([job("weights-1mb-8", System.TORCHRL, "queues")])
+    assert not isinstance(outcome, runner.MeasurementError), str(outcome)
+    assert outcome["p50"] > 0
 
 
 @pytest.mark.skipif(find_spec("torchrl") is None, reason="torchrl is not installed")

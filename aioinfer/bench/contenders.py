@@ -1,4 +1,4 @@
-"""A running server of either system, and its callers. torchrl is used through its public API alone."""
+"""A running server of either system, its callers, and its trainer. torchrl is used through its public API alone."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from tensordict.nn import TensorDictModule
 
 from aioinfer import InferenceServer, SlotTransport, ThreadingTransport
 from aioinfer.bench.workloads import MAX_BATCH_SIZE, Job, System
+from aioinfer.weight_sync import MultiProcessWeightSyncScheme, SharedMemWeightSyncScheme
 
-__all__ = ["TaskCaller", "prepare", "serve_tasks", "serve_threads"]
+__all__ = ["TaskCaller", "make_scheme", "prepare", "serve_tasks", "serve_threads"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,40 +38,66 @@ def prepare(job: Job) -> None:
         import torchrl.modules.inference_server  # noqa: F401
 
 
+def make_scheme(job: Job) -> Any:
+    """A scheme for one worker. One of torchrl's makes its queues when its trainer begins."""
+    if job.system == System.TORCHRL:
+        from torchrl.weight_update import MultiProcessWeightSyncScheme as TorchrlScheme
+
+        return TorchrlScheme()
+    scheme = SharedMemWeightSyncScheme if job.way == "shared memory" else MultiProcessWeightSyncScheme
+    return scheme(num_workers=1)
+
+
 @contextmanager
-def serve_threads(job: Job, model: TensorDictModule, callers: int) -> Iterator[list[Callable[[Any], Any]]]:
-    """Serve ``model``, and yield a blocking client for each caller."""
-    with _torchrl(job, model, callers) if job.system == System.TORCHRL else _ours(job, model, callers) as server:
+def serve_threads(
+    job: Job, model: TensorDictModule, callers: int, *, weight_sync: Any = None, swap: bool = False
+) -> Iterator[list[Callable[[Any], Any]]]:
+    """Serve ``model``, and yield a blocking client for each caller.
+
+    Args:
+        job: names the system, and the transport.
+        model: what is served.
+        callers: how many clients there are.
+        weight_sync: a scheme of the system.
+        swap: see ``swap_weights`` of our server.
+    """
+    if job.system == System.TORCHRL:
+        server = _torchrl(job, model, callers, weight_sync)
+    else:
+        server = _ours(job, model, callers, weight_sync, swap)
+    with server:
         yield [server.client() for _ in range(callers)]
 
 
 @asynccontextmanager
-async def serve_tasks(job: Job, model: TensorDictModule, callers: int) -> AsyncIterator[list[TaskCaller]]:
+async def serve_tasks(
+    job: Job, model: TensorDictModule, callers: int, *, weight_sync: Any = None, swap: bool = False
+) -> AsyncIterator[list[TaskCaller]]:
     """Serve ``model`` to the tasks of the running event loop, and yield what each of them needs."""
     if job.system == System.OURS:
-        async with _ours(job, model, callers) as server:
+        async with _ours(job, model, callers, weight_sync, swap) as server:
             clients = [server.async_client() for _ in range(callers)]
             yield [TaskCaller(client, client.submit) for client in clients]
     elif job.way == "slots":
         # The futures of torchrl's slots can't be awaited, nor wrapped: a thread per slot blocks on them.
-        with ThreadPoolExecutor(callers) as pool, _torchrl(job, model, callers) as server:
+        with ThreadPoolExecutor(callers) as pool, _torchrl(job, model, callers, weight_sync) as server:
             yield [_in_thread(pool, server.client()) for _ in range(callers)]
     else:
-        with _torchrl(job, model, callers) as server:
+        with _torchrl(job, model, callers, weight_sync) as server:
             yield [_wrapped(server.client()) for _ in range(callers)]
 
 
-def _ours(job: Job, model: TensorDictModule, callers: int) -> InferenceServer:
+def _ours(job: Job, model: TensorDictModule, callers: int, weight_sync: Any, swap: bool) -> InferenceServer:
     transport = SlotTransport(callers) if job.way == "slots" else ThreadingTransport()
-    return InferenceServer(model, transport, max_batch_size=MAX_BATCH_SIZE)
+    return InferenceServer(model, transport, max_batch_size=MAX_BATCH_SIZE, weight_sync=weight_sync, swap_weights=swap)
 
 
-def _torchrl(job: Job, model: TensorDictModule, callers: int) -> Any:
+def _torchrl(job: Job, model: TensorDictModule, callers: int, weight_sync: Any) -> Any:
     from torchrl.modules import inference_server as torchrl
 
     transport = torchrl.SlotTransport(callers) if job.way == "slots" else torchrl.ThreadingTransport()
     collate = {"collate_fn": torch.stack} if job.torchrl_collate == "stack" else {}
-    return torchrl.InferenceServer(model, transport, max_batch_size=MAX_BATCH_SIZE, **collate)
+    return torchrl.InferenceServer(model, transport, max_batch_size=MAX_BATCH_SIZE, weight_sync=weight_sync, **collate)
 
 
 def _wrapped(client: Any) -> TaskCaller:

@@ -5,21 +5,46 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
 
 from aioinfer.bench.contenders import TaskCaller
 
-__all__ = ["arrivals", "bare", "one_task", "one_thread", "open_loop", "tasks", "threads"]
+__all__ = [
+    "arrivals",
+    "bare",
+    "by_turns",
+    "gaps",
+    "longest_gap",
+    "memcpy",
+    "one_task",
+    "one_thread",
+    "open_loop",
+    "tasks",
+    "threads",
+    "timed",
+]
 
 # The closed loops that measure a rate read no clock per request: it would cost the faster system the larger share.
 
 
 async def tasks(callers: Sequence[TaskCaller], requests: Sequence[Any], warm_up: float, seconds: float) -> float:
     """Replies per second to tasks that ask again as soon as they have their reply."""
+    async with _asking(callers, requests) as replies:
+        await asyncio.sleep(warm_up)
+        started, before = time.perf_counter(), replies()
+        await asyncio.sleep(seconds)
+        return (replies() - before) / (time.perf_counter() - started)
+
+
+@asynccontextmanager
+async def _asking(callers: Sequence[TaskCaller], requests: Sequence[Any]) -> AsyncIterator[Callable[[], int]]:
+    """Let tasks ask until the end of the block; yield what counts the replies."""
     replies = 0
     running = True
 
@@ -34,14 +59,10 @@ async def tasks(callers: Sequence[TaskCaller], requests: Sequence[Any], warm_up:
         async with asyncio.TaskGroup() as group:
             for caller, request in zip(callers, requests, strict=True):
                 group.create_task(ask(caller, request))
-            await asyncio.sleep(warm_up)
-            started, before = time.perf_counter(), replies
-            await asyncio.sleep(seconds)
-            rate = (replies - before) / (time.perf_counter() - started)
+            yield lambda: replies
             running = False
     except ExceptionGroup as failed:  # most likely all of the same
         raise failed.exceptions[0] from None
-    return rate
 
 
 def threads(callers: Sequence[Callable[[Any], Any]], requests: Sequence[Any], warm_up: float, seconds: float) -> float:
@@ -116,14 +137,20 @@ async def open_loop(caller: TaskCaller, request: Any, schedule: Sequence[float],
     """
     submit, clock = caller.submit, time.perf_counter
     latencies: list[float] = []
-    futures: list[asyncio.Future[Any]] = []
+    pending: set[asyncio.Future[Any]] = set()
 
     def send(measured: bool) -> None:
         submitted = clock()
+
+        def answered(future: asyncio.Future[Any]) -> None:
+            if measured:
+                latencies.append(clock() - submitted)
+            if future.exception() is None:  # else it is raised at the end
+                pending.discard(future)  # replies that pile up would be what garbage collections take their time for
+
         future = submit(request)
-        if measured:
-            future.add_done_callback(lambda _: latencies.append(clock() - submitted))
-        futures.append(future)
+        future.add_done_callback(answered)
+        pending.add(future)
 
     started = clock()
     for at in schedule:
@@ -131,7 +158,7 @@ async def open_loop(caller: TaskCaller, request: Any, schedule: Sequence[float],
         if (left := started + at - clock()) > 0:
             await asyncio.sleep(left)
         send(measured=at >= warm_up)
-    await asyncio.gather(*futures)
+    await asyncio.gather(*pending)
     return latencies
 
 
@@ -142,6 +169,70 @@ def bare(forward: Callable[[Any], Any], batch: Any, warm_up: float, seconds: flo
         started = time.perf_counter()
         passes = _until(started + seconds, lambda: forward(batch))
         return float(passes * batch.batch_size[0] / (time.perf_counter() - started))
+
+
+# -- beside a trainer --------------------------------------------------------------------------------------
+
+_SETTLE = 0.05  # seconds for tasks to get into step, and for what an update may leave to be done
+
+
+def memcpy(nbytes: int) -> Callable[[], object]:
+    """What copies so many bytes from one tensor to another, both of which have been written before."""
+    source, target = torch.ones(nbytes // 4), torch.zeros(nbytes // 4)
+    target.copy_(source)
+    return lambda: target.copy_(source)
+
+
+def by_turns(acts: Mapping[str, Callable[[], object]], warm_up: float, seconds: float) -> dict[str, list[float]]:
+    """How long each of several acts takes, one after the other, again and again; at least once."""
+    times: dict[str, list[float]] = {name: [] for name in acts}
+
+    def take_turns() -> None:
+        for name, act in acts.items():
+            times[name].append(timed(act))
+
+    _until(time.perf_counter() + warm_up, take_turns)
+    for taken in times.values():
+        taken.clear()
+    _until(time.perf_counter() + seconds, take_turns)
+    return times
+
+
+def timed(act: Callable[[], object]) -> float:
+    """How long it takes to act once."""
+    started = time.perf_counter()
+    act()
+    return time.perf_counter() - started
+
+
+async def gaps(
+    callers: Sequence[TaskCaller],
+    requests: Sequence[Any],
+    passes: list[float],
+    update: Callable[[], Awaitable[tuple[float, float]]],
+) -> tuple[float, float]:
+    """The longest gap between two forward passes during an update of the weights, and as long without one.
+
+    Args:
+        callers: of the tasks that keep the server busy.
+        requests: of each task.
+        passes: where the model notes when a pass begins.
+        update: returns when it began and when the new weights were in use.
+    """
+    passes[:] = [time.perf_counter()]
+    async with _asking(callers, requests):
+        await asyncio.sleep(_SETTLE)
+        begun, ended = await update()
+        await asyncio.sleep(_SETTLE)
+        quiet = time.perf_counter()
+        await asyncio.sleep(ended - begun)
+    passes.append(time.perf_counter())  # so that each of the times above is between two
+    return longest_gap(passes, begun, ended), longest_gap(passes, quiet, quiet + ended - begun)
+
+
+def longest_gap(passes: Sequence[float], begun: float, ended: float) -> float:
+    """The longest time from one pass to the next, of those that lie at least partly between two times."""
+    return max(later - earlier for earlier, later in pairwise(passes) if later >= begun and earlier <= ended)
 
 
 def _until(end: float, act: Callable[[], object]) -> int:

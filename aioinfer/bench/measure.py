@@ -10,14 +10,14 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import statistics
 import sys
 from collections.abc import Sequence
 
 import torch
 
-from aioinfer.bench import contenders, drivers
+from aioinfer.bench import contenders, drivers, weights
 from aioinfer.bench.models import Policy
+from aioinfer.bench.results import Figures, percentiles
 from aioinfer.bench.workloads import WORKLOADS, Job, Pattern, System, Workload
 
 __all__ = ["main", "measure"]
@@ -35,44 +35,48 @@ def main(arguments: Sequence[str]) -> None:
         print(json.dumps(measure(job)), file=answers, flush=True)
 
 
-def measure(job: Job) -> dict[str, float]:
-    """Make one measurement: ``rate`` in requests/s, or ``p50`` and ``p99`` in seconds over ``count`` requests."""
+def measure(job: Job) -> Figures:
+    """Make one measurement.
+
+    Returns:
+        ``rate`` in requests/s; or ``p50`` and ``p99`` in seconds over ``count`` requests or updates; or ``gap`` in
+        seconds. Beside them, what they are compared with: ``quiet rate``, ``memcpy``.
+    """
     torch.manual_seed(job.seed)
     workload = next(workload for workload in WORKLOADS if workload.name == job.workload)
-    policy = Policy(workload.model)
+    policy = Policy(workload.model, workload.weights)
     if job.system == System.BARE:
         return {"rate": drivers.bare(policy.module, policy.request(workload.callers), job.warm_up, job.seconds)}
     if workload.pattern in (Pattern.THREADS, Pattern.ONE_THREAD):
         return _measure_threads(job, workload, policy)
+    if workload.pattern is Pattern.SEND:
+        return weights.measure_send(job, workload, policy)
+    if workload.pattern is Pattern.PUBLISHING:
+        return asyncio.run(weights.measure_publishing(job, workload, policy))
+    if workload.pattern is Pattern.GAP:
+        return asyncio.run(weights.measure_gap(job, workload, policy))
     return asyncio.run(_measure_tasks(job, workload, policy))
 
 
-def _measure_threads(job: Job, workload: Workload, policy: Policy) -> dict[str, float]:
+def _measure_threads(job: Job, workload: Workload, policy: Policy) -> Figures:
     requests = [policy.request() for _ in range(workload.callers)]
     with contenders.serve_threads(job, policy.module, workload.callers) as callers:
         policy.check(callers[0](requests[0]))
         if workload.pattern is Pattern.ONE_THREAD:
-            return _latency(drivers.one_thread(callers[0], requests[0], job.warm_up, job.seconds))
+            return percentiles(drivers.one_thread(callers[0], requests[0], job.warm_up, job.seconds))
         return {"rate": drivers.threads(callers, requests, job.warm_up, job.seconds)}
 
 
-async def _measure_tasks(job: Job, workload: Workload, policy: Policy) -> dict[str, float]:
+async def _measure_tasks(job: Job, workload: Workload, policy: Policy) -> Figures:
     requests = [policy.request() for _ in range(workload.callers)]
     async with contenders.serve_tasks(job, policy.module, workload.callers) as callers:
         policy.check(await callers[0].call(requests[0]))
         if workload.pattern is Pattern.ONE_TASK:
-            return _latency(await drivers.one_task(callers[0], requests[0], job.warm_up, job.seconds))
+            return percentiles(await drivers.one_task(callers[0], requests[0], job.warm_up, job.seconds))
         if workload.pattern is Pattern.OPEN_LOOP:
             schedule = drivers.arrivals(workload.rate, job.warm_up + job.seconds, job.seed)
-            return _latency(await drivers.open_loop(callers[0], requests[0], schedule, job.warm_up))
+            return percentiles(await drivers.open_loop(callers[0], requests[0], schedule, job.warm_up))
         return {"rate": await drivers.tasks(callers, requests, job.warm_up, job.seconds)}
-
-
-def _latency(latencies: list[float]) -> dict[str, float]:
-    if len(latencies) < 2:
-        raise RuntimeError(f"{len(latencies)} requests are too few for percentiles; measure for longer")
-    cuts = statistics.quantiles(latencies, n=100, method="inclusive")
-    return {"p50": cuts[49], "p99": cuts[98], "count": len(latencies)}
 
 
 if __name__ == "__main__":

@@ -6,12 +6,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from aioinfer.bench.results import Contest, Results, Summary
+from aioinfer.bench.results import Contest, Results, shown
 from aioinfer.bench.workloads import MAX_BATCH_SIZE, Metric, Pattern, System
 
 __all__ = ["markdown", "text", "to_json"]
 
-_HEADINGS = ("workload", "", "aioinfer", "torchrl", "ratio", "spread", "bar", "aim", "verdict")
+_HEADINGS = ("workload", "", "aioinfer", "against", "ratio", "spread", "bar", "aim", "verdict")
 _NUMERIC = range(2, 8)
 
 
@@ -32,7 +32,7 @@ def markdown(results: Results) -> str:
 
 
 def to_json(results: Results) -> str:
-    """The raw figures of every repeat, and the ratios. Latencies are in seconds, rates in requests/s."""
+    """The raw figures of every repeat, and the ratios. Times are in seconds, rates in requests/s."""
     return json.dumps(
         {
             "machine": results.machine,
@@ -73,15 +73,19 @@ def _row(contest: Contest, metric: Metric) -> tuple[str, ...]:
     if ratio is not None:
         spread = f"{_short(ratio.least)} to {_short(ratio.most)}"
         judged = (_short(ratio.value), spread, *limits, ratio.verdict(metric))
-    ours, torchrl = (contest.summary(system, metric.figure) for system in (System.OURS, System.TORCHRL))
-    name = contest.workload.name
-    return name, metric.figure, _figure(ours, metric.figure), _figure(torchrl, metric.figure), *judged
+    ours = _figure(contest, System.OURS, metric.figure)
+    return contest.workload.name, metric.figure, ours, _against(contest, metric), *judged
 
 
-def _figure(summary: Summary | None, figure: str) -> str:
-    if summary is None:
-        return "-"
-    return f"{summary.median:,.0f}/s" if figure == "rate" else f"{summary.median * 1e3:.3f} ms"
+def _against(contest: Contest, metric: Metric) -> str:
+    """What the ratio is over: another's figure, or another figure of ours."""
+    figure = _figure(contest, metric.against, metric.divisor)
+    return figure if figure == "-" else f"{metric.over or metric.against} {figure}"
+
+
+def _figure(contest: Contest, system: System, figure: str) -> str:
+    summary = contest.summary(system, figure)
+    return "-" if summary is None else shown(figure, summary.median)
 
 
 def _short(value: float) -> str:
@@ -90,20 +94,38 @@ def _short(value: float) -> str:
 
 def _notes(results: Results) -> list[str]:
     notes = [f"{c.workload.summary}: {_bare(c)}" for c in results.contests if c.workload.pattern is Pattern.BARE]
-    notes += [_share(contest, metric) for contest, metric in _judged(results) if metric.against is System.BARE]
+    notes += filter(None, [_share(contest, metric) for contest, metric in _judged(results)])
     kept = [
         f"{c.workload.name} {' / '.join(entry.way for system, entry in c.entries.items() if system != System.BARE)}"
         for c in results.contests
         if c.workload.pattern is not Pattern.BARE
     ]
     if kept:
-        notes.append(f"transports kept (aioinfer / torchrl): {', '.join(kept)}")
-    if any(contest.workload.pattern is Pattern.OPEN_LOOP for contest in results.contests):
-        notes.append("open-loop latency counts from the actual submit; every system gets the same schedule")
+        notes.append(f"transports or schemes kept (aioinfer / torchrl): {', '.join(kept)}")
+    patterns = {contest.workload.pattern for contest in results.contests}
+    notes += [note for pattern, note in _ABOUT.items() if pattern in patterns]
+    if any(metric.over == "memcpy" for _, metric in _judged(results)):
+        notes.append(
+            "memcpy is one copy of as many bytes, warm, in the process that is measured, by turns with updates"
+        )
+    notes += [_quiet(contest) for contest in results.contests if contest.workload.pattern is Pattern.GAP]
     if results.torchrl_collate == "stack":
         notes.append("torchrl's server was given collate_fn=torch.stack")
     notes += [_method(results), _machine(results)]
     return notes + [f"CRASHED: {crash}" for crash in results.crashes]
+
+
+_ABOUT = {
+    Pattern.OPEN_LOOP: "open-loop latency counts from the actual submit; every system gets the same schedule",
+    Pattern.SEND: "send(sync=True) counts in the trainer, until a server in another process has applied the weights",
+    Pattern.PUBLISHING: "updates come by send(sync=True); the quiet rate is that of the same server without them",
+    Pattern.GAP: "gaps are between the beginnings of two forward passes, medians over updates, after gc.freeze()",
+}
+
+
+def _quiet(contest: Contest) -> str:
+    figure = _figure(contest, System.OURS, "quiet gap")
+    return f"{contest.workload.name}: the longest gap in as long a time without an update is {figure}"
 
 
 def _bare(contest: Contest) -> str:
@@ -111,16 +133,18 @@ def _bare(contest: Contest) -> str:
     return "-" if summary is None else f"{summary.median:,.0f} rows/s ({summary.least:,.0f} to {summary.most:,.0f})"
 
 
-def _share(contest: Contest, metric: Metric) -> str:
-    note = f"{contest.workload.name}: the ratio is the share of the bare forward's rate, {_bare(contest)}"
-    torchrl = contest.ratio(metric, System.TORCHRL)
-    return note if torchrl is None else f"{note}; torchrl's share is {_short(torchrl.value)}"
+def _share(contest: Contest, metric: Metric) -> str | None:
+    torchrl = contest.ratio(metric, System.TORCHRL) if metric.against is System.BARE else None
+    if torchrl is None:
+        return None
+    rate = _figure(contest, System.TORCHRL, metric.figure)
+    return f"{contest.workload.name}: torchrl's share is {_short(torchrl.value)}, {rate}"
 
 
 def _method(results: Results) -> str:
     return (
         f"medians over {results.repeats} x {results.seconds:g} s, each in a fresh process, the systems by turns; "
-        f"max_batch_size={MAX_BATCH_SIZE}, torch.set_num_threads(1)"
+        f"max_batch_size={MAX_BATCH_SIZE}; beside a trainer OMP_NUM_THREADS=1"
     )
 
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass, field
 
-from aioinfer.bench.workloads import Metric, System, Workload
+from aioinfer.bench.workloads import Metric, System, Workload, is_rate
 
-__all__ = ["Contest", "Entry", "Figures", "Ratio", "Results", "Summary", "better"]
+__all__ = ["COUNTS", "Contest", "Entry", "Figures", "Ratio", "Results", "Summary", "better", "percentiles", "shown"]
 
 Figures = dict[str, float]
+"""What one measurement found, by name: rates in requests/s, times in seconds, counts."""
+
+COUNTS = frozenset({"count", "updates"})
+"""The figures that say over how much the others were taken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +51,8 @@ class Entry:
     """One system on one workload.
 
     Attributes:
-        way: the transport that was kept.
-        heats: a first, short measurement of each transport, which chose ``way``. It is not counted otherwise.
+        way: the transport, or scheme, that was kept.
+        heats: a first, short measurement of each of them, which chose ``way``. It is not counted otherwise.
         repeats: the figures that count. ``None`` stands for a repeat that crashed.
     """
 
@@ -76,19 +80,32 @@ class Contest:
 
     def ratio(self, metric: Metric, of: System = System.OURS) -> Ratio | None:
         """A system's figure over the one that the metric compares with; ``None`` if either is missing."""
-        one, other = self.summary(of, metric.figure), self.summary(metric.against, metric.figure)
+        one, other = self.summary(of, metric.figure), self.summary(metric.against, metric.divisor)
         if one is None or other is None:
             return None
         value = one.median / other.median
         repeats = zip(self.entries[of].repeats, self.entries[metric.against].repeats, strict=True)
         # Repeats that ran next to each other: what the machine did meanwhile hit both.
-        pairs = [a[metric.figure] / b[metric.figure] for a, b in repeats if a is not None and b is not None]
+        pairs = [a[metric.figure] / b[metric.divisor] for a, b in repeats if a is not None and b is not None]
         return Ratio(value, min(pairs, default=value), max(pairs, default=value))
 
 
 def better(heats: dict[str, Figures], figure: str) -> str:
     """The transport that did best in the heats; the first one if their figures are equal."""
-    return (max if figure == "rate" else min)(heats, key=lambda way: heats[way][figure])
+    return (max if is_rate(figure) else min)(heats, key=lambda way: heats[way][figure])
+
+
+def shown(figure: str, value: float) -> str:
+    """A rate or a time with its unit."""
+    return f"{value:,.0f}/s" if is_rate(figure) else f"{value * 1e3:.3f} ms"
+
+
+def percentiles(times: list[float]) -> Figures:
+    """``p50`` and ``p99`` of ``count`` times."""
+    if len(times) < 2:
+        raise RuntimeError(f"{len(times)} times are too few for percentiles; measure for longer")
+    cuts = statistics.quantiles(times, n=100, method="inclusive")
+    return {"p50": cuts[49], "p99": cuts[98], "count": len(times)}
 
 
 @dataclass(slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -11,12 +12,16 @@ from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 
-from aioinfer.bench.results import Contest, Entry, Figures, Results, better
-from aioinfer.bench.workloads import Job, System, Workload
+from aioinfer.bench.results import COUNTS, Contest, Entry, Figures, Results, better, shown
+from aioinfer.bench.workloads import WORKLOADS, Job, System, Workload
 
 __all__ = ["MeasurementError", "Runner", "measure_in_turn"]
 
 _MODULE = "aioinfer.bench.measure"
+
+# For measurements beside a trainer, which needs a core. torch.set_num_threads does not reach a server's own thread
+# until an operator there asks for it, and those for a few rows don't: OpenMP's threads would spin on all cores.
+_ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 # All in seconds.
 _WARM_UP = 0.4
@@ -33,9 +38,9 @@ class MeasurementError(Exception):
 class Runner:
     """Fills ``results``, one workload at a time.
 
-    Where a system has several transports, a short heat of each chooses the one that is then measured: measuring
-    all of them in full would double the time, and taking the best of the figures that count would favour
-    the system with more ways.
+    Where a system has several transports or schemes, a short heat of each chooses the one that is then measured:
+    measuring all of them in full would double the time, and taking the best of the figures that count would
+    favour the system with more ways.
 
     Args:
         results: where the figures go.
@@ -114,6 +119,7 @@ class _Process:
         self._errors = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115 - until close()
         self._process = subprocess.Popen(
             [sys.executable, "-m", _MODULE, json.dumps(asdict(job))],
+            env=os.environ | (_ONE_THREAD if _has_trainer(job) else {}),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -184,6 +190,10 @@ class _Process:
         return MeasurementError(f"exit status {status}, {last[0]}")
 
 
+def _has_trainer(job: Job) -> bool:
+    return any(workload.name == job.workload and workload.weights is not None for workload in WORKLOADS)
+
+
 def _figure(workload: Workload) -> str:
     return workload.metrics[0].figure if workload.metrics else "rate"
 
@@ -193,6 +203,4 @@ def _who(job: Job) -> str:
 
 
 def _progress(figures: Figures) -> str:
-    if "rate" in figures:
-        return f"{figures['rate']:,.0f}/s"
-    return f"p50 {figures['p50'] * 1e3:.3f} ms p99 {figures['p99'] * 1e3:.3f} ms"
+    return " ".join(f"{name} {shown(name, value)}" for name, value in figures.items() if name not in COUNTS)

@@ -5,7 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-__all__ = ["COLLATES", "MAX_BATCH_SIZE", "WORKLOADS", "Job", "Metric", "Pattern", "System", "Workload"]
+__all__ = [
+    "COLLATES",
+    "MAX_BATCH_SIZE",
+    "WORKLOADS",
+    "Job",
+    "Metric",
+    "Pattern",
+    "System",
+    "WeightSet",
+    "Workload",
+    "is_rate",
+]
 
 MAX_BATCH_SIZE = 64
 """Of both systems; it is also the default of both."""
@@ -38,6 +49,17 @@ class Pattern(StrEnum):
     """Requests at random times, whether or not earlier ones were answered."""
     BARE = "bare"
     """No requests: forward passes on a ready batch."""
+    SEND = "send"
+    """No requests: a trainer sends weights to a server in another process, again as soon as they are applied."""
+    PUBLISHING = "publishing"
+    """Closed loop of tasks, while a trainer in another process publishes at a steady rate, by turns with while not."""
+    GAP = "gap"
+    """Closed loop of tasks, and a trainer in another process that publishes once in a while."""
+
+
+def is_rate(figure: str) -> bool:
+    """Whether a figure is in requests per second, and more is better. All others are times, and less is better."""
+    return figure.endswith("rate")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,22 +67,37 @@ class Metric:
     """One ratio of a workload.
 
     Attributes:
-        figure: what is compared: ``"rate"`` (requests/s, more is better) or a latency percentile in seconds
-            (``"p50"``, ``"p99"``; less is better).
-        bar: what the ratio has to reach (rate), or may reach at most (latency).
+        figure: what is compared: a rate in requests/s, or a time in seconds, such as ``"p50"``.
+        bar: what the ratio has to reach (rate), or may reach at most (time).
         aim: what it should reach.
-        against: what our figure is divided by.
+        against: whose figure ours is divided by.
+        over: which figure of theirs that is; ``None``: the same. With it, ours can be compared with another one
+            that was measured beside it.
     """
 
     figure: str
     bar: float
     aim: float
     against: System = System.TORCHRL
+    over: str | None = None
+
+    @property
+    def divisor(self) -> str:
+        """The other's figure."""
+        return self.over or self.figure
 
     @property
     def higher_is_better(self) -> bool:
         """Whether a high ratio is a good one."""
-        return self.figure == "rate"
+        return is_rate(self.figure)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSet:
+    """The size of a model that a trainer publishes, all parameters together."""
+
+    nbytes: int
+    tensors: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +111,12 @@ class Workload:
         model: the model's name.
         callers: how many ask at once; for ``Pattern.BARE`` the rows of the batch.
         metrics: the ratios.
-        ours: the transports of ours that are tried; the better one is kept.
-        torchrl: the same for torchrl.
-        rate: requests/s of an open loop.
+        ours: the transports of ours that are tried, or the schemes where a trainer publishes; the better one is kept.
+        torchrl: the same for torchrl; empty if it takes no part.
+        rate: requests/s of an open loop, or updates/s of a trainer.
         stretch: times the usual length of warm-up and measurement.
+        weights: what a trainer publishes; the model gets so many parameters, most of which its passes do not use.
+        swap: whether our server has ``swap_weights=True``.
     """
 
     name: str
@@ -90,9 +129,11 @@ class Workload:
     torchrl: tuple[str, ...] = ("threading", "slots")
     rate: float = 0.0
     stretch: float = 1.0
+    weights: WeightSet | None = None
+    swap: bool = False
 
     def ways(self, system: System) -> tuple[str, ...]:
-        """The transports by which ``system`` is tried on this workload; empty if it takes no part."""
+        """The transports or schemes by which ``system`` is tried on this workload; empty if it takes no part."""
         if system is System.BARE:
             takes_part = self.pattern is Pattern.BARE or any(metric.against is system for metric in self.metrics)
             return ("none",) if takes_part else ()
@@ -116,6 +157,31 @@ class Job:
 
 def _rate(bar: float, aim: float, against: System = System.TORCHRL) -> tuple[Metric, ...]:
     return (Metric("rate", bar, aim, against),)
+
+
+_LARGE = WeightSet(420_000_000, 50)
+
+
+def _send(name: str, summary: str, weights: WeightSet, bar: float, aim: float) -> Workload:
+    """``send(sync=True)`` until applied, over torchrl's scheme."""
+    metrics = (Metric("p50", bar, aim),)
+    return Workload(name, summary, Pattern.SEND, "tiny", 0, metrics, ("queues",), ("queues",), weights=weights)
+
+
+def _send_large(name: str, summary: str, scheme: str, *, swap: bool) -> Workload:
+    """The same, over one copy of so many bytes. Ours alone."""
+    metrics = (Metric("p50", 3, 1.6, System.OURS, over="memcpy"),)
+    return Workload(
+        name, summary, Pattern.SEND, "tiny", 0, metrics, (scheme,), (), stretch=4.0, weights=_LARGE, swap=swap
+    )
+
+
+def _gap(name: str, summary: str, scheme: str, *, swap: bool) -> Workload:
+    """The longest gap between two forward passes, over one copy. Ours alone."""
+    metrics = (Metric("gap", 1.5, 0.05, System.OURS, over="memcpy"),)
+    return Workload(
+        name, summary, Pattern.GAP, "mlp", 4, metrics, (scheme,), (), stretch=4.0, weights=_LARGE, swap=swap
+    )
 
 
 WORKLOADS: tuple[Workload, ...] = (
@@ -149,6 +215,30 @@ WORKLOADS: tuple[Workload, ...] = (
         ours=("threading",),
         torchrl=("threading",),
         rate=4000.0,
+    ),
+    _send("weights-1mb-8", "1 MB in 8 tensors until applied in another process", WeightSet(1_000_000, 8), 1.0, 0.4),
+    _send(
+        "weights-1mb-200", "1 MB in 200 tensors until applied in another process", WeightSet(1_000_000, 200), 0.5, 0.25
+    ),
+    _send_large("weights-420mb", "420 MB until applied in another process", "queues", swap=False),
+    _send_large("weights-420mb-shared", "420 MB in shared memory that the server reads", "shared memory", swap=True),
+    Workload(
+        "weights-publishing",
+        "64 asyncio tasks, mlp, while 20 MB are published 10 times a second",
+        Pattern.PUBLISHING,
+        "mlp",
+        64,
+        (Metric("rate", 0.85, 0.97, System.OURS, over="quiet rate"),),
+        ours=("queues",),
+        torchrl=(),
+        rate=10.0,
+        stretch=4.0,
+        weights=WeightSet(20_000_000, 50),
+    ),
+    _gap("weights-gap", "longest gap between passes, 420 MB copied in place", "queues", swap=False),
+    _gap("weights-gap-swap", "longest gap between passes, 420 MB in a spare copy, swapped", "queues", swap=True),
+    _gap(
+        "weights-gap-shared", "longest gap between passes, 420 MB in shared memory, swapped", "shared memory", swap=True
     ),
     Workload("bare-tiny-64", "bare forward, tiny, 64 rows", Pattern.BARE, "tiny", 64, stretch=0.5),
     Workload("bare-mlp-64", "bare forward, mlp, 64 rows", Pattern.BARE, "mlp", 64, stretch=0.5),
