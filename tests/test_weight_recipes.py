@@ -86,6 +86,19 @@ def test_a_context_names_the_model_and_the_workers() -> None:
     receiving.connect()
     assert value_of(worker.agent) == 3
     receiving.shutdown()
+
+    class Collector:
+        def get_model(self, model_id: str) -> nn.Module:
+            assert model_id == "agent.policy"
+            return collected
+
+    collected = linear(0)
+    scheme.send_async(worker_ids=0)
+    receiving = scheme.for_worker(0)
+    receiving.init_on_receiver(model_id="agent.policy", context=Collector())
+    receiving.connect()
+    assert value_of(collected) == 3
+    receiving.shutdown()
     scheme.shutdown()
 
 

@@ -14,10 +14,10 @@ class Channel:
     Attributes:
         updates: weights, from the trainer. It holds one message at most: the trainer takes an unread one back.
         hellos: from the worker, which makes a line when it begins, see :mod:`aioinfer.weight_sync.lines`.
-        transport: the wire format of both.
+        transport: the wire format of the updates.
     """
 
     def __init__(self) -> None:
         self.updates = DescriptorQueue()
         self.hellos = DescriptorQueue()
-        self.transport = MPTransport(self.updates, self.hellos)
+        self.transport = MPTransport(self.updates)

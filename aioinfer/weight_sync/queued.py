@@ -95,7 +95,7 @@ class QueuedWeightSyncScheme(WeightSyncScheme):
             raise ValueError("weights and model both say what is published; give one of them")
         source = weights if model is None else model
         if context is not None and source is None and params_map is None:
-            source = attrgetter(model_id)(context)
+            source = _model_of(context, model_id)
             if devices is None and num_workers is None:
                 num_workers = getattr(context, "num_workers", None)
         recipe = Recipe(
@@ -202,7 +202,7 @@ class QueuedWeightSyncScheme(WeightSyncScheme):
     ) -> None:
         if context is not None:
             worker_idx = getattr(context, "worker_idx", None) if worker_idx is None else worker_idx
-            model = attrgetter(model_id)(context) if model is None else model
+            model = _model_of(context, model_id) if model is None else model
         if self._pid != os.getpid():  # forked from the trainer, whose part is not played here
             self._forget()
         self._worker_idx = self._only_worker() if worker_idx is None else worker_idx
@@ -261,3 +261,9 @@ class QueuedWeightSyncScheme(WeightSyncScheme):
             self._worker.close()
         self._forget()
         self._channels = {}
+
+
+def _model_of(context: Any, model_id: str) -> Any:
+    """The model that a context calls ``model_id``: by its ``get_model``, or as an attribute, which may be dotted."""
+    find = getattr(context, "get_model", None)
+    return attrgetter(model_id)(context) if find is None else find(model_id)

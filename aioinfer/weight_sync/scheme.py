@@ -73,8 +73,8 @@ class WeightSyncScheme(ABC):
 
         Args:
             model_id: the name under which the weights are published; ``None`` is ``"policy"``.
-            context: an object that has the model under the name ``model_id``, which may be dotted, and may have
-                ``num_workers``.
+            context: an object that has the model: its ``get_model(model_id)``, or its attribute of this name, which
+                may be dotted. It may have ``num_workers``.
             weights: what is published where ``send`` is given nothing: a module, a TensorDict or a state dict. It is
                 read anew each time.
             model: the same; modules are mostly named so.
@@ -164,8 +164,7 @@ class WeightSyncScheme(ABC):
 
         Args:
             model_id: the name under which the weights are published.
-            context: an object that has the model under the name ``model_id``, which may be dotted, and may have
-                ``worker_idx``.
+            context: an object that has the model, as for :meth:`init_on_sender`. It may have ``worker_idx``.
             worker_idx: the worker's index; ``None`` where there is only one, or the scheme was made by ``for_worker``.
             model: what is updated; ``None``: weights are only handed out by :meth:`receive`.
 

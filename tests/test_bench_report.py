@@ -1,0 +1,128 @@
+"""The arithmetic of the benchmark, and what it reports."""
+
+import json
+import sys
+
+import pytest
+
+from aioinfer.bench import machine, report
+from aioinfer.bench.results import Ratio, Summary, better
+from aioinfer.bench.workloads import Metric, System
+from tests.bench_parts import ABOUT, alone, contest, results
+
+# -- arithmetic ----------------------------------------------------------------------------------------
+
+
+def test_a_summary_is_the_median_and_the_spread() -> None:
+    assert Summary.of([3.0, 1.0, 2.0, 10.0]) == Summary(2.5, 1.0, 10.0)
+
+
+def test_a_ratio_divides_medians_and_spreads_over_neighbouring_repeats() -> None:
+    rates = contest("tasks-tiny", aioinfer=[100.0, 90.0, 110.0], torchrl=[10.0, 5.0, 20.0])
+    ratio = rates.ratio(rates.workload.metrics[0])
+    assert ratio == Ratio(10.0, 5.5, 18.0)
+
+
+def test_a_crashed_repeat_is_left_out() -> None:
+    rates = contest("tasks-tiny", aioinfer=[100.0, None, 120.0], torchrl=[10.0, 5.0, None])
+    assert rates.summary(System.OURS, "rate") == Summary(110.0, 100.0, 120.0)
+    assert rates.ratio(rates.workload.metrics[0]) == Ratio(110.0 / 7.5, 10.0, 10.0)
+
+
+@pytest.mark.parametrize("theirs", [{}, {"torchrl": [None, None]}])
+def test_without_the_other_system_there_is_no_ratio(theirs: dict[str, list[float | None]]) -> None:
+    rates = contest("tasks-tiny", aioinfer=[100.0, 100.0], **theirs)
+    assert rates.ratio(rates.workload.metrics[0]) is None
+
+
+def test_a_figure_can_be_divided_by_another_one_of_the_same_repeats() -> None:
+    times = alone("weights-420mb", {"p50": 0.2, "memcpy": 0.1}, None, {"p50": 0.4, "memcpy": 0.1})
+    assert times.ratio(times.workload.metrics[0]) == Ratio(pytest.approx(3.0), 2.0, 4.0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("figure", "value", "verdict"),
+    [
+        ("rate", 12.0, "aim met"),
+        ("rate", 11.99, "bar met"),
+        ("rate", 7.99, "bar missed"),
+        ("p50", 0.5, "aim met"),
+        ("p50", 0.7, "bar met"),
+        ("p50", 0.71, "bar missed"),
+    ],
+)
+def test_a_verdict_reads_limits_as_at_least_for_rates_and_at_most_for_latencies(
+    figure: str, value: float, verdict: str
+) -> None:
+    metric = Metric("rate", 8, 12) if figure == "rate" else Metric("p50", 0.7, 0.5)
+    assert Ratio(value, value, value).verdict(metric) == verdict
+
+
+def test_the_better_transport_has_the_higher_rate_or_the_lower_latency() -> None:
+    assert better({"threading": {"rate": 2.0}, "slots": {"rate": 3.0}}, "rate") == "slots"
+    assert better({"threading": {"p50": 2.0}, "slots": {"p50": 3.0}}, "p50") == "threading"
+
+
+# -- the report ----------------------------------------------------------------------------------------
+
+
+def test_the_table_shows_figures_ratio_limits_and_verdict() -> None:
+    shown = report.text(results(contest("one-thread", aioinfer=[4e-4], torchrl=[1e-3])))
+    row = next(line for line in shown.splitlines() if line.startswith("one-thread"))
+    assert " ".join(row.split()) == "one-thread p50 0.400 ms torchrl 1.000 ms 0.40 0.40 to 0.40 <= 0.7 <= 0.5 aim met"
+
+
+def test_the_table_shows_what_ours_is_compared_with_where_that_is_not_torchrl() -> None:
+    copies = alone("weights-420mb", {"p50": 0.2, "p99": 0.3, "memcpy": 0.1, "count": 30})
+    rates = alone("weights-publishing", {"rate": 90_000.0, "quiet rate": 100_000.0, "updates": 30})
+    shown = [" ".join(line.split()) for line in report.text(results(copies, rates)).splitlines()]
+    assert "weights-420mb p50 200.000 ms memcpy 100.000 ms 2.00 2.00 to 2.00 <= 3 <= 1.6 bar met" in shown
+    assert ("weights-publishing rate 90,000/s quiet rate 100,000/s 0.90 0.90 to 0.90 >= 0.85 >= 0.97 bar met") in shown
+
+
+def test_a_gap_is_reported_beside_the_gap_without_an_update() -> None:
+    shown = report.text(results(alone("weights-gap-swap", {"gap": 0.002, "quiet gap": 0.0005, "memcpy": 0.02})))
+    assert "weights-gap-swap: the longest gap in as long a time without an update is 0.500 ms" in shown
+
+
+def test_the_share_of_the_bare_forward_also_shows_that_of_torchrl() -> None:
+    shown = report.text(results(contest("tasks-big", aioinfer=[900.0], torchrl=[500.0], bare=[1000.0])))
+    assert "0.90" in shown
+    assert "torchrl's share is 0.50" in shown
+
+
+def test_without_torchrl_its_column_is_empty_and_ours_is_there() -> None:
+    shown = report.text(results(contest("tasks-tiny", aioinfer=[200_000.0])))
+    row = next(line for line in shown.splitlines() if line.startswith("tasks-tiny"))
+    assert row.split() == ["tasks-tiny", "rate", "200,000/s", "-", "-", "-", ">=", "8", ">=", "12", "-"]
+
+
+def test_the_report_names_the_machine_the_bare_rates_and_the_crashes() -> None:
+    shown = report.text(results(contest("bare-mlp-1", bare=[17_000.0]), crashes=("tasks-mlp, heat, torchrl: gone",)))
+    assert "Abacus 9, 2 cores" in shown
+    assert "torchrl 0.14.1" in shown
+    assert "bare forward, mlp, 1 row: 17,000 rows/s" in shown
+    assert "CRASHED: tasks-mlp, heat, torchrl: gone" in shown
+
+
+def test_markdown_has_as_many_cells_in_every_row() -> None:
+    shown = report.markdown(results(contest("one-task", aioinfer=[4e-4], torchrl=[1e-3])))
+    rows = [line for line in shown.splitlines() if line.startswith("|")]
+    assert len(rows) == 3
+    assert len({row.count("|") for row in rows}) == 1
+
+
+def test_json_keeps_every_repeat() -> None:
+    kept = json.loads(report.to_json(results(contest("one-task", aioinfer=[4e-4, 5e-4], torchrl=[1e-3, None]))))
+    systems = kept["workloads"]["one-task"]["systems"]
+    assert systems["aioinfer"]["repeats"] == [{"p50": 4e-4}, {"p50": 5e-4}]
+    assert systems["torchrl"]["repeats"] == [{"p50": 1e-3}, None]
+    assert kept["workloads"]["one-task"]["ratios"][0]["verdict"] == "aim met"
+    assert kept["machine"] == ABOUT
+
+
+def test_the_machine_is_described_without_importing_torchrl() -> None:
+    about = machine.describe()
+    assert about["torch"] is not None
+    assert isinstance(about["cores"], int)
+    assert "torchrl" not in sys.modules
