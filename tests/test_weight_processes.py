@@ -166,7 +166,9 @@ def test_memory_holds_two_copies_at_most_while_workers_get_weights_of_their_own(
         for index in range(4):
             stack.enter_context(Child("fork", follow_large, scheme, index)).expect("ready")
         copies = trainer.hear()
-        assert 1.5 < copies < 2.2  # one that is made for a worker, and its snapshot
+        # One that is made for a worker, and its snapshot. A third one would be a whole one more; what the
+        # interpreter itself takes meanwhile is a tenth of one.
+        assert 1.5 < copies < 2.5
     scheme.shutdown()
 
 

@@ -141,7 +141,7 @@ def train(scheme: WeightSyncScheme, orders: Connection[Any, Any]) -> None:
 
 
 def large(value: float) -> nn.Linear:
-    module = nn.Linear(4096, 4096, bias=False)
+    module = nn.Linear(8192, 4096, bias=False)
     nn.init.constant_(module.weight, value)
     return module
 
