@@ -136,6 +136,41 @@ def test_rubbish_on_the_queue_of_a_scheme_is_an_error_of_the_worker_and_no_more(
     own.shutdown()
 
 
+def test_rubbish_costs_no_weights_that_came_before_it(scheme: Scheme) -> None:
+    target = linear(0)
+    scheme.init_on_sender(model=linear(1))
+    own = scheme.for_worker(0)
+    own.init_on_receiver(model_id="policy", model=target)
+    scheme.connect()
+    own._channels[0].updates.put(("policy", "close"))
+    own.connect()
+    assert value_of(target) == 1
+    with pytest.raises(ValueError, match='got "close"'):
+        own.receive(0.0)
+    assert own.receive(0.0) is None
+    own.shutdown()
+
+
+def test_weights_that_a_worker_took_but_did_not_apply_are_left_for_the_next(scheme: Scheme) -> None:
+    scheme.init_on_sender(model=linear(1))
+    scheme.connect()
+    first = scheme.open_receiver("policy", thread=0)
+    assert first.take() is not None
+    first.close()
+    assert scheme._sender is not None
+    scheme._sender._there([0])  # what any call of the trainer looks at first
+    second = scheme.open_receiver("policy", thread=0)
+    arrival = second.take()
+    assert arrival is not None
+    assert float(arrival.weights.tensors["weight"][0, 0]) == 1
+    arrival.applied()
+    second.close()
+    scheme._sender._there([0])
+    third = scheme.open_receiver("policy", thread=0)
+    assert third.take() is None
+    third.close()
+
+
 def test_weights_of_another_model_are_refused(scheme: Scheme) -> None:
     scheme.init_on_sender(model_id="critic", model=linear(1))
     own = scheme.for_worker(0)

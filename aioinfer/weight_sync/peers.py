@@ -62,6 +62,7 @@ class Peer:
         self._absent = "has not connected"
         # By number of the publication: memory that the worker may still read, and who waits for its answer.
         self._reading: dict[tuple[bytes, int], Stored] = {}
+        self._newest: tuple[str, Publication] | None = None  # the last one, until the worker has answered it
         self._unanswered: dict[tuple[bytes, int], Delivery] = {}
 
     @property
@@ -84,8 +85,9 @@ class Peer:
 
     def take_back(self) -> None:
         """Take unread publications out of the queue: only the newest is worth reading."""
-        for _, publication in self._unread():
+        for publication in self._unread():
             self._release(publication.number)
+            self._newest = None
             if (delivery := self._unanswered.pop(publication.number, None)) is not None:
                 delivery.waiting.discard(self.worker)  # a newer one follows
 
@@ -100,13 +102,15 @@ class Peer:
         named: bool,
     ) -> None:
         """Leave a publication in the worker's queue. ``named``: the caller has asked for this worker."""
+        publication = replace(publication, device=device)
         try:
-            self._channel.transport.send_weights_async(replace(publication, device=device), model_id)
+            self._channel.transport.send_weights_async(publication, model_id)
         except queue.Full:
             delivery.fail(self.worker, "has a full queue")
             return
         stored.readers += 1
         self._reading[publication.number] = stored
+        self._newest = model_id, publication
         if self._line is None and self._absent == _SHUT_DOWN and not named:
             return
         delivery.waiting.add(self.worker)
@@ -114,19 +118,19 @@ class Peer:
         if self._line is None and self._hello is not None and not delivery.patient:
             self._fail_unanswered(self._absent)
 
-    def _unread(self) -> list[tuple[str, Publication]]:
+    def _unread(self) -> list[Publication]:
         """Take what nobody has read out of the queue."""
-        unread: list[tuple[str, Publication]] = []
+        unread: list[Publication] = []
         while True:
             try:
-                model_id, publication = opened(self._channel.updates.get_nowait())
+                _, publication = opened(self._channel.updates.get_nowait())
             except queue.Empty:
                 return unread
             except ValueError:  # somebody else's
                 continue
             if isinstance(publication, Publication):
                 os.close(publication.segment)
-                unread.append((model_id, publication))
+                unread.append(publication)
 
     # -- from the worker -------------------------------------------------------------------------------
 
@@ -170,6 +174,8 @@ class Peer:
             done = [ack.number]
         for number in done:
             self._release(number)
+        if self._newest is not None and self._newest[1].number == ack.number:
+            self._newest = None
         delivery = self._unanswered.pop(ack.number, None)
         if delivery is None:
             return
@@ -179,18 +185,17 @@ class Peer:
             delivery.waiting.discard(self.worker)
 
     def _lose(self, why: str) -> None:
-        """The worker is gone: only what it has not read stays, for the one that takes its place."""
+        """The worker is gone: the newest it has not answered, read or not, is left for the one that takes its place."""
         self.hang_up()
         self._absent = why
         self._fail_unanswered(why)
-        unread = self._unread()
-        kept = {publication.number for _, publication in unread}
-        for number in [number for number in self._reading if number not in kept]:
+        self._unread()
+        for number in [n for n in self._reading if self._newest is None or n != self._newest[1].number]:
             self._release(number)
-        for model_id, publication in unread:
-            if (stored := self._reading.get(publication.number)) is not None:  # else: of a trainer before this one
-                again = replace(publication, segment=stored.descriptor)
-                self._channel.transport.send_weights_async(again, model_id)
+        if self._newest is not None:
+            model_id, publication = self._newest
+            again = replace(publication, segment=self._reading[publication.number].descriptor)
+            self._channel.transport.send_weights_async(again, model_id)
 
     def _fail_unanswered(self, why: str) -> None:
         for delivery in self._unanswered.values():

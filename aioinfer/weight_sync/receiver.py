@@ -65,6 +65,7 @@ class Receiver:
         self._model_id = model_id
         self._thread = thread
         self._reader = Reader()
+        self._rubbish: ValueError | None = None
         self._lock = threading.Lock()  # guards the line
         self._closed = False
         self._line = call(channel.hellos, thread=thread)
@@ -84,11 +85,21 @@ class Receiver:
         """
         self._call_again_if_alone()
         newest: Arrival | None = None
-        while (received := self._channel.transport.next_message(0.0)) is not None:
-            arrival = self._read(*received)
+        while not self._closed and self._rubbish is None:
+            try:
+                received = self._channel.transport.next_message(0.0)
+                arrival = None if received is None else self._read(*received)
+            except ValueError as caught:
+                self._rubbish = caught
+                break
+            if received is None:
+                break
             if newest is not None and arrival is not None:
                 newest.skipped()
             newest = arrival or newest
+        if newest is None and self._rubbish is not None:  # else next time: what came before is not to be lost
+            rubbish, self._rubbish = self._rubbish, None
+            raise rubbish
         return newest
 
     def next(self, timeout: float | None) -> Arrival | None:

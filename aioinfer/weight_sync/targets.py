@@ -113,9 +113,8 @@ class ModelTarget:
         if targets.keys() != tensors.keys():
             missing = targets.keys() - tensors.keys()
             if missing and isinstance(self._model, nn.Module):
-                missing &= read(
-                    self._model, "state_dict"
-                ).tensors.keys()  # buffers that are not persistent may be left out
+                required = read(self._model, "state_dict").tensors  # not the buffers that are not persistent
+                missing &= required.keys()
             faults += [f'"{name}" is missing' for name in targets if name in missing]
             faults += [f'the model has no "{name}"' for name in tensors if name not in targets]
         owners: dict[int, str] = {}
