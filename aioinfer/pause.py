@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from types import TracebackType
 from typing import Literal, Self, TypeAlias
+
+from aioinfer.errors import ServerClosedError
 
 __all__ = ["Pause", "PendingPolicy"]
 
@@ -29,6 +31,9 @@ class Pause:
         begun = self._begin()
         try:
             begun.result()
+        except CancelledError:
+            self._end()
+            raise _closed() from None
         except BaseException:
             self._end()
             raise
@@ -41,10 +46,13 @@ class Pause:
 
     async def __aenter__(self) -> Self:
         begun = asyncio.wrap_future(self._begin())
+        begun.add_done_callback(lambda future: future.cancelled() or future.exception())  # if nobody awaits it any more
         try:
-            await asyncio.shield(begun)  # a pause that has begun must be ended, so it can't be cancelled by halves
+            await asyncio.wait([begun])  # which does not cancel it: what has begun must be ended
+            if begun.cancelled():
+                raise _closed()
+            begun.result()
         except BaseException:
-            begun.add_done_callback(lambda future: future.cancelled() or future.exception())
             self._end()
             raise
         return self
@@ -53,3 +61,7 @@ class Pause:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._end()
+
+
+def _closed() -> ServerClosedError:
+    return ServerClosedError("the server was shut down before the pause began")

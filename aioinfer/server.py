@@ -211,6 +211,7 @@ class InferenceServer(ServerLife):
 
         Raises:
             RuntimeError: the server does not run.
+            ServerClosedError: where the block is entered, it was shut down meanwhile.
             ValueError: ``pending`` is none of the three.
         """
         if pending not in ("keep", "wait", "reject"):

@@ -125,6 +125,30 @@ async def test_a_pause_that_is_cancelled_while_it_begins_leaves_nothing_behind()
         assert is_double(await asyncio.wait_for(server.async_client()(request(2)), HANG), 2)
 
 
+async def test_a_server_that_shuts_down_before_a_pause_begins_says_so() -> None:
+    server = InferenceServer(double, ThreadingTransport())
+    async with server:
+        pauses = [server.paused(), server.paused("reject")]
+    with pytest.raises(ServerClosedError, match="before the pause began"):
+        async with pauses[0]:
+            raise AssertionError("it can't have begun")
+    with pytest.raises(ServerClosedError, match="before the pause began"), pauses[1]:
+        raise AssertionError("it can't have begun")
+
+
+def test_pauses_of_many_threads_leave_the_server_open() -> None:
+    with InferenceServer(double, ThreadingTransport()) as server, ThreadPoolExecutor(8) as pool:
+
+        def pause() -> None:
+            for _ in range(50):
+                with server.paused("reject"):
+                    pass
+
+        for pausing in [pool.submit(pause) for _ in range(8)]:
+            pausing.result(HANG)
+        assert is_double(server.client()(request(1), HANG), 1)
+
+
 def test_weights_can_be_updated_inside() -> None:
     with InferenceServer(policy(1.0), ThreadingTransport()) as server:
         with server.paused():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from tensordict import TensorDictBase
 
@@ -36,6 +38,7 @@ class Admission:
         self.serving = False
         self.superseded = False
         self.closed: ServerClosedError | None = None
+        self._lock = threading.Lock()  # guards what `open` is made of
         self._refusing = 0
         self.open = False
         """Whether a TensorDict of the right batch size needs no further check."""
@@ -43,18 +46,21 @@ class Admission:
 
     def close(self, error: ServerClosedError) -> None:
         """Refuse every request from now on."""
-        self.closed = error
-        self._look()
+        with self._lock:
+            self.closed = error
+            self._look()
 
     def refuse(self) -> None:
         """Refuse every request until :meth:`accept` was called as often."""
-        self._refusing += 1
-        self._look()
+        with self._lock:
+            self._refusing += 1
+            self._look()
 
     def accept(self) -> None:
         """Undo a :meth:`refuse`."""
-        self._refusing -= 1
-        self._look()
+        with self._lock:
+            self._refusing -= 1
+            self._look()
 
     def _look(self) -> None:
         self.open = self.spec is None and self.max_pending is None and self.closed is None and not self._refusing
