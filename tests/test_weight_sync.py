@@ -119,6 +119,23 @@ def test_a_worker_that_refuses_is_named_with_the_reason_and_the_others_apply(sch
         assert torch.equal(small.weight, before)
 
 
+def test_the_sender_hears_of_any_error_of_a_worker(scheme: Scheme) -> None:
+    strange = linear(0)
+    strange.weight = nn.Parameter(torch.zeros(1, 1).expand(2, 2))  # which torch refuses to write to
+    scheme.init_on_sender(model=linear(1))
+    scheme.connect()
+    own = scheme.for_worker(0)
+    own.init_on_receiver(model_id="policy", model=strange)
+    with pytest.raises(RuntimeError, match="single memory location"):
+        own.connect()
+    scheme.send_async()
+    with pytest.raises(RuntimeError, match="single memory location"):
+        own.receive(HANG)
+    with pytest.raises(WeightSyncError, match=r"worker 0 refused: RuntimeError: .* single memory location"):
+        scheme.wait_async()
+    own.shutdown()
+
+
 def test_a_worker_that_does_not_come_or_does_not_answer_is_named_at_the_timeout(scheme: Scheme) -> None:
     scheme.timeout = 0.2
     scheme.init_on_sender(model=linear(1))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from tensordict import TensorDictBase
 from torch import nn
 
-from aioinfer.errors import WeightSyncError
 from aioinfer.weight_sync.channels import Channel
 from aioinfer.weight_sync.receiver import Arrival, Receiver
 from aioinfer.weight_sync.snapshots import snapshot
@@ -55,7 +54,7 @@ class PlainWorker:
             return None
         try:
             weights = self._apply(arrival)
-        except WeightSyncError as error:
+        except BaseException as error:  # whatever it is, the sender must not wait for an answer in vain
             arrival.refused(error)
             raise
         arrival.applied()
