@@ -133,7 +133,7 @@ class InferenceServer(ServerLife):
             version=lambda: self._updates.version,
             split_failed_batches=split_failed_batches,
         )
-        super().__init__(transport)
+        super().__init__(transport)  # last: it opens the transport, under terms that are set above
 
     # -- clients and figures ---------------------------------------------------------------------------
 

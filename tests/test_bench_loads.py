@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from aioinfer.bench import contenders, drivers, measure, runner, trainers, weights
+from aioinfer.bench import contenders, drivers, measure, runner, trainers, weights, workloads
 from aioinfer.bench.models import Policy
 from aioinfer.bench.partners import Partner, Pipe
 from aioinfer.bench.workloads import WORKLOADS, System, WeightSet
@@ -117,7 +117,7 @@ def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
         workload if workload.weights is None else replace(workload, weights=WeightSet(1_000_000, 50))
         for workload in WORKLOADS
     ]
-    monkeypatch.setattr(measure, "WORKLOADS", small)
+    monkeypatch.setattr(workloads, "WORKLOADS", small)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import torch
 from aioinfer.bench import contenders, drivers, weights
 from aioinfer.bench.models import Policy
 from aioinfer.bench.results import Figures, percentiles
-from aioinfer.bench.workloads import WORKLOADS, Job, Pattern, System, Workload
+from aioinfer.bench.workloads import Job, Pattern, System, Workload, named
 
 __all__ = ["main", "measure"]
 
@@ -43,7 +43,7 @@ def measure(job: Job) -> Figures:
         seconds. Beside them, what they are compared with: ``quiet rate``, ``memcpy``.
     """
     torch.manual_seed(job.seed)
-    workload = next(workload for workload in WORKLOADS if workload.name == job.workload)
+    workload = named(job.workload)
     policy = Policy(workload.model, workload.weights)
     if job.system == System.BARE:
         return {"rate": drivers.bare(policy.module, policy.request(workload.callers), job.warm_up, job.seconds)}

@@ -13,7 +13,7 @@ from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 
 from aioinfer.bench.results import COUNTS, Contest, Entry, Figures, Results, better, shown
-from aioinfer.bench.workloads import WORKLOADS, Job, System, Workload
+from aioinfer.bench.workloads import Job, System, Workload, named
 
 __all__ = ["MeasurementError", "Runner", "measure_in_turn"]
 
@@ -119,7 +119,7 @@ class _Process:
         self._errors = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115 - until close()
         self._process = subprocess.Popen(
             [sys.executable, "-m", _MODULE, json.dumps(asdict(job))],
-            env=os.environ | (_ONE_THREAD if _has_trainer(job) else {}),
+            env=os.environ | (_ONE_THREAD if named(job.workload).weights is not None else {}),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -188,10 +188,6 @@ class _Process:
         self._errors.seek(0)
         last = self._errors.read().strip().splitlines()[-1:] or ["it said nothing"]
         return MeasurementError(f"exit status {status}, {last[0]}")
-
-
-def _has_trainer(job: Job) -> bool:
-    return any(workload.name == job.workload and workload.weights is not None for workload in WORKLOADS)
 
 
 def _figure(workload: Workload) -> str:

@@ -16,6 +16,7 @@ __all__ = [
     "WeightSet",
     "Workload",
     "is_rate",
+    "named",
 ]
 
 MAX_BATCH_SIZE = 64
@@ -245,3 +246,8 @@ WORKLOADS: tuple[Workload, ...] = (
     Workload("bare-big-64", "bare forward, big, 64 rows", Pattern.BARE, "big", 64, stretch=0.5),
     Workload("bare-mlp-1", "bare forward, mlp, 1 row", Pattern.BARE, "mlp", 1, stretch=0.5),
 )
+
+
+def named(name: str) -> Workload:
+    """The workload of this name."""
+    return next(workload for workload in WORKLOADS if workload.name == name)

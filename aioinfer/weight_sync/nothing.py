@@ -9,6 +9,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import nn
 
+from aioinfer.weight_sync.peers import Delivery
 from aioinfer.weight_sync.scheme import DeviceMapFn, WeightSyncScheme
 from aioinfer.weight_sync.weights import WeightsLike
 
@@ -33,38 +34,17 @@ class NoWeightSyncScheme(WeightSyncScheme):
     ) -> None:
         pass
 
-    def send(
-        self,
-        weights: WeightsLike | None = None,
-        worker_ids: int | Sequence[int] | None = None,
-        *,
-        version: int | None = None,
-    ) -> None:
+    def _publish(self, *arguments: object, **options: object) -> Delivery:
+        return Delivery()
+
+    def _wait(self, delivery: Delivery) -> None:
         pass
 
-    async def asend(
-        self,
-        weights: WeightsLike | None = None,
-        worker_ids: int | Sequence[int] | None = None,
-        *,
-        version: int | None = None,
-    ) -> None:
+    async def _async_wait(self, delivery: Delivery) -> None:
         pass
 
-    def send_async(
-        self,
-        weights: WeightsLike | None = None,
-        worker_ids: int | Sequence[int] | None = None,
-        *,
-        version: int | None = None,
-    ) -> None:
-        pass
-
-    def wait_async(self) -> None:
-        pass
-
-    async def await_async(self) -> None:
-        pass
+    def _unawaited(self) -> list[Delivery]:
+        return []
 
     def init_on_receiver(
         self,

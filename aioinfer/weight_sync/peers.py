@@ -78,8 +78,9 @@ class Peer:
     @property
     def is_blocked_by_this_thread(self) -> bool:
         """Whether the worker receives on the event loop of the thread that asks."""
-        here = self._line is not None and self._hello is not None and self._hello.pid == os.getpid()
-        return here and self._hello is not None and self._hello.thread == threading.get_ident()
+        if self._line is None or self._hello is None:
+            return False
+        return (self._hello.pid, self._hello.thread) == (os.getpid(), threading.get_ident())
 
     # -- to the worker ---------------------------------------------------------------------------------
 

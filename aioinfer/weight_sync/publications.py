@@ -143,7 +143,7 @@ class Reader:
 
     def __init__(self) -> None:
         self._segments: dict[bytes, Segment] = {}
-        self._layouts: dict[bytes, Layout] = {}
+        self._layout: Layout | None = None
         self._views: dict[tuple[bytes, bytes], dict[str, Tensor]] = {}
 
     def read(self, publication: Publication) -> Weights:
@@ -156,10 +156,9 @@ class Reader:
         self._segments[segment.id] = segment
         while len(self._segments) > _KEPT:
             self._segments.pop(next(iter(self._segments)))
-        layout = self._layouts.get(publication.layout_id)
-        if layout is None:
-            layout = Layout.unpickle(segment.read(*publication.layout))
-            self._layouts = {layout.id: layout}
+        layout = self._layout
+        if layout is None or layout.id != publication.layout_id:
+            layout = self._layout = Layout.unpickle(segment.read(*publication.layout))
         key = (segment.id, layout.id)
         if key not in self._views:
             alive = {known: views for known, views in self._views.items() if known[0] in self._segments}

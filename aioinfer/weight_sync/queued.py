@@ -120,48 +120,6 @@ class QueuedWeightSyncScheme(WeightSyncScheme):
     def _check_recipe(self, recipe: Recipe) -> None:
         """Raise :class:`ValueError` for what this scheme can't do."""
 
-    def send(
-        self,
-        weights: WeightsLike | None = None,
-        worker_ids: int | Sequence[int] | None = None,
-        *,
-        version: int | None = None,
-    ) -> None:
-        sender, delivery = self._publish(weights, worker_ids, version, in_turn=self.sync)
-        if self.sync:
-            sender.wait(delivery)
-
-    async def asend(
-        self,
-        weights: WeightsLike | None = None,
-        worker_ids: int | Sequence[int] | None = None,
-        *,
-        version: int | None = None,
-    ) -> None:
-        sender, delivery = self._publish(weights, worker_ids, version)
-        if self.sync:
-            await sender.async_wait(delivery)
-
-    def send_async(
-        self,
-        weights: WeightsLike | None = None,
-        worker_ids: int | Sequence[int] | None = None,
-        *,
-        version: int | None = None,
-    ) -> None:
-        _, delivery = self._publish(weights, worker_ids, version)
-        self._published.append(delivery)
-
-    def wait_async(self) -> None:
-        sender, _ = self._trainer()
-        while self._published:
-            sender.wait(self._published.pop(0))
-
-    async def await_async(self) -> None:
-        sender, _ = self._trainer()
-        while self._published:
-            await sender.async_wait(self._published.pop(0))
-
     def _publish(
         self,
         weights: WeightsLike | None,
@@ -170,7 +128,7 @@ class QueuedWeightSyncScheme(WeightSyncScheme):
         *,
         in_turn: bool = False,
         patience: float | None = None,
-    ) -> tuple[Sender, Delivery]:
+    ) -> Delivery:
         sender, recipe = self._trainer()
         if not self._connected:
             raise RuntimeError("connect() comes before the first send()")
@@ -183,7 +141,17 @@ class QueuedWeightSyncScheme(WeightSyncScheme):
         parts = recipe.parts(weights, workers)
         in_turn = in_turn and not recipe.one_for_all
         named = worker_ids is not None
-        return sender, sender.publish(parts, version=version, named=named, in_turn=in_turn, patience=patience)
+        return sender.publish(parts, version=version, named=named, in_turn=in_turn, patience=patience)
+
+    def _wait(self, delivery: Delivery) -> None:
+        self._trainer()[0].wait(delivery)
+
+    async def _async_wait(self, delivery: Delivery) -> None:
+        await self._trainer()[0].async_wait(delivery)
+
+    def _unawaited(self) -> list[Delivery]:
+        self._trainer()
+        return self._published
 
     def _trainer(self) -> tuple[Sender, Recipe]:
         if self._sender is None or self._recipe is None or self._pid != os.getpid():
@@ -205,7 +173,7 @@ class QueuedWeightSyncScheme(WeightSyncScheme):
             model = _model_of(context, model_id) if model is None else model
         if self._pid != os.getpid():  # forked from the trainer, whose part is not played here
             self._forget()
-        self._worker_idx = self._only_worker() if worker_idx is None else worker_idx
+        self._worker_idx = self._own_worker_idx() if worker_idx is None else worker_idx
         channel = self._channel(self._worker_idx)
         self._worker = PlainWorker(channel, model_id, model, strategy=self.strategy, cast=self.cast)
 
@@ -215,10 +183,9 @@ class QueuedWeightSyncScheme(WeightSyncScheme):
         return self._worker.receive(self.timeout if timeout is None else timeout)
 
     def open_receiver(self, model_id: str, *, thread: int) -> Receiver:
-        worker_idx = self._only_worker() if self._worker_idx is None else self._worker_idx
-        return Receiver(self._channel(worker_idx), model_id, thread=thread)
+        return Receiver(self._channel(self._own_worker_idx()), model_id, thread=thread)
 
-    def _only_worker(self) -> int:
+    def _own_worker_idx(self) -> int:
         if self._worker_idx is not None:
             return self._worker_idx
         if len(self._channels) > 1:
@@ -239,16 +206,17 @@ class QueuedWeightSyncScheme(WeightSyncScheme):
     def connect(
         self, worker_idx: int | None = None, *, version: int | None = None, timeout: float | None = None
     ) -> None:
-        mine = self._worker is not None and not self._worker.is_open and worker_idx in (None, self._worker_idx)
-        if self._worker is not None and (self._sender is None or (mine and worker_idx is not None)):
+        worker, sender = self._worker, self._sender
+        named = worker is not None and not worker.is_open and worker_idx == self._worker_idx
+        if worker is not None and (sender is None or named):
             if worker_idx not in (None, self._worker_idx):
                 raise ValueError(f"this is worker {self._worker_idx}, not {worker_idx}")
-            self._worker.connect(self.timeout if timeout is None else timeout)
+            worker.connect(self.timeout if timeout is None else timeout)
             return
-        if self._sender is None:
+        if sender is None:
             raise RuntimeError("init_on_sender() or init_on_receiver() comes before connect()")
         self._connected = True
-        sender, delivery = self._publish(None, worker_idx, version, in_turn=True, patience=timeout)
+        delivery = self._publish(None, worker_idx, version, in_turn=True, patience=timeout)
         if timeout is not None:
             sender.wait(delivery, timeout)
         elif self.sync:

@@ -17,7 +17,7 @@ from aioinfer.weight_sync.weights import Weights
 __all__ = ["Arrival", "Receiver"]
 
 
-def reason(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     """Why weights are refused, for a process that may not know the class of the error."""
     return str(error) if isinstance(error, WeightSyncError) else f"{type(error).__qualname__}: {error}"
 
@@ -44,7 +44,7 @@ class Arrival:
 
     def refused(self, error: BaseException) -> None:
         """Say why they are not used."""
-        say(self._line, Ack(self._number, Outcome.REFUSED, reason(error)))
+        say(self._line, Ack(self._number, Outcome.REFUSED, _reason(error)))
 
     def skipped(self) -> None:
         """Say that newer ones are used."""
@@ -134,7 +134,7 @@ class Receiver:
                 raise WeightSyncError(f'these are weights of "{model_id}", this worker serves "{self._model_id}"')
             return Arrival(publication, self._reader.read(publication), self._line)
         except Exception as error:  # also what mapping the memory, or unpickling an extra state, may raise
-            say(self._line, Ack(publication.number, Outcome.REFUSED, reason(error)))
+            say(self._line, Ack(publication.number, Outcome.REFUSED, _reason(error)))
             return None
 
     def _call_again_if_alone(self) -> None:

@@ -10,6 +10,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import nn
 
+from aioinfer.weight_sync.peers import Delivery
 from aioinfer.weight_sync.receiver import Receiver
 from aioinfer.weight_sync.weights import Strategy, WeightsLike, check_strategy
 
@@ -88,7 +89,6 @@ class WeightSyncScheme(ABC):
             ValueError: ways are mixed, or none is given, or the numbers of workers differ.
         """
 
-    @abstractmethod
     def send(
         self,
         weights: WeightsLike | None = None,
@@ -113,8 +113,10 @@ class WeightSyncScheme(ABC):
             WeightSyncError: with ``sync``, it names the workers that refused the weights, died, or did not answer
                 in time, in its ``failures`` too. The others have applied them.
         """
+        delivery = self._publish(weights, worker_ids, version, in_turn=self.sync)
+        if self.sync:
+            self._wait(delivery)
 
-    @abstractmethod
     async def asend(
         self,
         weights: WeightsLike | None = None,
@@ -126,8 +128,10 @@ class WeightSyncScheme(ABC):
 
         The copy is taken before it first suspends. If it is cancelled, the weights are published all the same.
         """
+        delivery = self._publish(weights, worker_ids, version)
+        if self.sync:
+            await self._async_wait(delivery)
 
-    @abstractmethod
     def send_async(
         self,
         weights: WeightsLike | None = None,
@@ -136,18 +140,48 @@ class WeightSyncScheme(ABC):
         version: int | None = None,
     ) -> None:
         """Publish weights as they are now, and return at once; :meth:`wait_async` waits for the workers."""
+        delivery = self._publish(weights, worker_ids, version)
+        self._unawaited().append(delivery)
 
-    @abstractmethod
     def wait_async(self) -> None:
         """Block until the workers have applied what :meth:`send_async` has published.
 
         Raises:
             WeightSyncError: as for :meth:`send`.
         """
+        deliveries = self._unawaited()
+        while deliveries:
+            self._wait(deliveries.pop(0))
 
-    @abstractmethod
     async def await_async(self) -> None:
         """Do as :meth:`wait_async`, without blocking the event loop."""
+        deliveries = self._unawaited()
+        while deliveries:
+            await self._async_wait(deliveries.pop(0))
+
+    @abstractmethod
+    def _publish(
+        self,
+        weights: WeightsLike | None,
+        worker_ids: int | Sequence[int] | None,
+        version: int | None,
+        *,
+        in_turn: bool = False,
+        patience: float | None = None,
+    ) -> Delivery:
+        """Publish weights as they are now; for ``in_turn`` and ``patience`` see ``Sender.publish``."""
+
+    @abstractmethod
+    def _wait(self, delivery: Delivery) -> None:
+        """Block until the workers have applied it, or raise :class:`WeightSyncError`."""
+
+    @abstractmethod
+    async def _async_wait(self, delivery: Delivery) -> None:
+        """Do as ``_wait``, without blocking the event loop."""
+
+    @abstractmethod
+    def _unawaited(self) -> list[Delivery]:
+        """What ``send_async`` has published and nobody has waited for."""
 
     # -- the worker ------------------------------------------------------------------------------------
 
