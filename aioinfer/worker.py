@@ -137,8 +137,11 @@ class Worker:
         self._thread.submit(self._thread.let_go)
 
     def _reject_and_hold(self) -> None:
-        while requests := self._transport.take(self._rule.max_batch_size):
+        left = self._transport.pending()  # before the look: if the pause was given up, what comes now must be served
+        while left > 0 and self._admission.refusing:
+            requests = self._transport.take(min(left, self._rule.max_batch_size))
             self._transport.fail_batch(requests, [self._admission.paused() for _ in requests])
+            left = self._transport.pending() if requests else 0
         self._thread.hold()
 
     def _finish_and_hold(self) -> None:

@@ -62,6 +62,11 @@ class Admission:
             self._refusing -= 1
             self._look()
 
+    @property
+    def refusing(self) -> bool:
+        """Whether requests are refused until an :meth:`accept`."""
+        return self._refusing > 0
+
     def _look(self) -> None:
         self.open = self.spec is None and self.max_pending is None and self.closed is None and not self._refusing
 
