@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
 from asyncio import Future as AsyncFuture
+from collections.abc import Awaitable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
-
-from aioinfer.errors import ServerOverloadedError
 
 if TYPE_CHECKING:
     from tensordict import TensorDictBase
@@ -65,21 +63,13 @@ class InferenceClient(_Handle, ABC):
             TimeoutError: no reply within ``timeout``. The request is withdrawn and the client usable at once.
             Exception: what :meth:`submit` raises, and the error that the model raised on this request.
         """
-        if not wait:
-            return self._call(td, timeout)
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while True:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            try:
-                return self._call(td, left)
-            except ServerOverloadedError:
-                self._wait_for_room(left)
+        return self._call_patiently(td, timeout) if wait else self._call(td, timeout)
 
     @abstractmethod
     def _call(self, td: TensorDictBase, timeout: float | None) -> TensorDictBase: ...
 
     @abstractmethod
-    def _wait_for_room(self, timeout: float | None) -> None: ...
+    def _call_patiently(self, td: TensorDictBase, timeout: float | None) -> TensorDictBase: ...
 
 
 class AsyncInferenceClient(_Handle, ABC):
@@ -120,15 +110,10 @@ class AsyncInferenceClient(_Handle, ABC):
         Raises:
             Exception: as for :meth:`InferenceClient.submit`, and the error that the model raised on this request.
         """
-        if not wait:
-            return await self.submit(td)
-        while True:
-            try:
-                reply = self.submit(td)
-            except ServerOverloadedError:
-                await self._wait_for_room()
-            else:
-                return await reply
+        return await (self._call_patiently(td) if wait else self._call(td))
 
     @abstractmethod
-    async def _wait_for_room(self) -> None: ...
+    def _call(self, td: TensorDictBase) -> Awaitable[TensorDictBase]: ...
+
+    @abstractmethod
+    def _call_patiently(self, td: TensorDictBase) -> Awaitable[TensorDictBase]: ...

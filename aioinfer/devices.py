@@ -13,13 +13,13 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
-from aioinfer.tensors import stack
+from aioinfer.tensors import Allocate
 
 __all__ = ["CudaPlacement", "HostPlacement", "Model", "Placement", "place", "settle"]
 
 Model = Callable[[TensorDictBase], TensorDictBase]
 Check = Callable[[Any], TensorDictBase]
-Split = Callable[[TensorDictBase], Sequence[TensorDict]]
+Split = Callable[[TensorDictBase], Sequence[TensorDictBase]]
 
 
 class Placement(Protocol):
@@ -29,11 +29,15 @@ class Placement(Protocol):
         """Make what the device needs, and move the model there."""
         ...
 
-    def stack(self, tds: Sequence[TensorDictBase]) -> TensorDict:
-        """Stack requests so that they travel fast."""
+    def build(self, make: Callable[[Allocate | None], TensorDict]) -> TensorDict:
+        """Make a batch so that it travels fast.
+
+        Args:
+            make: copies the requests into memory that it is told how to allocate.
+        """
         ...
 
-    def run(self, model: Model, batch: TensorDictBase, check: Check, split: Split) -> Sequence[TensorDict]:
+    def run(self, model: Model, batch: TensorDictBase, check: Check, split: Split) -> Sequence[TensorDictBase]:
         """Run the model over a batch where it lives, and bring one reply per row back.
 
         Args:
@@ -79,10 +83,10 @@ class HostPlacement:
         if self._device is not None:
             _move_model(model, self._device)
 
-    def stack(self, tds: Sequence[TensorDictBase]) -> TensorDict:
-        return stack(tds)
+    def build(self, make: Callable[[Allocate | None], TensorDict]) -> TensorDict:
+        return make(None)
 
-    def run(self, model: Model, batch: TensorDictBase, check: Check, split: Split) -> Sequence[TensorDict]:
+    def run(self, model: Model, batch: TensorDictBase, check: Check, split: Split) -> Sequence[TensorDictBase]:
         target = self._output_device
         if self._device is not None:
             target = target or _origin(batch)
@@ -115,17 +119,17 @@ class CudaPlacement:
         # What wrote the parameters may still run on the stream that was current until now.
         self._stream.wait_stream(self._cuda.current_stream(self._device))
 
-    def stack(self, tds: Sequence[TensorDictBase]) -> TensorDict:
+    def build(self, make: Callable[[Allocate | None], TensorDict]) -> TensorDict:
         with self._cuda.stream(self._stream):
             # Requests that live on the device were written on the callers' stream, by default the default one.
             self._stream.wait_stream(self._cuda.default_stream(self._device))
-            return stack(tds, self._pinned)
+            return make(self._pinned)
 
     def _pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         # torch keeps freed pinned blocks, and reuses one only after the copies that read it have ended.
         return torch.empty(shape, dtype=dtype, pin_memory=True)
 
-    def run(self, model: Model, batch: TensorDictBase, check: Check, split: Split) -> Sequence[TensorDict]:
+    def run(self, model: Model, batch: TensorDictBase, check: Check, split: Split) -> Sequence[TensorDictBase]:
         target = self._output_device or _origin(batch) or torch.device("cpu")
         with self._cuda.stream(self._stream):
             output = check(model(_move(batch, self._device)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 
 from tensordict import TensorDictBase
@@ -15,8 +16,8 @@ from aioinfer.devices import Model, Placement
 from aioinfer.errors import ModelError
 from aioinfer.interaction import in_force
 from aioinfer.stamps import VersionStamps
-from aioinfer.tensors import UnlikeRequestsError, check_output, group_by_layout, rows
-from aioinfer.transports.pending import Request
+from aioinfer.tensors import UnlikeRequestsError, check_output, group_by_layout, rows, stack
+from aioinfer.transports.requests import STORED, Request, SlotStore
 
 __all__ = ["CollateFn", "ForwardPass", "Outcome"]
 
@@ -114,10 +115,13 @@ class ForwardPass:
         return [half for half in (requests[:middle], requests[middle:]) if half]
 
     def _replies(self, requests: Sequence[Request]) -> Sequence[TensorDictBase]:
-        count = len(requests)
-        batch = self._collate([request.td for request in requests])
+        count, store = len(requests), requests[0].store
+        if store is None or any([request.store is not store for request in requests]):  # noqa: C419 - faster
+            batch, split = self._collate([request.td for request in requests]), self._split
+        else:
+            batch, split = self._gather(store, requests), partial(self._scatter, store, requests)
         with in_force(requests[0].mode):
-            return self._placement.run(self._model, batch, lambda output: check_output(output, count), self._split)
+            return self._placement.run(self._model, batch, lambda output: check_output(output, count), split)
 
     def _split(self, output: TensorDictBase) -> Sequence[TensorDictBase]:
         if self._version_key is None:
@@ -125,11 +129,22 @@ class ForwardPass:
         stamps = self._stamps.make(self._version(), output.batch_size, output.device)
         return rows(output, self._keys, {self._version_key: stamps})
 
+    def _gather(self, store: SlotStore, requests: Sequence[Request]) -> TensorDictBase:
+        if self._collate_fn is not None:
+            return self._collate_fn([request.td for request in requests])
+        return self._placement.build(lambda allocate: store.gather(requests, allocate))
+
+    def _scatter(
+        self, store: SlotStore, requests: Sequence[Request], output: TensorDictBase
+    ) -> Sequence[TensorDictBase]:
+        store.scatter(requests, output, self._keys, self._version())
+        return [STORED] * len(requests)
+
     def _collate(self, tds: list[TensorDictBase]) -> TensorDictBase:
         if self._collate_fn is not None:
             return self._collate_fn(tds)
         try:
-            return self._placement.stack(tds)
+            return self._placement.build(partial(stack, tds))
         except RuntimeError:
             if len(group_by_layout(tds)) > 1:
                 raise UnlikeRequestsError from None

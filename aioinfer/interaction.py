@@ -20,12 +20,14 @@ from tensordict.nn.probabilistic import InteractionType, interaction_type, set_i
 
 __all__ = [
     "AMBIENT",
+    "MODES",
     "InteractionType",
     "Mode",
     "caller_mode",
     "calling_in",
     "in_force",
     "interaction_type",
+    "number_of",
     "stamp",
     "unstamp",
 ]
@@ -75,8 +77,18 @@ else:
         return _naming(mode)
 
 
+MODES: tuple[Mode, ...] = (AMBIENT, None, *InteractionType)
+"""Every mode; its place is the number by which it travels to other processes."""
+
+_NUMBERS = {mode: number for number, mode in enumerate(MODES)}
+
+
+def number_of(mode: Mode) -> int:
+    """The place of a mode in ``MODES``."""
+    return 1 if mode is None else _NUMBERS[mode]  # an enum takes long to hash, and mostly there is none
+
+
 _STAMP = "_aioinfer_interaction_type"
-_STAMPS: tuple[Mode, ...] = (None, *InteractionType)
 
 
 def stamp(td: TensorDictBase, mode: Mode) -> TensorDictBase:
@@ -84,7 +96,7 @@ def stamp(td: TensorDictBase, mode: Mode) -> TensorDictBase:
     if mode is AMBIENT:
         return td
     stamped = td.copy()
-    stamped.set(_STAMP, torch.full(td.batch_size, _STAMPS.index(mode), dtype=torch.int8, device=td.device))
+    stamped.set(_STAMP, torch.full(td.batch_size, number_of(mode), dtype=torch.int8, device=td.device))
     return stamped
 
 
@@ -93,4 +105,4 @@ def unstamp(td: TensorDictBase) -> tuple[TensorDictBase, Mode]:
     code = td.get(_STAMP, None)
     if code is None:
         return td, AMBIENT
-    return td.exclude(_STAMP), _STAMPS[int(code.flatten()[0])]
+    return td.exclude(_STAMP), MODES[int(code.flatten()[0])]

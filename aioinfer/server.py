@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future
 from functools import partial
 
+import anyio
 import torch
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
@@ -21,6 +22,7 @@ from aioinfer.pause import Pause, PendingPolicy
 from aioinfer.stats import ServerStats, StatsRecorder
 from aioinfer.transports.admission import Admission
 from aioinfer.transports.base import InferenceTransport
+from aioinfer.transports.joined import JoinedTransport
 from aioinfer.updates import Updates
 from aioinfer.weight_sync.scheme import WeightSyncScheme
 from aioinfer.weight_sync.weights import WeightsLike, check_version
@@ -39,7 +41,8 @@ class InferenceServer(ServerLife):
     Args:
         model: any callable from a batched TensorDict ``[B]`` to a batched TensorDict ``[B]``. It runs on
             one thread of the server's own, under ``torch.no_grad``; its ``train``/``eval`` mode is left alone.
-        transport: how requests and replies travel.
+        transport: how requests and replies travel; several transports, in a list, serve tasks, threads and
+            processes at once. ``client()`` is then the first one's.
         max_batch_size: most requests in one forward pass.
         min_batch_size: after the first request arrived, gather until this many are there, or
             ``timeout`` passes. 1 dispatches at once; while the model is busy, requests gather anyway.
@@ -77,7 +80,7 @@ class InferenceServer(ServerLife):
     def __init__(
         self,
         model: Model,
-        transport: InferenceTransport,
+        transport: InferenceTransport | Sequence[InferenceTransport],
         *,
         max_batch_size: int = 64,
         min_batch_size: int = 1,
@@ -97,6 +100,8 @@ class InferenceServer(ServerLife):
     ) -> None:
         if not callable(model):
             raise TypeError(f"model must be callable, got {type(model).__qualname__}")
+        if isinstance(transport, Sequence):
+            transport = JoinedTransport(transport)
         if not isinstance(transport, InferenceTransport):
             raise TypeError(f"transport must be an InferenceTransport, got {type(transport).__qualname__}")
         if collate_fn is not None and not callable(collate_fn):
@@ -227,7 +232,7 @@ class InferenceServer(ServerLife):
     # -- life ------------------------------------------------------------------------------------------
 
     def _make_admission(self) -> Admission:
-        return Admission(self._request_spec, self._max_pending, self._stats)
+        return Admission(self._request_spec, self._max_pending, self._stats, self.policy_version_key)
 
     def _make_worker(self, admission: Admission) -> Worker:
         self._updates.open()
@@ -235,7 +240,9 @@ class InferenceServer(ServerLife):
         return Worker(self.transport, admission, self._rule, self._forward, self._stats, release)
 
     async def _accompany(self, worker: Worker) -> None:
-        await self._updates.follow(worker.submit)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self.transport.attend)
+            await self._updates.follow(worker.submit)
 
 
 def _closed_meanwhile() -> ServerClosedError:

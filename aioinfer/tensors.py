@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from operator import attrgetter
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 from tensordict import TensorDict, TensorDictBase, is_non_tensor
@@ -12,12 +12,25 @@ from torch import Tensor
 
 from aioinfer.errors import InvalidRequestError, ModelError
 
-__all__ = ["Layout", "RequestSpec", "UnlikeRequestsError", "check_output", "group_by_layout", "layout", "rows", "stack"]
+__all__ = [
+    "OWN_MEMORY_BYTES",
+    "Allocate",
+    "Layout",
+    "RequestSpec",
+    "UnlikeRequestsError",
+    "build",
+    "check_output",
+    "group_by_layout",
+    "is_nested",
+    "layout",
+    "rows",
+    "stack",
+]
 
 Layout: TypeAlias = tuple[Any, ...]
 
-# Rows from this size on get memory of their own, so that one reply does not keep its whole batch alive.
-_OWN_MEMORY_BYTES = 1024
+OWN_MEMORY_BYTES = 1024
+"""Rows from this size on get memory of their own, so that one reply does not keep its whole batch alive."""
 
 _dtype = attrgetter("dtype")
 _PLAIN = {Tensor}
@@ -47,7 +60,13 @@ def fastest_constructor() -> Constructor:
     return _checked
 
 
-_new = fastest_constructor()
+build = fastest_constructor()
+"""Make a TensorDict of entries that are known to fit its batch size; the dictionary becomes its own."""
+
+
+def is_nested(value: Any) -> TypeGuard[TensorDictBase]:
+    """Whether an entry is a TensorDict with entries of its own."""
+    return isinstance(value, TensorDictBase) and not is_non_tensor(value)
 
 
 class UnlikeRequestsError(Exception):
@@ -106,7 +125,7 @@ def stack(tds: Sequence[TensorDictBase], allocate: Allocate | None = None) -> Te
             source = _stack_by_name(tds, allocate)
             break
         source[keys[0]] = _stack_column(values, allocate)
-    return _new(source, torch.Size((count, *first.batch_size)), first.device)
+    return build(source, torch.Size((count, *first.batch_size)), first.device)
 
 
 def _stack_by_name(tds: Sequence[TensorDictBase], allocate: Allocate | None) -> dict[str, Any]:
@@ -125,7 +144,7 @@ def _stack_column(values: tuple[Any, ...], allocate: Allocate | None) -> Any:
         if allocate is None or values[0].device.type != "cpu":
             return torch.stack(values)
         return torch.stack(values, out=allocate((len(values), *values[0].shape), values[0].dtype))
-    if all(issubclass(kind, TensorDictBase) for kind in kinds) and not is_non_tensor(values[0]):
+    if all(map(is_nested, values)):
         if any(value.batch_size != values[0].batch_size for value in values):
             raise UnlikeRequestsError
         return stack(values, allocate)
@@ -169,21 +188,23 @@ def rows(
     if extra is not None:
         columns.update(extra)
     if not columns:
-        return [_new({}, size, device) for _ in range(output.batch_size[0])]
+        return [build({}, size, device) for _ in range(output.batch_size[0])]
     if len(columns) == 1:
         ((key, values),) = columns.items()
-        return [_new({key: value}, size, device) for value in values]
+        return [build({key: value}, size, device) for value in values]
     if len(columns) == 2:
         (key, values), (other, others) = columns.items()
-        return [_new({key: value, other: beside}, size, device) for value, beside in zip(values, others, strict=True)]
+        return [build({key: value, other: beside}, size, device) for value, beside in zip(values, others, strict=True)]
     names = tuple(columns)
-    return [_new(dict(zip(names, values, strict=True)), size, device) for values in zip(*columns.values(), strict=True)]
+    return [
+        build(dict(zip(names, values, strict=True)), size, device) for values in zip(*columns.values(), strict=True)
+    ]
 
 
 def _split(value: Any) -> Iterable[Any]:
     if isinstance(value, Tensor):
         count = value.shape[0]
-        if value.numel() * value.element_size() >= _OWN_MEMORY_BYTES * max(count, 1):
+        if value.numel() * value.element_size() >= OWN_MEMORY_BYTES * max(count, 1):
             return [row.clone(memory_format=torch.contiguous_format) for row in value.unbind(0)]
         return value.clone(memory_format=torch.contiguous_format).unbind(0)
     if is_non_tensor(value):

@@ -16,7 +16,7 @@ from aioinfer.pause import PendingPolicy
 from aioinfer.stats import StatsRecorder
 from aioinfer.transports.admission import Admission
 from aioinfer.transports.base import InferenceTransport
-from aioinfer.transports.pending import Request
+from aioinfer.transports.requests import Request
 
 __all__ = ["Worker"]
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from aioinfer.testing import CHECKS, AwaitingCallers, BlockingCallers, Callers, Ground
-from tests.transports import CANNOT_DROP_CANCELLED, TRANSPORTS
+from tests.transports import CANNOT_DROP_CANCELLED, FIXED_LAYOUT, REMOTE, TRANSPORTS
 
 
 @pytest.mark.parametrize("callers", [BlockingCallers, AwaitingCallers])
@@ -14,4 +14,11 @@ from tests.transports import CANNOT_DROP_CANCELLED, TRANSPORTS
 def test_every_transport_holds_the_contract(
     check: Callable[[Ground], None], transport: str, callers: type[Callers]
 ) -> None:
-    check(Ground(TRANSPORTS[transport], callers, drops_cancelled=transport not in CANNOT_DROP_CANCELLED))
+    ground = Ground(
+        TRANSPORTS[transport],
+        callers,
+        drops_cancelled=transport not in CANNOT_DROP_CANCELLED,
+        fixed_layout=transport in FIXED_LAYOUT,
+        remote=transport in REMOTE,
+    )
+    check(ground)

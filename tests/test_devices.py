@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,14 +16,14 @@ from torch import nn
 
 from aioinfer import InferenceServer, ThreadingTransport, devices
 from aioinfer.devices import CudaPlacement, HostPlacement, place
-from aioinfer.tensors import check_output, rows
+from aioinfer.tensors import check_output, rows, stack
 from aioinfer.testing import double, request
 from aioinfer.weight_sync import MultiProcessWeightSyncScheme
 
 
 def test_nothing_moves_without_a_device() -> None:
     placement = HostPlacement(None, None)
-    batch = placement.stack([request(1), request(2)])
+    batch = placement.build(partial(stack, [request(1), request(2)]))
     seen: list[TensorDictBase] = []
     placement.run(lambda td: seen.append(td) or double(td), batch, lambda out: check_output(out, 2), rows)  # type: ignore[func-returns-value]
     assert seen[0] is batch
@@ -113,7 +114,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
 def test_a_cuda_batch_is_staged_in_pinned_memory_and_waits_for_one_event(cuda: FakeCuda) -> None:
     placement = CudaPlacement(torch.device("cuda"), None, cuda)
     placement.open(double)
-    batch = placement.stack([request(1), request(2)])
+    batch = placement.build(partial(stack, [request(1), request(2)]))
     replies = placement.run(double, batch, lambda output: check_output(output, 2), rows)
     assert [reply["action"][0].item() for reply in replies] == [2, 4]
     assert cuda.log == [
@@ -139,7 +140,7 @@ def test_replies_that_stay_on_the_device_are_lent_to_the_callers_stream(
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: lent.append(stream.name))
     placement = CudaPlacement(torch.device("cuda"), torch.device("cuda"), cuda)
     placement.open(double)
-    batch = placement.stack([request(1), request(2)])
+    batch = placement.build(partial(stack, [request(1), request(2)]))
     placement.run(double, batch, lambda output: check_output(output, 2), rows)
     assert cuda.log.count("event done") == 1
     assert lent == ["default", "default"]

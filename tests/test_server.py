@@ -14,7 +14,7 @@ from aioinfer import (
     ThreadingTransport,
 )
 from aioinfer.testing import GatedModel, double, eventually, request
-from aioinfer.transports.pending import Request
+from aioinfer.transports.requests import Request
 from tests.transports import TRANSPORTS, FiveVerbs
 
 HANG = 20.0

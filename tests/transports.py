@@ -10,6 +10,8 @@ from typing import Any
 from tensordict import TensorDictBase
 
 from aioinfer import InferenceTransport, SlotTransport, ThreadingTransport
+from aioinfer.testing import double, request
+from aioinfer.transports import JoinedTransport, MPTransport, ProcessSlotTransport
 
 
 class FiveVerbs(InferenceTransport):
@@ -48,10 +50,21 @@ class FiveVerbs(InferenceTransport):
         callback.set_exception(exc)
 
 
-TRANSPORTS: dict[str, Callable[[], InferenceTransport]] = {
+def process_slots(asked: TensorDictBase | None = None, reply: TensorDictBase | None = None) -> ProcessSlotTransport:
+    return ProcessSlotTransport(
+        request(0) if asked is None else asked, double(request(0)) if reply is None else reply, num_slots=16
+    )
+
+
+TRANSPORTS: dict[str, Callable[..., InferenceTransport]] = {
     "threading": ThreadingTransport,
     "slots": lambda: SlotTransport(16),
     "slots-preallocated": lambda: SlotTransport(16, preallocate=True),
     "five-verbs": FiveVerbs,
+    "joined": lambda: JoinedTransport([ThreadingTransport(), SlotTransport(2)]),
+    "mp": MPTransport,
+    "process-slots": process_slots,
 }
+FIXED_LAYOUT = {"process-slots"}
+REMOTE = {"mp", "process-slots"}
 CANNOT_DROP_CANCELLED = {"five-verbs"}

@@ -237,22 +237,42 @@ class Ground:
     """Where a check of the contract takes place: a transport and a kind of caller.
 
     Args:
-        transport: makes a fresh transport with room for 16 clients.
+        transport: makes a fresh transport with room for 16 clients; for ``fixed_layout``, given a request and a reply.
         callers: the kind of caller.
         drops_cancelled: whether the transport keeps a cancelled request from being computed.
+        fixed_layout: whether the transport takes requests of one layout only.
+        remote: whether replies travel to other processes, so that a caller gets copies of what the model raised.
     """
 
     def __init__(
-        self, transport: Callable[[], InferenceTransport], callers: type[Callers], *, drops_cancelled: bool = True
+        self,
+        transport: Callable[..., InferenceTransport],
+        callers: Callable[[InferenceServer], Callers],
+        *,
+        drops_cancelled: bool = True,
+        fixed_layout: bool = False,
+        remote: bool = False,
     ) -> None:
         self.transport = transport
         self.callers = callers
         self.drops_cancelled = drops_cancelled
+        self.fixed_layout = fixed_layout
+        self.remote = remote
 
     @contextmanager
-    def serve(self, model: Any, *, start: bool = True, **options: Any) -> Iterator[tuple[InferenceServer, Callers]]:
-        """Host a server, and callers on it; both are gone afterwards, also if a gate was left closed."""
-        server = InferenceServer(model, self.transport(), **options)
+    def serve(
+        self, model: Any, *, start: bool = True, reply: TensorDict | None = None, **options: Any
+    ) -> Iterator[tuple[InferenceServer, Callers]]:
+        """Host a server, and callers on it; both are gone afterwards, also if a gate was left closed.
+
+        Args:
+            model: what is served.
+            start: whether the server runs from the beginning.
+            reply: an example of what the model makes of a request, if that is not what :func:`double` does.
+            options: of the server.
+        """
+        layouts = (request(0), double(request(0)) if reply is None else reply) if self.fixed_layout else ()
+        server = InferenceServer(model, self.transport(*layouts), **options)
         with self.callers(server) as callers:
             try:
                 if start:

@@ -1,7 +1,17 @@
 """How requests and replies travel."""
 
 from aioinfer.transports.base import InferenceTransport
+from aioinfer.transports.joined import JoinedTransport
+from aioinfer.transports.process_slots import ProcessSlotTransport
+from aioinfer.transports.queues import MPTransport
 from aioinfer.transports.slots import SlotTransport
 from aioinfer.transports.threads import ThreadingTransport
 
-__all__ = ["InferenceTransport", "SlotTransport", "ThreadingTransport"]
+__all__ = [
+    "InferenceTransport",
+    "JoinedTransport",
+    "MPTransport",
+    "ProcessSlotTransport",
+    "SlotTransport",
+    "ThreadingTransport",
+]

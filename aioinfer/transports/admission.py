@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import torch
 from tensordict import TensorDictBase
@@ -21,6 +22,7 @@ class Admission:
         request_spec: an example of a request; ``None`` takes any layout without batch dimension.
         max_pending: most requests that may wait; ``None`` is without bound.
         stats: counts what is refused and dropped.
+        version_key: the entry of replies that says which weights computed them; ``None``: none does.
     """
 
     def __init__(
@@ -28,6 +30,7 @@ class Admission:
         request_spec: TensorDictBase | None = None,
         max_pending: int | None = None,
         stats: StatsRecorder | None = None,
+        version_key: str | None = None,
     ) -> None:
         if max_pending is not None and (not isinstance(max_pending, int) or max_pending < 1):
             raise ValueError(f"max_pending must be an integer of at least 1, or None, got {max_pending!r}")
@@ -35,11 +38,13 @@ class Admission:
         self.batch_size = torch.Size([]) if self.spec is None else self.spec.batch_size
         self.max_pending = max_pending
         self.stats = StatsRecorder() if stats is None else stats
+        self.version_key = version_key
         self.serving = False
         self.superseded = False
         self.closed: ServerClosedError | None = None
         self._lock = threading.Lock()  # guards what `open` is made of
         self._refusing = 0
+        self._watchers: list[Callable[[], None]] = []
         self.open = False
         """Whether a TensorDict of the right batch size needs no further check."""
         self._look()
@@ -67,8 +72,16 @@ class Admission:
         """Whether requests are refused until an :meth:`accept`."""
         return self._refusing > 0
 
+    def watch(self, watcher: Callable[[], None]) -> None:
+        """Call ``watcher`` now, and whenever requests are refused from then on, or taken again."""
+        with self._lock:
+            self._watchers.append(watcher)
+            watcher()
+
     def _look(self) -> None:
         self.open = self.spec is None and self.max_pending is None and self.closed is None and not self._refusing
+        for watcher in self._watchers:
+            watcher()
 
     def hand_over(self, successor: Admission) -> None:
         """Give way to another server's terms; raise :class:`RuntimeError` while this server runs."""
@@ -90,6 +103,10 @@ class Admission:
             raise own_error(self.closed)
         if self._refusing:
             raise self.paused()
+        self.check_layout(td)
+
+    def check_layout(self, td: TensorDictBase) -> None:
+        """Do as :meth:`check`, whether or not requests are taken now."""
         if not isinstance(td, TensorDictBase):
             self.stats.reject()
             raise InvalidRequestError(f"a request must be a TensorDict, got {type(td).__qualname__}")
@@ -100,6 +117,10 @@ class Admission:
                 f"requests to this server have {list(self.batch_size)}"
                 " (send each row as a request of its own, or give the server a request_spec)"
             )
+        self.check_spec(td)
+
+    def check_spec(self, td: TensorDictBase) -> None:
+        """Do as :meth:`check_layout`, where the transport knows the layout, but not the server's ``request_spec``."""
         if self.spec is not None:
             try:
                 self.spec.check(td)

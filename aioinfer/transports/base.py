@@ -26,7 +26,7 @@ from aioinfer.errors import ServerClosedError, own_error
 from aioinfer.interaction import unstamp
 from aioinfer.transports.admission import Admission
 from aioinfer.transports.bridge import BridgedAsyncClient, BridgedClient, OpenRequests
-from aioinfer.transports.pending import Request
+from aioinfer.transports.requests import Request
 
 __all__ = ["InferenceTransport"]
 
@@ -101,6 +101,9 @@ class InferenceTransport(ABC):
 
     def wake(self) -> None:  # noqa: B027 - to do nothing is right for most
         """Make a running ``wait_for_pending`` return early, if the transport can."""
+
+    async def attend(self) -> None:  # noqa: B027 - most need nothing
+        """Do what is to be done on the server's event loop while it serves; it is cancelled at the end."""
 
     def callers(self) -> int | None:
         """How many requests could be pending at most; ``None`` if that is unknown."""

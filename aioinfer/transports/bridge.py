@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from tensordict import TensorDictBase
@@ -135,8 +135,8 @@ class BridgedClient(InferenceClient):
             future.cancel()  # nothing happens if it is the future that raised
             raise
 
-    def _wait_for_room(self, timeout: float | None) -> None:
-        self._open.room.wait(timeout)
+    def _call_patiently(self, td: TensorDictBase, timeout: float | None) -> TensorDictBase:
+        return self._open.room.call(self._call, td, timeout)
 
 
 class BridgedAsyncClient(AsyncInferenceClient):
@@ -176,5 +176,7 @@ class BridgedAsyncClient(AsyncInferenceClient):
         here.add_done_callback(on_done_here)
         return here
 
-    async def _wait_for_room(self) -> None:
-        await self._open.room.async_wait()
+    _call = submit
+
+    def _call_patiently(self, td: TensorDictBase) -> Awaitable[TensorDictBase]:
+        return self._open.room.async_call(self.submit, td)

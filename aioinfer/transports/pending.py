@@ -10,15 +10,16 @@ from typing import Any
 
 from tensordict import TensorDict, TensorDictBase
 
-from aioinfer.errors import ServerClosedError, own_error
-from aioinfer.interaction import Mode, caller_mode
+from aioinfer.errors import InferenceError, ServerClosedError, ServerOverloadedError, own_error
+from aioinfer.interaction import caller_mode
 from aioinfer.transports.admission import Admission
-from aioinfer.transports.bells import LockBell
+from aioinfer.transports.bells import Bell, LockBell
 from aioinfer.transports.outlets import Outlet
+from aioinfer.transports.requests import Request, answer
 from aioinfer.transports.room import RoomQueue
 from aioinfer.transports.sleepers import Sleepers
 
-__all__ = ["PendingQueue", "Request"]
+__all__ = ["PendingQueue"]
 
 # How long, in seconds, a batch is held back for the callers that the one before has woken: at most until none of them
 # has run for the one time, or until the other has passed. 64 threads take 0.4 to 1 ms on two cores.
@@ -26,30 +27,14 @@ _HOLD_BACK = 0.001
 _MOST_HOLD_BACK = 0.005
 
 
-class Request:
-    """One request on its way: what is asked, in which mode, since when, and where the reply goes.
-
-    ``outlet`` is ``None`` where only the transport's own ``resolve`` knows what ``receiver`` is.
-    """
-
-    __slots__ = ("mode", "outlet", "receiver", "submitted_at", "td")
-
-    def __init__(
-        self, td: TensorDictBase, receiver: Any, outlet: Outlet | None, submitted_at: float, mode: Mode
-    ) -> None:
-        self.td = td
-        self.receiver = receiver
-        self.outlet = outlet
-        self.submitted_at = submitted_at
-        self.mode = mode
-
-
 class PendingQueue:
     """Requests in order of arrival.
 
     Waiting moves nothing: ``wait`` only looks, ``take`` never blocks.
 
-    Any thread: ``put``, ``ring``, ``wake``, ``room``, ``open``, ``close``, ``len``.
+    Several queues can share one model thread: a family. What is said of "pending" below is said of all of them.
+
+    Any thread: ``put``, ``admit``, ``ring``, ``wake``, ``room``, ``open``, ``close``, ``len``.
     Model thread only: ``wait``, ``take``, ``waited``. ``_requests`` is appended to without a lock, which
     a deque allows; whoever removes requests, or counts them against the bound, holds ``_lock``, and
     whoever removes a request settles it.
@@ -57,14 +42,26 @@ class PendingQueue:
 
     def __init__(self) -> None:
         self.admission = Admission()
+        self.bell: Bell = LockBell()
         self._requests: deque[Request] = deque()
-        self._bell = LockBell()
+        self._patient: deque[Request] = deque()  # those of other processes that wait for room
+        self._family: Sequence[PendingQueue] = (self,)
         self._closed: ServerClosedError | None = None
         self._wanted = self._enough = 0  # what the model thread sleeps for, see wait; 0: it does not sleep
         self._lock = threading.Lock()
         self.room = RoomQueue(self._full)
         self.waking: list[bool] = []
         self.sleepers = Sleepers(self.waking, self.ring)
+
+    def join(self, family: Sequence[PendingQueue], bell: Bell) -> None:
+        """Share the model thread with the others of ``family``, which ``bell`` wakes; before it waits."""
+        self._family = family
+        self.bell = bell
+
+    def _count(self) -> int:
+        if len(self._family) == 1:
+            return len(self._requests)
+        return sum([len(queue._requests) for queue in self._family])
 
     def __len__(self) -> int:
         return sum(not request.receiver.cancelled() for request in tuple(self._requests))
@@ -82,6 +79,36 @@ class PendingQueue:
             self._put_bounded(request)
         if self._closed is not None:  # closed since the check: whoever pops the request fails it
             self._fail_all(self._closed)
+
+    def admit(self, request: Request, *, patient: bool = False) -> None:
+        """Append a request that another process has made and checked; wakes nobody.
+
+        Args:
+            request: answered with an error if it is refused.
+            patient: wait for room where there is none.
+        """
+        admission = self.admission
+        try:
+            if self._closed is not None:
+                raise own_error(self._closed)
+            if admission.refusing:
+                raise admission.paused()
+            self._put_bounded(request)
+        except ServerOverloadedError as error:
+            if patient:
+                self._patient.append(request)
+            else:
+                answer([request], [error], failed=True)
+        except InferenceError as error:
+            answer([request], [error], failed=True)
+
+    def _admit_patient(self) -> None:
+        while self._patient and not self._full():
+            request = self._patient.popleft()
+            if request.receiver.cancelled():
+                self._drop([request])
+            else:
+                self.admit(request, patient=True)
 
     def _put_bounded(self, request: Request) -> None:
         dropped: list[Request] = []
@@ -104,18 +131,18 @@ class PendingQueue:
 
     def ring(self) -> None:
         """Wake the model thread if it sleeps and what it waits for is there."""
-        if 0 < self._wanted <= len(self._requests) and (not self.waking or len(self._requests) >= self._enough):
+        if 0 < self._wanted <= (count := self._count()) and (not self.waking or count >= self._enough):
             self.wake()
 
     def wake(self) -> None:
         """Make the running ``wait``, or else the next one, return."""
         self._wanted = 0
-        self._bell.ring()
+        self.bell.ring()
 
     def _full(self) -> bool:
         admission = self.admission
         limit = admission.max_pending
-        return limit is not None and len(self._requests) >= limit and admission.closed is None
+        return limit is not None and self._count() >= limit and admission.closed is None
 
     # -- the model thread ------------------------------------------------------------------------------
 
@@ -130,26 +157,34 @@ class PendingQueue:
         Returns:
             How many are pending, those that were cancelled included.
         """
-        self._wanted, self._enough = at_least, enough
-        if self.waking and timeout != 0 and len(self._requests) < enough:
+        family = self._family
+        for queue in family:
+            queue._wanted, queue._enough = at_least, enough
+        pending = self._count()
+        if timeout != 0 and pending < enough and self._waking():
             self._hold_back(_MOST_HOLD_BACK if timeout is None else min(timeout, _MOST_HOLD_BACK))
-        elif len(self._requests) < at_least:
-            self._bell.wait(timeout)
-        self._wanted = 0
-        return len(self._requests)
+        elif pending < at_least:
+            self.bell.wait(timeout)
+        for queue in family:
+            queue._wanted = 0
+        return self._count()
 
     def _hold_back(self, limit: float) -> None:
         """Wait for the callers that were woken, as long as one after the other runs."""
         deadline = time.perf_counter() + limit
         while True:
-            left = len(self.waking)
-            if self._bell.wait(min(_HOLD_BACK, limit)):
+            left = self._waking()
+            if self.bell.wait(min(_HOLD_BACK, limit)):
                 return
             limit = deadline - time.perf_counter()
-            if len(self.waking) >= left or limit <= 0:
-                self.waking.clear()
-                self.sleepers.wake_all()
+            if self._waking() >= left or limit <= 0:
+                for queue in self._family:
+                    queue.waking.clear()
+                    queue.sleepers.wake_all()
                 return
+
+    def _waking(self) -> int:
+        return sum([len(queue.waking) for queue in self._family])
 
     def waited(self) -> float:
         """Seconds since the oldest pending request was submitted."""
@@ -172,8 +207,11 @@ class PendingQueue:
                 taken += some
         if dropped:
             self._drop(dropped)
-        if self.room:
-            self.room.announce(len(taken) + len(dropped))
+        for queue in self._family:
+            if queue._patient:
+                queue._admit_patient()
+            if queue.room:
+                queue.room.announce(len(taken) + len(dropped))
         return taken
 
     def _drop(self, requests: Sequence[Request]) -> None:
@@ -199,7 +237,7 @@ class PendingQueue:
 
     def _fail_all(self, error: ServerClosedError) -> None:
         with self._lock:
-            queued = [self._requests.popleft() for _ in range(len(self._requests))]
+            queued = [queue.popleft() for queue in (self._requests, self._patient) for _ in range(len(queue))]
         dropped, live = _partition(queued)
         self._drop(dropped)
         for request in live:
@@ -213,21 +251,3 @@ def _partition(requests: Sequence[Request]) -> tuple[list[Request], list[Request
     for request in requests:
         parts[not request.receiver.cancelled()].append(request)
     return parts
-
-
-def answer(requests: Sequence[Request], outcomes: Sequence[Any], *, failed: bool) -> None:
-    """Settle requests of this process, with one call for each way back that they came by.
-
-    Args:
-        requests: claimed before, and settled by nobody else.
-        outcomes: a reply for each, or an error for each if ``failed``.
-        failed: whether ``outcomes`` are errors.
-    """
-    outlets = {request.outlet for request in requests}
-    for outlet in outlets:
-        receivers: Sequence[Any] = [request.receiver for request in requests if request.outlet is outlet]
-        own = outcomes
-        if len(outlets) > 1:
-            own = [outcome for request, outcome in zip(requests, outcomes, strict=True) if request.outlet is outlet]
-        if outlet is not None:
-            (outlet.fail if failed else outlet.deliver)(receivers, own)

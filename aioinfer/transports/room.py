@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+
+from tensordict import TensorDictBase
+
+from aioinfer.errors import ServerOverloadedError
 
 __all__ = ["RoomQueue"]
 
@@ -39,7 +44,35 @@ class RoomQueue:
         for listener in listeners:
             listener()
 
-    def wait(self, timeout: float | None) -> None:
+    def call(
+        self, call: Callable[[TensorDictBase, float | None], TensorDictBase], td: TensorDictBase, timeout: float | None
+    ) -> TensorDictBase:
+        """Call until the queue has room for the request; ``timeout`` seconds for everything together.
+
+        Raises:
+            TimeoutError: there was no room, or no reply, within ``timeout``.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            try:
+                return call(td, left)
+            except ServerOverloadedError:
+                self._wait(left)
+
+    async def async_call(
+        self, submit: Callable[[TensorDictBase], Awaitable[TensorDictBase]], td: TensorDictBase
+    ) -> TensorDictBase:
+        """Submit until the queue has room for the request, and await the reply."""
+        while True:
+            try:
+                reply = submit(td)
+            except ServerOverloadedError:
+                await self._async_wait()
+            else:
+                return await reply
+
+    def _wait(self, timeout: float | None) -> None:
         """Block until there may be room.
 
         Raises:
@@ -54,7 +87,7 @@ class RoomQueue:
             self._leave(woken.set)
             raise
 
-    async def async_wait(self) -> None:
+    async def _async_wait(self) -> None:
         """Suspend until there may be room."""
         loop = asyncio.get_running_loop()
         woken = asyncio.Event()

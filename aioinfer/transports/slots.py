@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Awaitable
 from concurrent.futures import Future
 from typing import Any
 
@@ -140,8 +141,8 @@ class _SlotClient(InferenceClient):
                 self._waiter = self._make_waiter()
             slot.free()
 
-    def _wait_for_room(self, timeout: float | None) -> None:
-        self._slot.queue.room.wait(timeout)
+    def _call_patiently(self, td: TensorDictBase, timeout: float | None) -> TensorDictBase:
+        return self._slot.queue.room.call(self._call, td, timeout)
 
 
 class _AsyncSlotClient(AsyncInferenceClient):
@@ -158,8 +159,10 @@ class _AsyncSlotClient(AsyncInferenceClient):
         outlet.ring_at_end_of_tick()
         return future
 
-    async def _wait_for_room(self) -> None:
-        await self._slot.queue.room.async_wait()
+    _call = submit
+
+    def _call_patiently(self, td: TensorDictBase) -> Awaitable[TensorDictBase]:
+        return self._slot.queue.room.async_call(self.submit, td)
 
 
 class _RequestBuffer:

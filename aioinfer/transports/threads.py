@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 from concurrent.futures import Future
 
 from tensordict import TensorDictBase
@@ -49,8 +50,8 @@ class _ThreadClient(InferenceClient):
         self._queue.ring()
         return waiter.wait(timeout)
 
-    def _wait_for_room(self, timeout: float | None) -> None:
-        self._queue.room.wait(timeout)
+    def _call_patiently(self, td: TensorDictBase, timeout: float | None) -> TensorDictBase:
+        return self._queue.room.call(self._call, td, timeout)
 
 
 class _TaskClient(AsyncInferenceClient):
@@ -68,5 +69,7 @@ class _TaskClient(AsyncInferenceClient):
         outlet.ring_at_end_of_tick()
         return future
 
-    async def _wait_for_room(self) -> None:
-        await self._queue.room.async_wait()
+    _call = submit
+
+    def _call_patiently(self, td: TensorDictBase) -> Awaitable[TensorDictBase]:
+        return self._queue.room.async_call(self.submit, td)

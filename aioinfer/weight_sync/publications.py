@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from aioinfer.segments import Segment
 from aioinfer.weight_sync.queues import Descriptor
-from aioinfer.weight_sync.segments import Segment
 from aioinfer.weight_sync.snapshots import Layout, LayoutCache, copy_tensors
 from aioinfer.weight_sync.weights import Weights
 

@@ -21,13 +21,15 @@ class Segment:
 
     Attributes:
         id: the same in every process.
-        memory: its bytes, ``[nbytes]``. Tensors that are views of it keep the mapping alive.
+        view: its bytes.
+        memory: the same as a tensor, ``[nbytes]``. Tensors that are views of it keep the mapping alive.
     """
 
     def __init__(self, fd: int, nbytes: int, segment_id: bytes) -> None:
         self.fd = fd
         self.id = segment_id
-        self.memory: Tensor = torch.frombuffer(mmap.mmap(fd, nbytes), dtype=torch.uint8)
+        self.view = memoryview(mmap.mmap(fd, nbytes))
+        self.memory: Tensor = torch.frombuffer(self.view, dtype=torch.uint8)
 
     @classmethod
     def create(cls, nbytes: int) -> Segment:
@@ -55,6 +57,6 @@ class Segment:
 
 def _anonymous_file() -> int:
     if hasattr(os, "memfd_create"):
-        return os.memfd_create("aioinfer-weights")
+        return os.memfd_create("aioinfer")
     with tempfile.TemporaryFile() as file:  # unlinked at once, where that is how the platform does it
         return os.dup(file.fileno())

@@ -1,0 +1,263 @@
+"""TensorDicts of one layout as rows of contiguous columns: copied in and out one by one, or many at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container, Iterable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+
+from aioinfer.errors import InvalidRequestError, ModelError
+from aioinfer.tensors import OWN_MEMORY_BYTES, Allocate, build, is_nested
+
+__all__ = ["Columns", "Leaf", "RowLayout"]
+
+Path: TypeAlias = tuple[str, ...]
+
+_ALIGNMENT = 64
+
+
+class Leaf:
+    """One tensor of each row."""
+
+    __slots__ = ("dtype", "name", "nbytes", "path", "shape")
+
+    def __init__(self, path: Path, shape: torch.Size, dtype: torch.dtype) -> None:
+        self.path = path
+        self.shape = shape
+        self.dtype = dtype
+        self.nbytes = math.prod(shape) * dtype.itemsize
+        self.name = f'"{path[0]}"' if len(path) == 1 else repr(path)
+
+
+class RowLayout:
+    """The layout of a row: taken from an example, checked against what a caller or a model hands in. It pickles.
+
+    Args:
+        example: a TensorDict shaped as one row is; its values don't matter.
+        what: what messages call it.
+        drop_undeclared: leave entries out that the example does not have, instead of refusing them.
+
+    Raises:
+        TypeError: ``example`` is no TensorDict, or has entries that are no plain tensors.
+    """
+
+    def __init__(self, example: TensorDictBase, what: str, *, drop_undeclared: bool = False) -> None:
+        if not isinstance(example, TensorDictBase):
+            raise TypeError(f"{what}_spec must be a TensorDict, got {type(example).__qualname__}")
+        self.what = what
+        self.batch_size = example.batch_size
+        self.drop_undeclared = drop_undeclared
+        self.leaves: list[Leaf] = []
+        self.sizes: dict[Path, torch.Size] = {(): example.batch_size}
+        self._read(example, ())
+        self._is_flat = all(len(leaf.path) == 1 for leaf in self.leaves)
+
+    def _read(self, td: TensorDictBase, above: Path) -> None:
+        for key, value in td.items():
+            path = (*above, str(key))
+            if is_nested(value):
+                self.sizes[path] = value.batch_size
+                self._read(value, path)
+            elif isinstance(value, Tensor):
+                self.leaves.append(Leaf(path, value.shape, value.dtype))
+            else:
+                raise TypeError(
+                    f"{self.what}_spec has {path[-1]!r} of type {type(value).__qualname__}; "
+                    "only tensors have a place in shared memory (MPTransport carries anything)"
+                )
+
+    def values(self, td: TensorDictBase) -> list[Tensor]:
+        """The tensors of ``td`` in the order of ``leaves``.
+
+        Raises:
+            InvalidRequestError: its layout is another one; the message names key, found and expected.
+        """
+        if isinstance(td, TensorDictBase) and td.batch_size == self.batch_size:
+            found: dict[Any, Any] = dict(td.items()) if self._is_flat else _flat(td)
+            if self.drop_undeclared or len(found) == len(self.leaves):
+                values = [found.get(leaf.path[0] if self._is_flat else leaf.path) for leaf in self.leaves]
+                if all(map(_fits, values, self.leaves)):
+                    return values  # type: ignore[return-value]
+        raise InvalidRequestError(self._complaint(td))
+
+    def batch_values(self, output: TensorDictBase, keys: Container[str] | None) -> list[Tensor]:
+        """The tensors ``[B, *shape]`` of a batch of rows, on the CPU, in the order of ``leaves``.
+
+        Args:
+            output: ``[B, ...]``, what a model returned.
+            keys: its entries that count; ``None``: all.
+
+        Raises:
+            ModelError: its rows have another layout; the message names key, found and expected.
+        """
+        entries = {key: value for key, value in output.items() if keys is None or key in keys}
+        found: dict[Any, Any] = entries if self._is_flat else _flat(build(entries, output.batch_size, None))
+        if self.drop_undeclared or len(found) == len(self.leaves):
+            values = [found.get(leaf.path[0] if self._is_flat else leaf.path) for leaf in self.leaves]
+            if all(map(_rows_fit, values, self.leaves)):
+                return [value.to("cpu") for value in values if value is not None]
+        row = build(entries, output.batch_size, None)[0].to("cpu")
+        raise ModelError(self._complaint(row, batch_size=False))
+
+    def _complaint(self, td: Any, *, batch_size: bool = True) -> str:
+        if not isinstance(td, TensorDictBase):
+            return f"a {self.what} must be a TensorDict, got {type(td).__qualname__}"
+        if batch_size and td.batch_size != self.batch_size:
+            return f"the {self.what} has batch size {list(td.batch_size)}, expected {list(self.batch_size)}"
+        found = _flat(td)
+        missing = [leaf.name for leaf in self.leaves if leaf.path not in found]
+        declared = {leaf.path for leaf in self.leaves}
+        unknown = [Leaf(path, torch.Size(), torch.uint8).name for path in found if path not in declared]
+        expected = ", ".join(leaf.name for leaf in self.leaves)
+        if missing:
+            return f"the {self.what} lacks {', '.join(missing)}; expected {expected}"
+        if unknown and not self.drop_undeclared:
+            return f"the {self.what} has undeclared {', '.join(unknown)}; expected {expected}"
+        for leaf in self.leaves:
+            value = found[leaf.path]
+            if not isinstance(value, Tensor):
+                return f"{leaf.name} of the {self.what} is a {type(value).__qualname__}, expected a tensor"
+            if value.shape != leaf.shape:
+                return f"{leaf.name} of the {self.what} has shape {list(value.shape)}, expected {list(leaf.shape)}"
+            if value.dtype != leaf.dtype:
+                return f"{leaf.name} of the {self.what} has dtype {value.dtype}, expected {leaf.dtype}"
+            if value.device.type != "cpu":
+                return f"{leaf.name} of the {self.what} is on device {value.device}, expected cpu"
+        return f"the {self.what} does not fit"
+
+    def tree(self, values: Iterable[Any]) -> dict[str, Any]:
+        """The nested entries of a TensorDict with these leaves."""
+        return self._nest(values, torch.Size([]))
+
+    def assemble(self, values: Iterable[Any], rows: torch.Size) -> TensorDict:
+        """Build a TensorDict ``[*rows, *batch_size]`` of its leaves, without a check."""
+        return build(self._nest(values, rows), torch.Size((*rows, *self.batch_size)), None)
+
+    def _nest(self, values: Iterable[Any], rows: torch.Size) -> dict[str, Any]:
+        if self._is_flat and len(self.sizes) == 1:
+            return {leaf.path[0]: value for leaf, value in zip(self.leaves, values, strict=True)}
+        nodes: dict[Path, dict[str, Any]] = {path: {} for path in self.sizes}
+        for leaf, value in zip(self.leaves, values, strict=True):
+            nodes[leaf.path[:-1]][leaf.path[-1]] = value
+        for path in sorted(self.sizes, key=len, reverse=True)[:-1]:  # the root comes last
+            nodes[path[:-1]][path[-1]] = build(nodes[path], torch.Size((*rows, *self.sizes[path])), None)
+        return nodes[()]
+
+
+def _flat(td: TensorDictBase, above: Path = ()) -> dict[Path, Any]:
+    found: dict[Path, Any] = {}
+    for key, value in td.items():
+        if is_nested(value):
+            found.update(_flat(value, (*above, str(key))))
+        else:
+            found[(*above, str(key))] = value
+    return found
+
+
+def _fits(value: Any, leaf: Leaf) -> bool:
+    try:
+        return bool(value.shape == leaf.shape and value.dtype is leaf.dtype and value.is_cpu)
+    except AttributeError:
+        return False
+
+
+def _rows_fit(value: Any, leaf: Leaf) -> bool:
+    try:
+        return bool(value.shape[1:] == leaf.shape and value.dtype is leaf.dtype)
+    except AttributeError:
+        return False
+
+
+class Columns:
+    """Rows of like layout in one piece of memory, one contiguous column ``[rows, *shape]`` for each leaf.
+
+    It knows nothing of who may touch which row when; that is its user's to order.
+
+    Args:
+        layout: of a row.
+        count: how many rows.
+        memory: at least ``nbytes(layout, count)`` bytes, ``[nbytes]``.
+    """
+
+    def __init__(self, layout: RowLayout, count: int, memory: Tensor) -> None:
+        self.layout = layout
+        self._columns: list[Tensor] = []
+        for leaf, start in zip(layout.leaves, _starts(layout, count), strict=False):
+            piece = memory[start : start + count * leaf.nbytes]
+            self._columns.append(piece.view(leaf.dtype).view(count, *leaf.shape))
+        self._rows = [tuple(row) for row in zip(*[column.unbind(0) for column in self._columns], strict=True)]
+        self._rows = self._rows or [()] * count
+
+    @staticmethod
+    def nbytes(layout: RowLayout, count: int) -> int:
+        """How much memory ``count`` rows take."""
+        return list(_starts(layout, count))[-1]
+
+    def write(self, row: int, values: Sequence[Tensor]) -> None:
+        """Copy what ``layout.values`` returned into a row."""
+        for place, value in zip(self._rows[row], values, strict=True):
+            place.copy_(value.detach() if value.requires_grad else value)
+
+    def row(self, row: int) -> TensorDict:
+        """A row as it lies in memory."""
+        return self.layout.assemble(self._rows[row], torch.Size([]))
+
+    def lend(self, row: int) -> dict[str, Any]:
+        """The entries of a row as they lie in memory."""
+        return self.layout.tree(self._rows[row])
+
+    def read(self, row: int) -> dict[str, Any]:
+        """Copy the entries of a row."""
+        return self.layout.tree([value.clone() for value in self._rows[row]])
+
+    def read_many(self, rows: Sequence[int]) -> Iterator[dict[str, Any]]:
+        """Copy the entries of several rows; those of a leaf below 1 KiB are parts of one allocation."""
+        index = torch.tensor(rows)
+        columns = [
+            column.index_select(0, index).unbind(0)
+            if leaf.nbytes < OWN_MEMORY_BYTES
+            else [column[row].clone() for row in rows]
+            for leaf, column in zip(self.layout.leaves, self._columns, strict=True)
+        ]
+        if self.layout._is_flat and len(self.layout.sizes) == 1:
+            names = [leaf.path[0] for leaf in self.layout.leaves]
+            if len(names) == 1:
+                name = names[0]
+                return iter([{name: value} for value in columns[0]])
+            return (dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True))
+        return (self.layout.tree(values) for values in (zip(*columns, strict=True) if columns else [()] * len(rows)))
+
+    def gather(self, rows: Tensor, allocate: Allocate | None) -> TensorDict:
+        """Copy rows into a batch ``[len(rows), *batch_size]``.
+
+        Args:
+            rows: their numbers, ``[B]``.
+            allocate: makes the memory, given shape and dtype.
+        """
+        count = len(rows)
+        if allocate is None:
+            values = [column.index_select(0, rows) for column in self._columns]
+        else:
+            values = [
+                torch.index_select(column, 0, rows, out=allocate((count, *column.shape[1:]), column.dtype))
+                for column in self._columns
+            ]
+        return self.layout.assemble(values, torch.Size([count]))
+
+    def scatter(self, rows: Tensor, values: Sequence[Tensor]) -> None:
+        """Copy the rows of a batch's leaves, each ``[len(rows), *shape]``, to where they belong."""
+        for column, value in zip(self._columns, values, strict=True):
+            column.index_copy_(0, rows, value)
+
+
+def _starts(layout: RowLayout, count: int) -> Iterator[int]:
+    """Where each leaf's column begins, and at last where the memory ends."""
+    start = 0
+    for leaf in layout.leaves:
+        yield start
+        start += -(-count * leaf.nbytes // _ALIGNMENT) * _ALIGNMENT
+    yield start

@@ -1,0 +1,77 @@
+"""A page of shared memory in which a server tells its clients whether it takes requests."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+from aioinfer.errors import InferenceError, ServerClosedError, ServerPausedError
+from aioinfer.segments import Segment
+from aioinfer.transports.parcels import pack_error, unpack_error
+
+__all__ = ["Control", "State"]
+
+_BYTES = 4096
+_KEY, _ERROR = 16, 512  # where each begins: a length of two bytes, then the text
+
+
+class State(IntEnum):
+    """Whether requests are taken."""
+
+    OPEN = 0
+    REFUSING = 1
+    CLOSED = 2
+
+
+class Control:
+    """The page. The server's process writes, the others read.
+
+    A client looks at the state before it sends a request, and again afterwards. The server changes the state first and
+    then reads what has been sent. So either the server finds the request, or the client the new state: the two
+    system calls are ordered by the socket that they are about, whatever the processor does.
+
+    Args:
+        segment: the page, in another process than the one that made it.
+    """
+
+    def __init__(self, segment: Segment | None = None) -> None:
+        self.segment = Segment.create(_BYTES) if segment is None else segment
+        self.view = self.segment.view
+        """Its first byte is the state."""
+
+    @classmethod
+    def opened(cls, descriptor: int) -> Control:
+        """Map a page of another process; the descriptor is its own from now on."""
+        return cls(Segment(descriptor, _BYTES, b""))
+
+    def set_state(self, state: State, error: InferenceError | None = None) -> None:
+        """Say whether requests are taken, and why not."""
+        if error is not None:
+            self._write(_ERROR, pack_error(error))
+        self.view[0] = state
+
+    def set_version_key(self, key: str | None) -> None:
+        """Say which entry of a reply carries the version of the weights."""
+        self._write(_KEY, (key or "").encode())
+
+    def version_key(self) -> str:
+        """The entry of a reply that carries the version; empty if none does."""
+        return self._read(_KEY).decode()
+
+    def refusal(self) -> Exception:
+        """The error for a request that is not taken."""
+        if self.view[0] == State.REFUSING:
+            return ServerPausedError("the server is paused; try again when it goes on")
+        try:
+            return unpack_error(self._read(_ERROR))
+        except Exception:  # too long for the page
+            return ServerClosedError("the server is shut down")
+
+    def _write(self, at: int, data: bytes) -> None:
+        room = (_ERROR if at == _KEY else _BYTES) - at - 2
+        data = data if len(data) <= room else b""
+        self.view[at : at + 2] = len(data).to_bytes(2, "little")
+        self.view[at + 2 : at + 2 + len(data)] = data
+
+    def _read(self, at: int) -> bytes:
+        size = int.from_bytes(self.view[at : at + 2], "little")
+        return bytes(self.view[at + 2 : at + 2 + size])

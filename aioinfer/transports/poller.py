@@ -1,0 +1,102 @@
+"""A bell that watches descriptors too: where a model thread waits for requests that come over sockets."""
+
+from __future__ import annotations
+
+import os
+import selectors
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Protocol
+
+__all__ = ["Poller"]
+
+Handler = Callable[[], None]
+
+
+class _Source(Protocol):
+    def fileno(self) -> int: ...
+
+
+class Poller:
+    """Rings for the thread that waits, and calls the handlers of descriptors that are readable.
+
+    One thread at a time may ``wait``; any thread may do the rest. Handlers run under ``lock``, one at a time, on
+    whatever thread waits or looks.
+
+    Args:
+        lock: shared with other pollers.
+    """
+
+    def __init__(self, lock: threading.RLock | None = None) -> None:
+        self.lock = threading.RLock() if lock is None else lock
+        self._selector = selectors.DefaultSelector()
+        self._sources = selectors.DefaultSelector()  # the same, but for the bell
+        self._reader, self._writer = _bell_descriptors()
+        self._selector.register(self._reader, selectors.EVENT_READ)
+
+    def fileno(self) -> int:
+        """What is readable while a handler waits to be called."""
+        return self._sources.fileno()
+
+    def ring(self) -> None:
+        with suppress(BlockingIOError):  # it is ringing already
+            os.write(self._writer, _ONE)
+
+    def wait(self, timeout: float | None) -> bool:
+        """Block until the bell rings, or handlers were called, or ``timeout`` seconds passed; say whether it rang."""
+        return self._handle(self._selector.select(timeout))
+
+    def look(self) -> None:
+        """Call the handlers of descriptors that are readable now."""
+        self._handle(self._sources.select(0))
+
+    def _handle(self, events: Sequence[tuple[selectors.SelectorKey, int]]) -> bool:
+        rang = False
+        with self.lock:
+            for key, _ in events:
+                if key.data is not None:
+                    key.data()
+                else:
+                    rang = True
+                    with suppress(BlockingIOError):
+                        os.read(self._reader, 8)
+        return rang
+
+    def watch(self, source: _Source, handler: Handler, *, writable: bool = False) -> None:
+        """Call ``handler`` while ``source`` is readable, or ``writable``."""
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if writable else 0)
+        with self.lock:
+            for selector in (self._selector, self._sources):
+                try:
+                    selector.modify(source, events, handler)
+                except KeyError:
+                    selector.register(source, events, handler)
+
+    def forget(self, source: _Source) -> None:
+        """Call its handler no more; before ``source`` is closed."""
+        with self.lock:
+            for selector in (self._selector, self._sources):
+                with suppress(KeyError):
+                    selector.unregister(source)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_writer"):
+            self._selector.close()
+            self._sources.close()
+            for descriptor in {self._reader, self._writer}:
+                os.close(descriptor)
+
+
+_ONE = (1).to_bytes(8, "little")
+
+
+def _bell_descriptors() -> tuple[int, int]:
+    """Where a bell is read and rung: an ``eventfd``, or a pipe where there is none."""
+    if hasattr(os, "eventfd"):
+        fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        return fd, fd
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    os.set_blocking(writer, False)
+    return reader, writer

@@ -1,0 +1,222 @@
+"""Callers in other processes whose requests have a fixed layout: tensors lie in shared memory."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Sequence
+from multiprocessing.context import BaseContext
+from typing import Any
+
+from tensordict import TensorDictBase
+
+from aioinfer.client import AsyncInferenceClient, InferenceClient
+from aioinfer.columns import RowLayout
+from aioinfer.errors import InvalidRequestError, ModelError
+from aioinfer.interaction import MODES
+from aioinfer.transports.processes import ProcessTransport
+from aioinfer.transports.requests import STORED
+from aioinfer.transports.slot_memory import SlotMemory
+from aioinfer.transports.slot_tickets import SlotTicket
+from aioinfer.transports.switchboard import Line, RemoteRequest, Switchboard
+from aioinfer.transports.wire import NUMBER, Wire
+
+__all__ = ["ProcessSlotTransport"]
+
+_PLACE = (1 << 32) - 1
+
+
+class ProcessSlotTransport(ProcessTransport):
+    """Callers in other processes: the tensors of requests and replies lie in shared memory, only slot numbers travel.
+
+    The fastest way between processes. A client is made here and handed to a worker, which may be forked or
+    spawned, or is made in the worker by :func:`aioinfer.connect`. A worker holds one connected pair of Unix
+    sockets, for all clients that it was handed together; what they ask in one tick of an event loop leaves with one
+    system call. There is no lock, semaphore or thread between the processes that a killed one could keep or
+    stop: a dead process is an end-of-file, at once.
+
+    A client has one request under way at most. When its process ends, however it does, its slot is free for another.
+
+    The system calls order the memory, also on processors that don't do so themselves: a client writes its row
+    before it sends the number of its slot, and the server reads the row after it has received the number. Kernel and
+    processor order both against the socket's lock; so it is with the reply, on the way back.
+
+    Args:
+        request_spec: a TensorDict shaped as one request is, of plain tensors: nested, of any dtype, without elements or
+            with a batch dimension, as you like. Its values don't matter. Other requests are refused at the client.
+        response_spec: the same for the replies, without the policy version.
+        num_slots: how many clients there can be at a time.
+        ctx: not needed: clients travel by any context. Accepted for those who know it from elsewhere.
+        drop_undeclared: leave entries out that the specs don't have, instead of refusing what has them.
+        address: where workers connect, a path in the file system; by default one is made up.
+
+    Raises:
+        TypeError: a spec is no TensorDict, or has entries that are not tensors.
+        ValueError: ``num_slots`` is no integer of at least 1.
+        OSError: somebody listens at ``address`` already.
+    """
+
+    def __init__(
+        self,
+        request_spec: TensorDictBase,
+        response_spec: TensorDictBase,
+        *,
+        num_slots: int,
+        ctx: BaseContext | None = None,
+        drop_undeclared: bool = False,
+        address: str | None = None,
+    ) -> None:
+        if not isinstance(num_slots, int) or isinstance(num_slots, bool) or num_slots < 1:
+            raise ValueError(f"num_slots must be an integer of at least 1, got {num_slots!r}")
+        self.num_slots = num_slots
+        self._request = RowLayout(request_spec, "request", drop_undeclared=drop_undeclared)
+        self._reply = RowLayout(response_spec, "response", drop_undeclared=drop_undeclared)
+        self._memory = SlotMemory(self._request, self._reply, num_slots)
+        self._lock = threading.Lock()  # guards what follows
+        self._free = list(reversed(range(num_slots)))
+        self._leases: dict[bytes, list[int]] = {}  # by ticket, the slots of clients that no process has used yet
+        super().__init__(address)
+
+    # -- clients ---------------------------------------------------------------------------------------
+
+    def client(self, *, copy: bool = True) -> InferenceClient:
+        """Make a blocking client. Hand it to a process, or use it in this one; the first to use it has its slot.
+
+        Args:
+            copy: ``False`` lends the caller a view of each reply, valid until this client's next request.
+
+        Raises:
+            RuntimeError: all slots are taken.
+        """
+        return self.clients(1, copy=copy)[0]
+
+    def async_client(self, *, copy: bool = True) -> AsyncInferenceClient:
+        """Make an awaitable client; see :meth:`client`."""
+        return self.async_clients(1, copy=copy)[0]
+
+    def clients(self, count: int, *, copy: bool = True) -> list[InferenceClient]:
+        """Make blocking clients for the threads of one process; hand them over together, as one object.
+
+        Args:
+            count: how many.
+            copy: see :meth:`client`.
+
+        Raises:
+            RuntimeError: fewer slots are free.
+        """
+        return self._lease(count, copy).clients()
+
+    def async_clients(self, count: int, *, copy: bool = True) -> list[AsyncInferenceClient]:
+        """Make awaitable clients for the tasks of one process; hand them over together, as one object."""
+        return self._lease(count, copy).async_clients()
+
+    def _lease(self, count: int, copy: bool = True) -> SlotTicket:
+        ticket = SlotTicket(
+            self.address, count, request=self._request, reply=self._reply, num_slots=self.num_slots, copy=copy
+        )
+        with self._lock:
+            self._leases[ticket.id] = self._take_slots(count)
+        return ticket
+
+    # -- slots -----------------------------------------------------------------------------------------
+
+    def _take_slots(self, count: int) -> list[int]:
+        """Under the lock."""
+        if count > len(self._free):
+            raise RuntimeError(
+                f"{len(self._free)} of {self.num_slots} slots are free, {count} were asked for; "
+                "make a ProcessSlotTransport with more"
+            )
+        return [self._free.pop() for _ in range(count)]
+
+    def _occupy(self, ticket: bytes, count: int) -> list[int]:
+        with self._lock:
+            leased = self._leases.pop(ticket, None)
+            return self._take_slots(range(self.num_slots + 1).index(count)) if leased is None else leased
+
+    def _vacate(self, slots: Sequence[int]) -> None:
+        with self._lock:
+            self._free += slots
+
+    def callers(self) -> int | None:
+        return self.num_slots - len(self._free)
+
+    # -- the server's side -----------------------------------------------------------------------------
+
+    def _make_line(self, wire: Wire, board: Switchboard) -> Line:
+        return _SlotLine(wire, board, self)
+
+
+class _SlotLine(Line):
+    def __init__(self, wire: Wire, board: Switchboard, transport: ProcessSlotTransport) -> None:
+        super().__init__(wire, board)
+        self._transport = transport
+        self._memory = transport._memory
+        self._queue = transport._queue
+        self._slots: Sequence[int] = ()
+        self._entries: list[_SlotRequest] = []  # by place, what was asked there last
+
+    def join(self, ticket: bytes, count: int) -> tuple[Any, Sequence[int]]:
+        self._slots = self._transport._occupy(ticket, count)
+        self._entries = [self._entry(slot) for slot in self._slots]
+        return self._slots, [self._transport._control.segment.fd, self._memory.segment.fd]
+
+    def _entry(self, slot: int) -> _SlotRequest:
+        return _SlotRequest(self, slot, self._memory)
+
+    def ask(self, text: int, payload: bytes | None, *, patient: bool) -> None:
+        place = text & _PLACE
+        entry = self._entries[place]
+        if entry.under_way:  # its caller gave it up, or this one could not come
+            entry.gone = True
+            entry = self._entries[place] = self._entry(entry.slot)
+        entry.number = text & NUMBER
+        entry.mode = MODES[text >> 56 & 15]
+        entry.submitted_at = self._memory.times[entry.slot]
+        entry.under_way, entry.gone = True, False
+        try:
+            self._queue.admission.check_spec(entry.td)
+        except InvalidRequestError as error:
+            self.fail([entry], [error])
+        else:
+            self._queue.admit(entry, patient=patient)
+
+    def cancel(self, number: int) -> None:
+        entry = self._entries[number & _PLACE]
+        if entry.under_way and entry.number == number:
+            entry.gone = True
+
+    def leave(self) -> None:
+        for entry in self._entries:
+            entry.gone = True
+        self._transport._vacate(self._slots)
+
+    def deliver(self, receivers: Sequence[_SlotRequest], replies: Sequence[TensorDictBase]) -> None:
+        numbers = [self._reply(receiver, reply) for receiver, reply in zip(receivers, replies, strict=True)]
+        for receiver in receivers:
+            receiver.under_way = False
+        self.send(b"".join([number.to_bytes(8, sys.byteorder) for number in numbers if number is not None]))
+
+    def _reply(self, receiver: _SlotRequest, reply: TensorDictBase) -> int | None:
+        if reply is not STORED:
+            try:
+                self._memory.put_reply(receiver.slot, reply, self._queue.admission.version_key)
+            except ModelError as error:
+                self.fail([receiver], [error])
+                return None
+        return receiver.number
+
+    def drop(self, receiver: _SlotRequest) -> None:
+        receiver.under_way = False
+
+
+class _SlotRequest(RemoteRequest):
+    """A request in a slot; used again and again, as long as the one before is over."""
+
+    __slots__ = ("slot", "store", "under_way")
+
+    def __init__(self, line: _SlotLine, slot: int, memory: SlotMemory) -> None:
+        super().__init__(memory.requests.row(slot), line, 0, 0.0, None)
+        self.slot = slot
+        self.store = memory
+        self.under_way = False

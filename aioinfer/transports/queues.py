@@ -1,0 +1,136 @@
+"""Callers in other processes whose requests may have any layout: they travel pickled."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from multiprocessing.context import BaseContext
+from typing import Any
+
+from tensordict import TensorDictBase
+
+from aioinfer.errors import InvalidRequestError, own_error
+from aioinfer.interaction import MODES
+from aioinfer.transports.control import Control
+from aioinfer.transports.parcels import pack, unpack
+from aioinfer.transports.processes import ProcessTransport
+from aioinfer.transports.station import Station
+from aioinfer.transports.switchboard import Line, RemoteRequest, Switchboard
+from aioinfer.transports.tickets import Ticket
+from aioinfer.transports.wire import NUMBER, FromServer, Wire, frame, word
+
+__all__ = ["MPTransport"]
+
+
+class MPTransport(ProcessTransport):
+    """Callers in other processes: requests of any layout, also with entries that are no tensors, travel pickled.
+
+    Not the fast path: :class:`ProcessSlotTransport` answers several times as many requests, if they have a fixed
+    layout. Like there, a worker holds one connected pair of sockets for all clients that it was handed
+    together, and no lock or thread exists that a killed process could keep or stop. So this is no
+    ``multiprocessing.Queue``, whatever the name says.
+
+    Pickles are read from processes of the same user only; such a process can make the server run any code.
+
+    Args:
+        ctx: not needed: clients travel by any context. Accepted for those who know it from elsewhere.
+        address: where workers connect, a path in the file system; by default one is made up.
+
+    Raises:
+        OSError: somebody listens at ``address`` already.
+    """
+
+    def __init__(self, ctx: BaseContext | None = None, *, address: str | None = None) -> None:
+        super().__init__(address)
+
+    def _lease(self, count: int) -> Ticket:
+        return _ParcelTicket(self.address, count, one_at_a_time=False)
+
+    def _make_line(self, wire: Wire, board: Switchboard) -> Line:
+        return _ParcelLine(wire, board, self)
+
+
+class _ParcelLine(Line):
+    def __init__(self, wire: Wire, board: Switchboard, transport: MPTransport) -> None:
+        super().__init__(wire, board)
+        self._control = transport._control
+        self._queue = transport._queue
+        self._requests: dict[int, RemoteRequest] = {}
+
+    def join(self, ticket: bytes, count: int) -> tuple[Any, Sequence[int]]:
+        return None, [self._control.segment.fd]
+
+    def ask(self, text: int, payload: bytes | None, *, patient: bool) -> None:
+        number = text & NUMBER
+        request = RemoteRequest(None, self, number, time.perf_counter(), MODES[text >> 56 & 15])
+        self._requests[number] = request
+        try:
+            request.td = _unpack_request(payload or b"")
+            self._queue.admission.check_layout(request.td)
+        except InvalidRequestError as error:
+            self.fail([request], [error])
+        else:
+            self._queue.admit(request, patient=patient)
+
+    def cancel(self, number: int) -> None:
+        request = self._requests.get(number)
+        if request is not None:
+            request.gone = True
+
+    def leave(self) -> None:
+        for request in list(self._requests.values()):
+            request.gone = True
+
+    def deliver(self, receivers: Sequence[RemoteRequest], replies: Sequence[TensorDictBase]) -> None:
+        data: list[bytes] = []
+        for receiver, reply in zip(receivers, replies, strict=True):
+            try:
+                data.append(frame(word(FromServer.REPLY, receiver.number), pack(reply)))
+            except Exception as error:  # what does not pickle may raise anything
+                self.fail([receiver], [own_error(error)])
+            self.drop(receiver)
+        self.send(b"".join(data))
+
+    def drop(self, receiver: RemoteRequest) -> None:
+        self._requests.pop(receiver.number, None)
+
+
+def _unpack_request(payload: bytes) -> TensorDictBase:
+    try:
+        return unpack(payload)  # type: ignore[no-any-return]
+    except Exception as error:  # a class of the user's may raise anything
+        raise InvalidRequestError(
+            f"the request can't be unpickled in the server's process: {type(error).__qualname__}: {error}"
+        ) from error
+
+
+class _ParcelTicket(Ticket):
+    def _connect(self) -> Station:
+        return _ParcelStation(self.address, self.id, self.count)
+
+    def cargo(self, td: TensorDictBase) -> bytes:
+        if not isinstance(td, TensorDictBase):
+            raise InvalidRequestError(f"a request must be a TensorDict, got {type(td).__qualname__}")
+        try:
+            return pack(td)
+        except Exception as error:  # what does not pickle may raise anything
+            raise InvalidRequestError(f"the request does not pickle: {type(error).__qualname__}: {error}") from error
+
+
+class _ParcelStation(Station):
+    def _welcome(self, news: Any, descriptors: Sequence[int]) -> None:
+        (control,) = descriptors
+        self.control = Control.opened(control)
+
+    def _load(self, number: int, cargo: bytes, text: int) -> bytes:
+        return frame(text, cargo)
+
+    def _unload(self, numbers: Sequence[int], payloads: Sequence[bytes | None]) -> Sequence[Any]:
+        return [_unpack_reply(payload or b"") for payload in payloads]
+
+
+def _unpack_reply(payload: bytes) -> Any:
+    try:
+        return unpack(payload)
+    except Exception as error:  # a class of the user's may raise anything
+        return own_error(error)

@@ -1,0 +1,85 @@
+"""One request on its way through the server, and how it is answered."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+from typing import Any, Protocol
+
+from tensordict import TensorDict, TensorDictBase
+
+from aioinfer.interaction import Mode
+from aioinfer.tensors import Allocate
+from aioinfer.transports.outlets import Outlet
+
+__all__ = ["STORED", "Request", "SlotStore", "answer"]
+
+
+class SlotStore(Protocol):
+    """Memory in which requests lie as rows, and which takes replies as rows. Model thread only."""
+
+    def gather(self, requests: Sequence[Any], allocate: Allocate | None) -> TensorDict:
+        """Copy the rows of requests into a batch ``[B, ...]``."""
+        ...
+
+    def scatter(
+        self,
+        requests: Sequence[Any],
+        output: TensorDictBase,
+        keys: Container[str] | None,
+        version: int,
+    ) -> None:
+        """Copy the rows of an output ``[B, ...]`` to where the replies belong.
+
+        Args:
+            requests: those that the rows answer.
+            output: what the model returned.
+            keys: the entries that replies have; ``None``: all.
+            version: of the weights that computed it.
+
+        Raises:
+            ModelError: they are not of the layout that replies have.
+        """
+        ...
+
+
+STORED = TensorDict({}, batch_size=[])
+"""Stands for a reply that lies in a store."""
+
+
+class Request:
+    """One request on its way: what is asked, in which mode, since when, and where the reply goes.
+
+    ``outlet`` is ``None`` where only the transport's own ``resolve`` knows what ``receiver`` is. ``store`` is the
+    shared memory in which the request lies and the reply is expected, if there is one.
+    """
+
+    store: SlotStore | None = None
+
+    __slots__ = ("mode", "outlet", "receiver", "submitted_at", "td")
+
+    def __init__(
+        self, td: TensorDictBase, receiver: Any, outlet: Outlet | None, submitted_at: float, mode: Mode
+    ) -> None:
+        self.td = td
+        self.receiver = receiver
+        self.outlet = outlet
+        self.submitted_at = submitted_at
+        self.mode = mode
+
+
+def answer(requests: Sequence[Request], outcomes: Sequence[Any], *, failed: bool) -> None:
+    """Settle requests of this process, with one call for each way back that they came by.
+
+    Args:
+        requests: claimed before, and settled by nobody else.
+        outcomes: a reply for each, or an error for each if ``failed``.
+        failed: whether ``outcomes`` are errors.
+    """
+    outlets = {request.outlet for request in requests}
+    for outlet in outlets:
+        receivers: Sequence[Any] = [request.receiver for request in requests if request.outlet is outlet]
+        own = outcomes
+        if len(outlets) > 1:
+            own = [outcome for request, outcome in zip(requests, outcomes, strict=True) if request.outlet is outlet]
+        if outlet is not None:
+            (outlet.fail if failed else outlet.deliver)(receivers, own)

@@ -1,0 +1,89 @@
+"""The shared memory of process slots: a row for the request of each slot, and one for its reply."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+from typing import Protocol
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+
+from aioinfer.columns import Columns, RowLayout
+from aioinfer.errors import InvalidRequestError, ModelError
+from aioinfer.segments import Segment
+from aioinfer.tensors import Allocate
+
+__all__ = ["SlotMemory"]
+
+
+class _InSlot(Protocol):
+    slot: int
+
+
+class SlotMemory:
+    """Rows of requests and of replies.
+
+    A slot belongs to one client, which has one request under way. The client writes the request's row, the time, and
+    then sends the slot's number; the server reads them once it has received the number. The server writes the
+    reply's row and version and then sends the number back; the client reads them once it has received that. The
+    two system calls order the memory on any processor. Where a client gives a request up and writes the next one while
+    the server still reads the old, what becomes of the old one is thrown away. The server writes a reply's row only
+    for the request that it has read last, so a reply that the client has received changes only after its next request.
+
+    Args:
+        request: the layout of requests.
+        reply: the layout of replies.
+        count: how many slots there are.
+        descriptor: of the memory, in another process than the one that made it; its own from now on.
+    """
+
+    def __init__(self, request: RowLayout, reply: RowLayout, count: int, descriptor: int | None = None) -> None:
+        sizes = (8 * count, 8 * count, Columns.nbytes(request, count), Columns.nbytes(reply, count))
+        starts = [0]
+        for size in sizes:
+            starts.append(starts[-1] + -(-size // 64) * 64)
+        nbytes = max(1, starts[-1])
+        self.segment = Segment.create(nbytes) if descriptor is None else Segment(descriptor, nbytes, b"")
+        pieces = [slice(start, start + size) for start, size in zip(starts, sizes, strict=False)]
+        self.times = self.segment.view[pieces[0]].cast("d")
+        """When each slot's request was submitted, on the clock of ``time.perf_counter``."""
+        self.versions = self.segment.view[pieces[1]].cast("q")
+        """Which weights computed each slot's reply."""
+        self.requests = Columns(request, count, self.segment.memory[pieces[2]])
+        self.replies = Columns(reply, count, self.segment.memory[pieces[3]])
+        self._gathered: tuple[Sequence[_InSlot], Tensor] = ((), torch.empty(0))
+
+    # -- the server's side -----------------------------------------------------------------------------
+
+    def _slots(self, requests: Sequence[_InSlot]) -> Tensor:
+        if self._gathered[0] is not requests:
+            self._gathered = (requests, torch.tensor([request.slot for request in requests]))
+        return self._gathered[1]
+
+    def gather(self, requests: Sequence[_InSlot], allocate: Allocate | None) -> TensorDict:
+        return self.requests.gather(self._slots(requests), allocate)
+
+    def scatter(
+        self, requests: Sequence[_InSlot], output: TensorDictBase, keys: Container[str] | None, version: int
+    ) -> None:
+        self.replies.scatter(self._slots(requests), self.replies.layout.batch_values(output, keys))
+        versions = self.versions
+        for request in requests:
+            versions[request.slot] = version
+
+    def put_reply(self, slot: int, reply: TensorDictBase, version_key: str | None) -> None:
+        """Write one reply.
+
+        Raises:
+            ModelError: it is not of the layout that replies have.
+        """
+        version = None if version_key is None else reply.get(version_key, None)
+        if version_key is not None and version is not None:
+            self.versions[slot] = int(version.flatten()[0]) if version.numel() else 0
+            reply = reply.exclude(version_key)
+        try:
+            values = self.replies.layout.values(reply.to("cpu"))
+        except InvalidRequestError as error:
+            raise ModelError(str(error)) from None
+        self.replies.write(slot, values)

@@ -1,0 +1,101 @@
+"""Process slots, as their clients see them."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from aioinfer.columns import RowLayout
+from aioinfer.stamps import VersionStamps
+from aioinfer.tensors import build
+from aioinfer.transports.control import Control
+from aioinfer.transports.slot_memory import SlotMemory
+from aioinfer.transports.station import Station
+from aioinfer.transports.tickets import Ticket
+
+__all__ = ["SlotTicket"]
+
+_PLACE = (1 << 32) - 1
+
+
+class SlotTicket(Ticket):
+    """Clients that have a slot each.
+
+    Args:
+        address: where the server listens.
+        count: how many clients.
+        request: the layout of requests.
+        reply: the layout of replies.
+        num_slots: how many slots the server has.
+        copy: whether replies are copied out of the shared memory.
+    """
+
+    def __init__(
+        self, address: str, count: int, *, request: RowLayout, reply: RowLayout, num_slots: int, copy: bool
+    ) -> None:
+        super().__init__(address, count, one_at_a_time=True)
+        self.request = request
+        self.reply = reply
+        self.num_slots = num_slots
+        self.copy = copy
+
+    def _connect(self) -> Station:
+        return _SlotStation(self)
+
+    def cargo(self, td: TensorDictBase) -> list[Tensor]:
+        return self.request.values(td)
+
+
+class _SlotStation(Station):
+    def __init__(self, ticket: SlotTicket) -> None:
+        self._ticket = ticket
+        self._memory: SlotMemory | None = None
+        self._slots: Sequence[int] = ()
+        self._stamps = VersionStamps()
+        super().__init__(ticket.address, ticket.id, ticket.count)
+
+    def _welcome(self, news: Any, descriptors: Sequence[int]) -> None:
+        control, memory = descriptors
+        self._slots = news
+        self._memory = SlotMemory(self._ticket.request, self._ticket.reply, self._ticket.num_slots, memory)
+        self.control = Control.opened(control)
+
+    def _load(self, number: int, cargo: list[Tensor], text: int) -> bytes:
+        memory = self._memory
+        assert memory is not None
+        slot = self._slots[number & _PLACE]
+        memory.times[slot] = time.perf_counter()
+        memory.requests.write(slot, cargo)
+        return text.to_bytes(8, sys.byteorder)
+
+    def _unload(self, numbers: Sequence[int], payloads: Sequence[bytes | None]) -> Sequence[TensorDictBase]:
+        memory, control = self._memory, self.control
+        assert memory is not None
+        assert control is not None
+        slots = [self._slots[number & _PLACE] for number in numbers]
+        sources: Sequence[dict[str, Any]]
+        if not self._ticket.copy:
+            sources = [memory.replies.lend(slot) for slot in slots]
+        elif len(slots) == 1:
+            sources = [memory.replies.read(slots[0])]
+        else:
+            sources = list(memory.replies.read_many(slots))
+        size = self._ticket.reply.batch_size
+        key = control.version_key()
+        if key:
+            for source, stamp in zip(
+                sources, self._stamp([memory.versions[slot] for slot in slots], size), strict=True
+            ):
+                source[key] = stamp
+        return [build(source, size, None) for source in sources]
+
+    def _stamp(self, versions: Sequence[int], size: torch.Size) -> Sequence[Tensor]:
+        if versions.count(versions[0]) == len(versions):
+            return self._stamps.make(versions[0], torch.Size([len(versions), *size]), None)
+        return [torch.full(size, version) for version in versions]

@@ -1,0 +1,205 @@
+"""A connected pair of sockets that carries frames: from one process to another, and back.
+
+A frame is a word of 64 bits, native byte order, and often nothing else::
+
+    payload follows? (1 bit) | kind (3 bits) | exploration mode (4 bits) | number of the request (56 bits)
+
+A payload is its length, a word too, and as many bytes, padded to whole words.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import threading
+import weakref
+from array import array
+from collections.abc import Sequence
+from enum import IntEnum
+from itertools import repeat
+from typing import TypeAlias
+
+__all__ = ["NUMBER", "PLAIN", "Frame", "FromClient", "FromServer", "Wire", "close_in_forked_children", "frame", "word"]
+
+Frame: TypeAlias = tuple[int, bytes | None]
+"""A word, and its payload if it has one."""
+
+NUMBER = (1 << 56) - 1
+"""The bits of a word that are the request's number."""
+PLAIN = 1 << 60
+"""Words below are requests, or replies, without a payload."""
+_PAYLOAD = 1 << 63
+_BUFFER_BYTES = 1 << 18
+
+
+class FromClient(IntEnum):
+    """What a client says."""
+
+    REQUEST = 0
+    PATIENT_REQUEST = 1
+    """One that waits for room where the queue is full."""
+    CANCEL = 2
+    REFUSED = 3
+    """A request was refused at the client: the server counts it."""
+    JOIN = 4
+
+
+class FromServer(IntEnum):
+    """What a server says."""
+
+    REPLY = 0
+    ERROR = 1
+    WELCOME = 2
+
+
+def word(kind: int, number: int = 0, mode: int = 0) -> int:
+    """Put a word together."""
+    return kind << 60 | mode << 56 | number
+
+
+def frame(word: int, payload: bytes) -> bytes:
+    """Put a frame with a payload together."""
+    return struct.pack("=QQ", word | _PAYLOAD, len(payload)) + payload + bytes(-len(payload) % 8)
+
+
+class Wire:
+    """One end. Neither sending nor receiving ever blocks.
+
+    Any thread may send; one at a time may receive. What a system call handed to the kernel before ``send`` returns is
+    there for whoever has received it: so memory that was written before is read as it was written, on any processor.
+
+    Args:
+        sock: a connected stream socket, which belongs to the wire from now on.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self._lock = threading.Lock()  # guards what follows
+        self._unsent = bytearray()
+        self._partial = bytearray()
+        self._words = array("Q", bytes(_BUFFER_BYTES))
+        self._buffer = memoryview(self._words).cast("B")
+        close_in_forked_children(sock)
+        weakref.finalize(self, sock.close)
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    # -- sending ---------------------------------------------------------------------------------------
+
+    @property
+    def unsent(self) -> bool:
+        """Whether something waits until the other end has read more; see :meth:`flush`."""
+        return bool(self._unsent)
+
+    def send(self, data: bytes) -> None:
+        """Send frames, or keep them until there is room. Where the other end is gone, they are dropped."""
+        with self._lock:
+            if not self._unsent:
+                data = data[self._try(data) :]
+            self._unsent += data
+
+    def send_descriptors(self, data: bytes, descriptors: Sequence[int]) -> None:
+        """Send frames and descriptors, first of all on this wire."""
+        try:
+            socket.send_fds(self._sock, [data[:1]], descriptors)
+        except OSError:  # gone
+            return
+        self.send(data[1:])
+
+    def flush(self) -> None:
+        """Send what was kept, as far as there is room."""
+        with self._lock:
+            del self._unsent[: self._try(self._unsent)]
+
+    def _try(self, data: bytes | bytearray) -> int:
+        try:
+            return self._sock.send(data)
+        except BlockingIOError:
+            return 0
+        except OSError:  # the other end is gone: so much for the data; who receives is told
+            return len(data)
+
+    # -- receiving -------------------------------------------------------------------------------------
+
+    def receive(self) -> Sequence[Frame]:
+        """Return the frames that have arrived, if any.
+
+        Raises:
+            EOFError: the other end is closed, or its process gone.
+        """
+        try:
+            size = self._sock.recv_into(self._buffer)
+        except BlockingIOError:
+            return ()
+        except OSError as error:
+            raise EOFError from error
+        if size == 0:
+            raise EOFError
+        if not self._partial and size % 8 == 0:
+            words = self._words[: size // 8].tolist()
+            if max(words) < _PAYLOAD:
+                return list(zip(words, repeat(None)))
+        return self._parse(self._buffer[:size])
+
+    def receive_descriptors(self, limit: int) -> tuple[Sequence[Frame], list[int]]:
+        """Do as :meth:`receive`, and return the descriptors that came along."""
+        try:
+            data, descriptors, _, _ = socket.recv_fds(self._sock, _BUFFER_BYTES, limit, _RECEIVE_FLAGS)
+        except BlockingIOError:
+            return (), []
+        except OSError as error:
+            raise EOFError from error
+        if not data:
+            raise EOFError
+        for descriptor in descriptors:
+            os.set_inheritable(descriptor, False)
+        return self._parse(memoryview(data)), descriptors
+
+    def _parse(self, data: memoryview) -> Sequence[Frame]:
+        partial = self._partial
+        partial += data
+        frames: list[Frame] = []
+        position = 0
+        while len(partial) - position >= 8:
+            (word,) = _ONE.unpack_from(partial, position)
+            if word < _PAYLOAD:
+                frames.append((word, None))
+                position += 8
+                continue
+            if len(partial) - position < 16:
+                break
+            (length,) = _ONE.unpack_from(partial, position + 8)
+            end = position + 16 + length + -length % 8
+            if end > len(partial):
+                break
+            frames.append((word & ~_PAYLOAD, bytes(partial[position + 16 : position + 16 + length])))
+            position = end
+        del partial[:position]
+        return frames
+
+    def close(self) -> None:
+        """Hang up. Idempotent."""
+        self._sock.close()
+
+
+_ONE = struct.Struct("=Q")
+_RECEIVE_FLAGS = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
+
+# A forked child must not hold its parent's sockets: nobody would see the parent's end of one closed.
+_sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+
+
+def close_in_forked_children(sock: socket.socket) -> None:
+    """Keep a socket to this process."""
+    _sockets.add(sock)
+
+
+def _close_all() -> None:
+    for sock in _sockets:
+        sock.close()
+
+
+os.register_at_fork(after_in_child=_close_all)
