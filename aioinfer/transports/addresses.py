@@ -30,19 +30,23 @@ class Listener:
 
     Args:
         address: a path to listen at; ``None`` makes an address up.
+        descriptor: of a socket that listens there already; its own from now on.
 
     Raises:
         OSError: somebody else listens there, or the path can't be made.
     """
 
-    def __init__(self, address: str | None = None) -> None:
+    def __init__(self, address: str | None = None, descriptor: int | None = None) -> None:
         if address is None and sys.platform == "linux":
             address = f"@aioinfer-{secrets.token_hex(12)}"
         elif address is None:
             address = str(Path(tempfile.mkdtemp(prefix="aioinfer-")) / "server")  # which only its owner may enter
         self.address = address
         self._socket: socket.socket | None = None
-        self.open()
+        if descriptor is None:
+            self.open()
+        else:
+            self._adopt(socket.socket(fileno=descriptor))
 
     def open(self) -> None:
         """Listen, if it does not already."""
@@ -55,6 +59,18 @@ class Listener:
         except BaseException:
             sock.close()
             raise
+        self._adopt(sock)
+
+    def give_away(self) -> int:
+        """Listen no more, and return a descriptor by which another process can go on."""
+        descriptor = os.dup(self.fileno())
+        self._closing.detach()
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+        return descriptor
+
+    def _adopt(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         close_in_forked_children(sock)
         self._socket = sock

@@ -14,6 +14,7 @@ from aioinfer.client import AsyncInferenceClient, InferenceClient
 from aioinfer.columns import RowLayout
 from aioinfer.errors import InvalidRequestError, ModelError
 from aioinfer.interaction import MODES
+from aioinfer.transports.addresses import Listener
 from aioinfer.transports.processes import ProcessTransport
 from aioinfer.transports.requests import STORED
 from aioinfer.transports.slot_memory import SlotMemory
@@ -71,11 +72,18 @@ class ProcessSlotTransport(ProcessTransport):
         self.num_slots = num_slots
         self._request = RowLayout(request_spec, "request", drop_undeclared=drop_undeclared)
         self._reply = RowLayout(response_spec, "response", drop_undeclared=drop_undeclared)
-        self._memory = SlotMemory(self._request, self._reply, num_slots)
-        self._lock = threading.Lock()  # guards what follows
         self._free = list(reversed(range(num_slots)))
         self._leases: dict[bytes, list[int]] = {}  # by ticket, the slots of clients that no process has used yet
         super().__init__(address)
+
+    def _listen(self, listener: Listener) -> None:
+        self._memory = SlotMemory(self._request, self._reply, self.num_slots)
+        self._lock = threading.Lock()  # guards the free slots and the leases
+        super()._listen(listener)
+
+    def _estate(self) -> dict[str, Any]:
+        names = ("num_slots", "_request", "_reply", "_free", "_leases")
+        return {name: self.__dict__[name] for name in names}
 
     # -- clients ---------------------------------------------------------------------------------------
 
@@ -114,8 +122,9 @@ class ProcessSlotTransport(ProcessTransport):
         ticket = SlotTicket(
             self.address, count, request=self._request, reply=self._reply, num_slots=self.num_slots, copy=copy
         )
-        with self._lock:
-            self._leases[ticket.id] = self._take_slots(count)
+        if not self._given_away:  # else the server's process finds slots when the client is first used
+            with self._lock:
+                self._leases[ticket.id] = self._take_slots(count)
         return ticket
 
     # -- slots -----------------------------------------------------------------------------------------

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from multiprocessing.reduction import DupFd
+from typing import Any, Self
 
 import anyio
 from tensordict import TensorDictBase
 
 from aioinfer.client import AsyncInferenceClient, InferenceClient
 from aioinfer.errors import ServerClosedError
+from aioinfer.transports.addresses import Listener
 from aioinfer.transports.admission import Admission
 from aioinfer.transports.control import Control, State
 from aioinfer.transports.pending import PendingQueue
@@ -21,7 +25,7 @@ from aioinfer.transports.switchboard import Line, Switchboard
 from aioinfer.transports.tickets import Ticket
 from aioinfer.transports.wire import Wire
 
-__all__ = ["ProcessTransport", "watch"]
+__all__ = ["GivenTransport", "ProcessTransport", "watch"]
 
 
 class ProcessTransport(QueuedTransport):
@@ -37,9 +41,37 @@ class ProcessTransport(QueuedTransport):
 
     def __init__(self, address: str | None) -> None:
         super().__init__()
+        self._given_away = False
+        self._listen(Listener(address))
+
+    def _listen(self, listener: Listener) -> None:
         self._control = Control()
-        self._board = Switchboard(self._make_line, address, lambda: self._queue.admission.stats.reject())
+        self._board = Switchboard(self._make_line, listener, lambda: self._queue.admission.stats.reject())
         self._queue.bell = self._board.poller
+
+    def give_away(self) -> GivenTransport:
+        """Let another process serve: it listens at the same address, for the clients that were made here too.
+
+        Raises:
+            RuntimeError: a server has been made for the transport, or it was given away before.
+        """
+        if self._given_away or self._board.lines or self._queue.admission.serving:
+            raise RuntimeError("the transport is in use already, or was given away")
+        self._given_away = True
+        return GivenTransport(type(self), self._estate(), self.address, self._board.give_away())
+
+    def _estate(self) -> dict[str, Any]:
+        """The attributes that another process needs, beside those that this class makes."""
+        return {}
+
+    @classmethod
+    def _inherit(cls, estate: dict[str, Any], listener: Listener) -> Self:
+        transport = cls.__new__(cls)
+        QueuedTransport.__init__(transport)
+        transport.__dict__.update(estate)
+        transport._given_away = False
+        transport._listen(listener)
+        return transport
 
     @abstractmethod
     def _make_line(self, wire: Wire, board: Switchboard) -> Line: ...
@@ -103,6 +135,8 @@ class ProcessTransport(QueuedTransport):
         await watch(self.pollers(), self.look)
 
     def open(self, admission: Admission) -> None:
+        if self._given_away:
+            raise RuntimeError("the transport was given to a server in another process")
         super().open(admission)
         self._control.set_version_key(admission.version_key)
         admission.watch(lambda: self._publish(admission))
@@ -138,6 +172,28 @@ class ProcessTransport(QueuedTransport):
     def take(self, max_items: int) -> list[Request]:
         self._board.poller.look()  # also for requests that were cancelled meanwhile
         return super().take(max_items)
+
+
+class GivenTransport:
+    """A transport on its way to another process. It is inherited by fork, or pickles as that process is spawned."""
+
+    def __init__(self, kind: type[ProcessTransport], estate: dict[str, Any], address: str, descriptor: int) -> None:
+        self._kind = kind
+        self._estate = estate
+        self._address = address
+        self._descriptor: Any = descriptor
+
+    def take(self) -> ProcessTransport:
+        """Listen from now on (the other process)."""
+        descriptor = self._descriptor if isinstance(self._descriptor, int) else self._descriptor.detach()
+        return self._kind._inherit(self._estate, Listener(self._address, descriptor))
+
+    def close(self) -> None:
+        """Let go of it, once the other process has started (this process)."""
+        os.close(self._descriptor)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_descriptor": DupFd(self._descriptor)}
 
 
 async def watch(pollers: Iterable[Poller], look: Callable[[], None]) -> None:

@@ -154,16 +154,16 @@ class Switchboard:
 
     Args:
         make_line: makes the line for a wire.
-        address: where to listen; ``None`` makes an address up.
+        listener: where they dial.
         count_refusal: called for each request that was refused at a client.
     """
 
     def __init__(
-        self, make_line: Callable[[Wire, Switchboard], Line], address: str | None, count_refusal: Callable[[], None]
+        self, make_line: Callable[[Wire, Switchboard], Line], listener: Listener, count_refusal: Callable[[], None]
     ) -> None:
         self.poller = Poller()
         self.door = Poller(self.poller.lock)
-        self.listener = Listener(address)
+        self.listener = listener
         self.count_refusal = count_refusal
         self.lines: dict[Line, bool] = {}
         """Those that are up, and whether they are watched for room to write."""
@@ -190,6 +190,12 @@ class Switchboard:
         if not self.listener.is_open:
             self.listener.open()
             self.door.watch(self.listener, self._accept)
+
+    def give_away(self) -> int:
+        """Answer nobody, and return the listening descriptor, by which another process can."""
+        with self.poller.lock:
+            self.door.forget(self.listener)
+            return self.listener.give_away()
 
     def close(self) -> None:
         """Answer nobody new; the lines that are up stay, but for those of processes that have not said who they are."""
