@@ -36,7 +36,15 @@ from aioinfer.errors import (
 from aioinfer.policy import PolicyClientModule
 from aioinfer.server import InferenceServer
 from aioinfer.stats import Percentiles, ServerStats
-from aioinfer.transports import InferenceTransport, SlotTransport, ThreadingTransport
+from aioinfer.transports import (
+    InferenceTransport,
+    MPTransport,
+    ProcessSlotTransport,
+    Remote,
+    SlotTransport,
+    ThreadingTransport,
+    connect,
+)
 
 __all__ = [
     "AsyncInferenceClient",
@@ -46,10 +54,13 @@ __all__ = [
     "InferenceServer",
     "InferenceTransport",
     "InvalidRequestError",
+    "MPTransport",
     "ModelError",
     "PeerDiedError",
     "Percentiles",
     "PolicyClientModule",
+    "ProcessSlotTransport",
+    "Remote",
     "ServerClosedError",
     "ServerOverloadedError",
     "ServerPausedError",
@@ -57,4 +68,5 @@ __all__ = [
     "SlotTransport",
     "ThreadingTransport",
     "WeightSyncError",
+    "connect",
 ]

@@ -4,6 +4,7 @@ from aioinfer.transports.base import InferenceTransport
 from aioinfer.transports.joined import JoinedTransport
 from aioinfer.transports.process_slots import ProcessSlotTransport
 from aioinfer.transports.queues import MPTransport
+from aioinfer.transports.remote import Remote, connect
 from aioinfer.transports.slots import SlotTransport
 from aioinfer.transports.threads import ThreadingTransport
 
@@ -12,6 +13,8 @@ __all__ = [
     "JoinedTransport",
     "MPTransport",
     "ProcessSlotTransport",
+    "Remote",
     "SlotTransport",
     "ThreadingTransport",
+    "connect",
 ]

@@ -119,13 +119,14 @@ class ProcessSlotTransport(ProcessTransport):
         return self._lease(count, copy).async_clients()
 
     def _lease(self, count: int, copy: bool = True) -> SlotTicket:
-        ticket = SlotTicket(
-            self.address, count, request=self._request, reply=self._reply, num_slots=self.num_slots, copy=copy
-        )
+        ticket = self._blank_ticket().renewed(count, copy=copy)
         if not self._given_away:  # else the server's process finds slots when the client is first used
             with self._lock:
                 self._leases[ticket.id] = self._take_slots(count)
         return ticket
+
+    def _blank_ticket(self) -> SlotTicket:
+        return SlotTicket(self.address, 1, request=self._request, reply=self._reply, num_slots=self.num_slots)
 
     # -- slots -----------------------------------------------------------------------------------------
 
@@ -169,6 +170,9 @@ class _SlotLine(Line):
         self._slots = self._transport._occupy(ticket, count)
         self._entries = [self._entry(slot) for slot in self._slots]
         return self._slots, [self._transport._control.segment.fd, self._memory.segment.fd]
+
+    def describe(self) -> SlotTicket:
+        return self._transport._blank_ticket()
 
     def _entry(self, slot: int) -> _SlotRequest:
         return _SlotRequest(self, slot, self._memory)

@@ -43,7 +43,7 @@ class MPTransport(ProcessTransport):
     def __init__(self, ctx: BaseContext | None = None, *, address: str | None = None) -> None:
         super().__init__(address)
 
-    def _lease(self, count: int) -> Ticket:
+    def _lease(self, count: int = 1) -> Ticket:
         return _ParcelTicket(self.address, count, one_at_a_time=False)
 
     def _make_line(self, wire: Wire, board: Switchboard) -> Line:
@@ -53,12 +53,16 @@ class MPTransport(ProcessTransport):
 class _ParcelLine(Line):
     def __init__(self, wire: Wire, board: Switchboard, transport: MPTransport) -> None:
         super().__init__(wire, board)
+        self._transport = transport
         self._control = transport._control
         self._queue = transport._queue
         self._requests: dict[int, RemoteRequest] = {}
 
     def join(self, ticket: bytes, count: int) -> tuple[Any, Sequence[int]]:
         return None, [self._control.segment.fd]
+
+    def describe(self) -> Ticket:
+        return self._transport._lease()
 
     def ask(self, text: int, payload: bytes | None, *, patient: bool) -> None:
         number = text & NUMBER

@@ -33,17 +33,13 @@ class SlotTicket(Ticket):
         request: the layout of requests.
         reply: the layout of replies.
         num_slots: how many slots the server has.
-        copy: whether replies are copied out of the shared memory.
     """
 
-    def __init__(
-        self, address: str, count: int, *, request: RowLayout, reply: RowLayout, num_slots: int, copy: bool
-    ) -> None:
+    def __init__(self, address: str, count: int, *, request: RowLayout, reply: RowLayout, num_slots: int) -> None:
         super().__init__(address, count, one_at_a_time=True)
         self.request = request
         self.reply = reply
         self.num_slots = num_slots
-        self.copy = copy
 
     def _connect(self) -> Station:
         return _SlotStation(self)
@@ -80,7 +76,7 @@ class _SlotStation(Station):
         assert control is not None
         slots = [self._slots[number & _PLACE] for number in numbers]
         sources: Sequence[dict[str, Any]]
-        if not self._ticket.copy:
+        if not self._ticket.copies:
             sources = [memory.replies.lend(slot) for slot in slots]
         elif len(slots) == 1:
             sources = [memory.replies.read(slots[0])]

@@ -76,6 +76,8 @@ class Line(ABC):
             kind = text >> 60
             if kind == FromClient.JOIN:
                 self._join(payload or b"")
+            elif kind == FromClient.DESCRIBE:
+                self.send(frame(word(FromServer.WELCOME), pack(self.describe())))
             elif not self.joined:
                 raise ValueError("it has not joined")
             elif kind == FromClient.CANCEL:
@@ -102,6 +104,10 @@ class Line(ABC):
     @abstractmethod
     def join(self, ticket: bytes, count: int) -> tuple[Any, Sequence[int]]:
         """Take the process in: what it is told, and the descriptors that it gets; or raise why not."""
+
+    @abstractmethod
+    def describe(self) -> Any:
+        """A ticket like those of the clients, for whoever has none."""
 
     @abstractmethod
     def ask(self, text: int, payload: bytes | None, *, patient: bool) -> None:

@@ -9,8 +9,9 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from concurrent.futures import Future
+from copy import copy as copy_of
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 from tensordict import TensorDictBase
 
@@ -38,8 +39,22 @@ class Ticket(ABC):
         self.address = address
         self.count = count
         self.one_at_a_time = one_at_a_time
+        self.copies = True
+        """Whether replies are copied out of the memory in which they came."""
         self.id = secrets.token_bytes(8)
         self._reset()
+
+    def renewed(self, count: int, *, copy: bool = True) -> Self:
+        """Another ticket, for the same server.
+
+        Args:
+            count: for how many clients.
+            copy: ``False`` lends replies, valid until the client's next request, where the transport can.
+        """
+        ticket = copy_of(self)
+        Ticket.__init__(ticket, self.address, count, one_at_a_time=self.one_at_a_time)
+        ticket.copies = copy
+        return ticket
 
     def _reset(self) -> None:
         self._lock = threading.Lock()

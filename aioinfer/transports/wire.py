@@ -43,6 +43,8 @@ class FromClient(IntEnum):
     REFUSED = 3
     """A request was refused at the client: the server counts it."""
     JOIN = 4
+    DESCRIBE = 5
+    """Whoever dials wants to know what it takes to join."""
 
 
 class FromServer(IntEnum):

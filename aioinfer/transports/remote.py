@@ -1,0 +1,79 @@
+"""Clients for a process that nobody has handed one."""
+
+from __future__ import annotations
+
+import select
+import sys
+import time
+
+from aioinfer.client import AsyncInferenceClient, InferenceClient
+from aioinfer.errors import ServerClosedError
+from aioinfer.transports.addresses import dial
+from aioinfer.transports.parcels import unpack
+from aioinfer.transports.tickets import Ticket
+from aioinfer.transports.wire import FromClient, Wire, word
+
+__all__ = ["Remote", "connect"]
+
+
+def connect(address: str, *, timeout: float | None = 10.0) -> Remote:
+    """Find a running server of this machine, in another process of this user.
+
+    Blocks until the server's event loop has answered; ``await anyio.to_thread.run_sync(connect, address)`` does not
+    block yours.
+
+    Args:
+        address: the ``address`` of the server's transport.
+        timeout: seconds to wait; ``None`` waits for ever.
+
+    Raises:
+        ServerClosedError: nobody listens there.
+        TimeoutError: no answer within ``timeout``; the server has not started, or its event loop is blocked.
+    """
+    deadline = None if timeout is None else time.monotonic() + timeout
+    wire = Wire(dial(address))
+    try:
+        wire.send(word(FromClient.DESCRIBE).to_bytes(8, sys.byteorder))
+        poll = select.poll()
+        poll.register(wire, select.POLLIN)
+        while True:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
+            if not poll.poll(left):
+                raise TimeoutError(f"the server at {address} does not answer within {timeout} seconds")
+            for _, payload in wire.receive():
+                return Remote(unpack(payload or b""))
+    except EOFError:
+        raise ServerClosedError(f"the server at {address} has ended") from None
+    finally:
+        wire.close()
+
+
+class Remote:
+    """A server elsewhere, as :func:`connect` finds it. It makes clients; each connects when it is first used.
+
+    Where the transport has slots and too few are free then, the client's requests fail with :class:`RuntimeError`.
+    """
+
+    def __init__(self, ticket: Ticket) -> None:
+        self._ticket = ticket
+
+    def client(self, *, copy: bool = True) -> InferenceClient:
+        """Make a blocking client.
+
+        Args:
+            copy: ``False`` lends the caller a view of each reply, valid until this client's next request, where the
+                transport has slots.
+        """
+        return self.clients(1, copy=copy)[0]
+
+    def async_client(self, *, copy: bool = True) -> AsyncInferenceClient:
+        """Make an awaitable client; see :meth:`client`."""
+        return self.async_clients(1, copy=copy)[0]
+
+    def clients(self, count: int, *, copy: bool = True) -> list[InferenceClient]:
+        """Make blocking clients for the threads of one process, which has one connection for all of them."""
+        return self._ticket.renewed(count, copy=copy).clients()
+
+    def async_clients(self, count: int, *, copy: bool = True) -> list[AsyncInferenceClient]:
+        """Make awaitable clients for the tasks of one process, which has one connection for all of them."""
+        return self._ticket.renewed(count, copy=copy).async_clients()
