@@ -59,10 +59,10 @@ unpack: Callable[[bytes], Any] = pickle.loads
 def pack_error(error: Exception) -> bytes:
     """Pickle an error with its cause; one that does not survive that becomes a :class:`ModelError` that names it.
 
-    The text of the traceback travels as a note.
+    The text of the cause's traceback travels as a note.
     """
-    text = _traceback_of(error.__cause__ or error)
     cause = error.__cause__
+    text = _traceback_of(cause)
     for candidate in ((error, cause), (error, _stand_in(cause)), (_stand_in(error), _stand_in(cause))):
         try:
             data = pack((*candidate, text))
@@ -95,8 +95,8 @@ def _text_of(error: BaseException) -> str:
         return "(its message can't be shown)"
 
 
-def _traceback_of(error: BaseException) -> str:
-    if error.__traceback__ is None:
+def _traceback_of(error: BaseException | None) -> str:
+    if error is None or error.__traceback__ is None:
         return ""
     try:
         return "in the server:\n" + "".join(traceback.format_exception(error))

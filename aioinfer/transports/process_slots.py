@@ -121,6 +121,7 @@ class ProcessSlotTransport(ProcessTransport):
     def _lease(self, count: int, copy: bool = True) -> SlotTicket:
         ticket = self._blank_ticket().renewed(count, copy=copy)
         if not self._given_away:  # else the server's process finds slots when the client is first used
+            self._look_for_room(count)
             with self._lock:
                 self._leases[ticket.id] = self._take_slots(count)
         return ticket
@@ -139,7 +140,12 @@ class ProcessSlotTransport(ProcessTransport):
             )
         return [self._free.pop() for _ in range(count)]
 
+    def _look_for_room(self, count: int) -> None:
+        if count > len(self._free):
+            self._board.poller.look()  # at processes that have ended just now
+
     def _occupy(self, ticket: bytes, count: int) -> list[int]:
+        self._look_for_room(count)
         with self._lock:
             leased = self._leases.pop(ticket, None)
             return self._take_slots(range(self.num_slots + 1).index(count)) if leased is None else leased

@@ -50,7 +50,9 @@ class SlotTicket(Ticket):
 
 class _SlotStation(Station):
     def __init__(self, ticket: SlotTicket) -> None:
-        self._ticket = ticket
+        self._layouts = ticket.request, ticket.reply, ticket.num_slots
+        self._reply_size = ticket.reply.batch_size
+        self._copies = ticket.copies
         self._memory: SlotMemory | None = None
         self._slots: Sequence[int] = ()
         self._stamps = VersionStamps()
@@ -59,7 +61,7 @@ class _SlotStation(Station):
     def _welcome(self, news: Any, descriptors: Sequence[int]) -> None:
         control, memory = descriptors
         self._slots = news
-        self._memory = SlotMemory(self._ticket.request, self._ticket.reply, self._ticket.num_slots, memory)
+        self._memory = SlotMemory(*self._layouts, memory)
         self.control = Control.opened(control)
 
     def _load(self, number: int, cargo: list[Tensor], text: int) -> bytes:
@@ -76,13 +78,13 @@ class _SlotStation(Station):
         assert control is not None
         slots = [self._slots[number & _PLACE] for number in numbers]
         sources: Sequence[dict[str, Any]]
-        if not self._ticket.copies:
+        if not self._copies:
             sources = [memory.replies.lend(slot) for slot in slots]
         elif len(slots) == 1:
             sources = [memory.replies.read(slots[0])]
         else:
             sources = list(memory.replies.read_many(slots))
-        size = self._ticket.reply.batch_size
+        size = self._reply_size
         key = control.version_key()
         if key:
             for source, stamp in zip(
