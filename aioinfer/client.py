@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from asyncio import Future as AsyncFuture
-from collections.abc import Awaitable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +47,7 @@ class InferenceClient(_Handle, ABC):
             ServerClosedError: the server is shut down.
         """
 
+    @abstractmethod
     def __call__(self, td: TensorDictBase, timeout: float | None = None, *, wait: bool = False) -> TensorDictBase:
         """Send one request and block for its reply.
 
@@ -63,13 +63,6 @@ class InferenceClient(_Handle, ABC):
             TimeoutError: no reply within ``timeout``. The request is withdrawn and the client usable at once.
             Exception: what :meth:`submit` raises, and the error that the model raised on this request.
         """
-        return self._call_patiently(td, timeout) if wait else self._call(td, timeout)
-
-    @abstractmethod
-    def _call(self, td: TensorDictBase, timeout: float | None) -> TensorDictBase: ...
-
-    @abstractmethod
-    def _call_patiently(self, td: TensorDictBase, timeout: float | None) -> TensorDictBase: ...
 
 
 class AsyncInferenceClient(_Handle, ABC):
@@ -94,6 +87,7 @@ class AsyncInferenceClient(_Handle, ABC):
             Exception: as for :meth:`InferenceClient.submit`.
         """
 
+    @abstractmethod
     async def __call__(self, td: TensorDictBase, *, wait: bool = False) -> TensorDictBase:
         """Send one request and suspend until its reply.
 
@@ -110,10 +104,3 @@ class AsyncInferenceClient(_Handle, ABC):
         Raises:
             Exception: as for :meth:`InferenceClient.submit`, and the error that the model raised on this request.
         """
-        return await (self._call_patiently(td) if wait else self._call(td))
-
-    @abstractmethod
-    def _call(self, td: TensorDictBase) -> Awaitable[TensorDictBase]: ...
-
-    @abstractmethod
-    def _call_patiently(self, td: TensorDictBase) -> Awaitable[TensorDictBase]: ...

@@ -18,6 +18,10 @@ __all__ = ["Columns", "Leaf", "RowLayout"]
 Path: TypeAlias = tuple[str, ...]
 
 _ALIGNMENT = 64
+_CPU = torch.device("cpu")
+# So many small rows are stacked first and copied with one call: 16 of 256 bytes take 10 us instead of 18, 64 take 21
+# instead of 72.
+_MANY = 8
 
 
 class Leaf:
@@ -55,6 +59,8 @@ class RowLayout:
         self.sizes: dict[Path, torch.Size] = {(): example.batch_size}
         self._read(example, ())
         self._is_flat = all(len(leaf.path) == 1 for leaf in self.leaves)
+        self._names = [leaf.path[0] for leaf in self.leaves] if self._is_flat else [leaf.path for leaf in self.leaves]
+        self._kinds = [(leaf.shape, leaf.dtype, _CPU) for leaf in self.leaves]
 
     def _read(self, td: TensorDictBase, above: Path) -> None:
         for key, value in td.items():
@@ -78,10 +84,14 @@ class RowLayout:
         """
         if isinstance(td, TensorDictBase) and td.batch_size == self.batch_size:
             found: dict[Any, Any] = dict(td.items()) if self._is_flat else _flat(td)
-            if self.drop_undeclared or len(found) == len(self.leaves):
-                values = [found.get(leaf.path[0] if self._is_flat else leaf.path) for leaf in self.leaves]
-                if all(map(_fits, values, self.leaves)):
-                    return values  # type: ignore[return-value]
+            try:
+                values = [found[name] for name in self._names]
+                if [(value.shape, value.dtype, value.device) for value in values] == self._kinds and (
+                    self.drop_undeclared or len(found) == len(values)
+                ):
+                    return values
+            except (KeyError, AttributeError):  # one is not there, or no tensor
+                pass
         raise InvalidRequestError(self._complaint(td))
 
     def batch_values(self, output: TensorDictBase, keys: Container[str] | None) -> list[Tensor]:
@@ -97,7 +107,7 @@ class RowLayout:
         entries = {key: value for key, value in output.items() if keys is None or key in keys}
         found: dict[Any, Any] = entries if self._is_flat else _flat(build(entries, output.batch_size, None))
         if self.drop_undeclared or len(found) == len(self.leaves):
-            values = [found.get(leaf.path[0] if self._is_flat else leaf.path) for leaf in self.leaves]
+            values = [found.get(name) for name in self._names]
             if all(map(_rows_fit, values, self.leaves)):
                 return [value.to("cpu") for value in values if value is not None]
         row = build(entries, output.batch_size, None)[0].to("cpu")
@@ -158,13 +168,6 @@ def _flat(td: TensorDictBase, above: Path = ()) -> dict[Path, Any]:
     return found
 
 
-def _fits(value: Any, leaf: Leaf) -> bool:
-    try:
-        return bool(value.shape == leaf.shape and value.dtype is leaf.dtype and value.is_cpu)
-    except AttributeError:
-        return False
-
-
 def _rows_fit(value: Any, leaf: Leaf) -> bool:
     try:
         return bool(value.shape[1:] == leaf.shape and value.dtype is leaf.dtype)
@@ -197,10 +200,18 @@ class Columns:
         """How much memory ``count`` rows take."""
         return list(_starts(layout, count))[-1]
 
-    def write(self, row: int, values: Sequence[Tensor]) -> None:
-        """Copy what ``layout.values`` returned into a row."""
-        for place, value in zip(self._rows[row], values, strict=True):
-            place.copy_(value.detach() if value.requires_grad else value)
+    def write(self, rows: Sequence[int], requests: Sequence[Sequence[Tensor]]) -> None:
+        """Copy what ``layout.values`` returned into rows."""
+        index = torch.tensor(rows) if len(rows) >= _MANY else None
+        for place, (leaf, column) in enumerate(zip(self.layout.leaves, self._columns, strict=True)):
+            values = [request[place] for request in requests]
+            if any([value.requires_grad for value in values]):  # noqa: C419 - faster
+                values = [value.detach() for value in values]
+            if index is not None and leaf.nbytes < OWN_MEMORY_BYTES:
+                column.index_copy_(0, index, torch.stack(values))
+            else:
+                for row, value in zip(rows, values, strict=True):
+                    self._rows[row][place].copy_(value)
 
     def row(self, row: int) -> TensorDict:
         """A row as it lies in memory."""

@@ -82,9 +82,10 @@ class ForwardPass:
         Returns:
             Outcomes that cover each request once, computed as they are asked for.
         """
-        modes = {request.mode for request in requests}
-        if len(modes) == 1:
+        first = requests[0].mode
+        if not any([request.mode is not first for request in requests]):  # noqa: C419 - faster
             return self._outcomes(requests)
+        modes = {request.mode for request in requests}
         groups = ([request for request in requests if request.mode is mode] for mode in modes)
         return chain.from_iterable(map(self._outcomes, groups))
 

@@ -85,7 +85,9 @@ _NUMBERS = {mode: number for number, mode in enumerate(MODES)}
 
 def number_of(mode: Mode) -> int:
     """The place of a mode in ``MODES``."""
-    return 1 if mode is None else _NUMBERS[mode]  # an enum takes long to hash, and mostly there is none
+    if mode is AMBIENT:  # an enum takes long to hash, and mostly it is one of these two
+        return 0
+    return 1 if mode is None else _NUMBERS[mode]
 
 
 _STAMP = "_aioinfer_interaction_type"

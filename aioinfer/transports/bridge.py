@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any
 
 from tensordict import TensorDictBase
@@ -135,8 +135,8 @@ class BridgedClient(InferenceClient):
             future.cancel()  # nothing happens if it is the future that raised
             raise
 
-    def _call_patiently(self, td: TensorDictBase, timeout: float | None) -> TensorDictBase:
-        return self._open.room.call(self._call, td, timeout)
+    def __call__(self, td: TensorDictBase, timeout: float | None = None, *, wait: bool = False) -> TensorDictBase:
+        return self._open.room.call(self._call, td, timeout) if wait else self._call(td, timeout)
 
 
 class BridgedAsyncClient(AsyncInferenceClient):
@@ -176,7 +176,5 @@ class BridgedAsyncClient(AsyncInferenceClient):
         here.add_done_callback(on_done_here)
         return here
 
-    _call = submit
-
-    def _call_patiently(self, td: TensorDictBase) -> Awaitable[TensorDictBase]:
-        return self._open.room.async_call(self.submit, td)
+    async def __call__(self, td: TensorDictBase, *, wait: bool = False) -> TensorDictBase:
+        return await (self._open.room.async_call(self.submit, td) if wait else self.submit(td))

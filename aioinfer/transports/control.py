@@ -36,7 +36,8 @@ class Control:
     def __init__(self, segment: Segment | None = None) -> None:
         self.segment = Segment.create(_BYTES) if segment is None else segment
         self.view = self.segment.view
-        """Its first byte is the state."""
+        """Its first byte is the state, its second counts how often the key of the version was set."""
+        self._known = 0, ""
 
     @classmethod
     def opened(cls, descriptor: int) -> Control:
@@ -52,10 +53,13 @@ class Control:
     def set_version_key(self, key: str | None) -> None:
         """Say which entry of a reply carries the version of the weights."""
         self._write(_KEY, (key or "").encode())
+        self.view[1] = (self.view[1] + 1) % 256
 
     def version_key(self) -> str:
         """The entry of a reply that carries the version; empty if none does."""
-        return self._read(_KEY).decode()
+        if self.view[1] != self._known[0]:
+            self._known = self.view[1], self._read(_KEY).decode()
+        return self._known[1]
 
     def refusal(self) -> Exception:
         """The error for a request that is not taken."""

@@ -80,6 +80,14 @@ class PendingQueue:
         if self._closed is not None:  # closed since the check: whoever pops the request fails it
             self._fail_all(self._closed)
 
+    def admit_all(self, requests: Sequence[Request]) -> None:
+        """Do as :meth:`admit` with several."""
+        if self.admission.open and self._closed is None:
+            self._requests.extend(requests)
+        else:
+            for request in requests:
+                self.admit(request)
+
     def admit(self, request: Request, *, patient: bool = False) -> None:
         """Append a request that another process has made and checked; wakes nobody.
 

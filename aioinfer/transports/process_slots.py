@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import threading
+from array import array
 from collections.abc import Sequence
 from multiprocessing.context import BaseContext
 from typing import Any
@@ -168,6 +168,7 @@ class _SlotLine(Line):
         super().__init__(wire, board)
         self._transport = transport
         self._memory = transport._memory
+        self._times = self._memory.times
         self._queue = transport._queue
         self._slots: Sequence[int] = ()
         self._entries: list[_SlotRequest] = []  # by place, what was asked there last
@@ -183,22 +184,36 @@ class _SlotLine(Line):
     def _entry(self, slot: int) -> _SlotRequest:
         return _SlotRequest(self, slot, self._memory)
 
-    def ask(self, text: int, payload: bytes | None, *, patient: bool) -> None:
-        place = text & _PLACE
-        entry = self._entries[place]
-        if entry.under_way:  # its caller gave it up, or this one could not come
-            entry.gone = True
-            entry = self._entries[place] = self._entry(entry.slot)
-        entry.number = text & NUMBER
-        entry.mode = MODES[text >> 56 & 15]
-        entry.submitted_at = self._memory.times[entry.slot]
-        entry.under_way, entry.gone = True, False
+    def ask(self, words: Sequence[int]) -> None:
+        if self._queue.admission.spec is not None:
+            super().ask(words)
+        else:
+            self._queue.admit_all(self._note(words))
+
+    def ask_one(self, text: int, payload: bytes | None, *, patient: bool) -> None:
+        (entry,) = self._note([text])
         try:
             self._queue.admission.check_spec(entry.td)
         except InvalidRequestError as error:
             self.fail([entry], [error])
         else:
             self._queue.admit(entry, patient=patient)
+
+    def _note(self, words: Sequence[int]) -> Sequence[_SlotRequest]:
+        entries, times = self._entries, self._times
+        asked: list[_SlotRequest] = []
+        for text in words:
+            entry = entries[text & _PLACE]
+            if entry.under_way:  # its caller gave it up, or this one could not come
+                entry.gone = True
+                entry = entries[text & _PLACE] = self._entry(entry.slot)
+            entry.number = text & NUMBER
+            entry.mode = MODES[text >> 56 & 15]
+            entry.submitted_at = times[entry.slot]
+            entry.under_way = True
+            entry.gone = False
+            asked.append(entry)
+        return asked
 
     def cancel(self, number: int) -> None:
         entry = self._entries[number & _PLACE]
@@ -211,19 +226,21 @@ class _SlotLine(Line):
         self._transport._vacate(self._slots)
 
     def deliver(self, receivers: Sequence[_SlotRequest], replies: Sequence[TensorDictBase]) -> None:
-        numbers = [self._reply(receiver, reply) for receiver, reply in zip(receivers, replies, strict=True)]
+        if replies[0] is not STORED:  # either all are or none
+            receivers = [
+                receiver for receiver, reply in zip(receivers, replies, strict=True) if self._put(receiver, reply)
+            ]
         for receiver in receivers:
             receiver.under_way = False
-        self.send(b"".join([number.to_bytes(8, sys.byteorder) for number in numbers if number is not None]))
+        self.send(array("Q", [receiver.number for receiver in receivers]).tobytes())
 
-    def _reply(self, receiver: _SlotRequest, reply: TensorDictBase) -> int | None:
-        if reply is not STORED:
-            try:
-                self._memory.put_reply(receiver.slot, reply, self._queue.admission.version_key)
-            except ModelError as error:
-                self.fail([receiver], [error])
-                return None
-        return receiver.number
+    def _put(self, receiver: _SlotRequest, reply: TensorDictBase) -> bool:
+        try:
+            self._memory.put_reply(receiver.slot, reply, self._queue.admission.version_key)
+        except ModelError as error:
+            self.fail([receiver], [error])
+            return False
+        return True
 
     def drop(self, receiver: _SlotRequest) -> None:
         receiver.under_way = False

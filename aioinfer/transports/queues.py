@@ -14,6 +14,7 @@ from aioinfer.interaction import MODES
 from aioinfer.transports.control import Control
 from aioinfer.transports.parcels import pack, unpack
 from aioinfer.transports.processes import ProcessTransport
+from aioinfer.transports.receivers import Asked
 from aioinfer.transports.station import Station
 from aioinfer.transports.switchboard import Line, RemoteRequest, Switchboard
 from aioinfer.transports.tickets import Ticket
@@ -64,7 +65,7 @@ class _ParcelLine(Line):
     def describe(self) -> Ticket:
         return self._transport._lease()
 
-    def ask(self, text: int, payload: bytes | None, *, patient: bool) -> None:
+    def ask_one(self, text: int, payload: bytes | None, *, patient: bool) -> None:
         number = text & NUMBER
         request = RemoteRequest(None, self, number, time.perf_counter(), MODES[text >> 56 & 15])
         self._requests[number] = request
@@ -126,11 +127,11 @@ class _ParcelStation(Station):
         (control,) = descriptors
         self.control = Control.opened(control)
 
-    def _load(self, number: int, cargo: bytes, text: int) -> bytes:
-        return frame(text, cargo)
+    def _load(self, asked: Sequence[Asked]) -> bytes:
+        return b"".join([frame(text, cargo) for _, text, cargo in asked])
 
-    def _unload(self, numbers: Sequence[int], payloads: Sequence[bytes | None]) -> Sequence[Any]:
-        return [_unpack_reply(payload or b"") for payload in payloads]
+    def _unload(self, answers: Sequence[tuple[int, bytes | None]]) -> Sequence[Any]:
+        return [_unpack_reply(payload or b"") for _, payload in answers]
 
 
 def _unpack_reply(payload: bytes) -> Any:

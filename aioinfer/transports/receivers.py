@@ -5,18 +5,27 @@ from __future__ import annotations
 import asyncio
 import threading
 import weakref
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Container, Sequence
+from typing import Any, Protocol, TypeAlias
 
 from tensordict import TensorDictBase
 
 from aioinfer.transports.bells import LockBell
+from aioinfer.transports.wire import Wire
 
-if TYPE_CHECKING:
-    from aioinfer.transports.station import Station
-    from aioinfer.transports.wire import Wire
+__all__ = ["WAITERS", "Asked", "LoopDesk", "Waiter"]
 
-__all__ = ["WAITERS", "LoopDesk", "Waiter"]
+Asked: TypeAlias = tuple[int, int, Any]
+"""A request's number, the word that says it, and its cargo."""
+
+
+class _Station(Protocol):
+    @property
+    def calls(self) -> Container[int]: ...
+
+    def post(self, asked: Sequence[Asked]) -> None: ...
+
+    def receive(self) -> None: ...
 
 
 class Waiter:
@@ -79,16 +88,15 @@ class LoopDesk:
         wire: that of the station.
     """
 
-    def __init__(self, station: Station, loop: asyncio.AbstractEventLoop, wire: Wire) -> None:
+    def __init__(self, station: _Station, loop: asyncio.AbstractEventLoop, wire: Wire) -> None:
         self.loop = loop
         self._thread = threading.get_ident()
         self._wire = wire
         self._fd = wire.fileno()
         # The event loop must not keep the station of clients that are gone, but of those that still wait for replies.
         self._station = weakref.ref(station)
-        self._kept: Station | None = None
-        self._numbers: list[int] = []
-        self._frames: list[bytes] = []
+        self._kept: _Station | None = None
+        self._asked: list[Asked] = []
         self._waits_for_room = False
         loop.add_reader(self._fd, self._read)
 
@@ -96,21 +104,19 @@ class LoopDesk:
         """Whether the caller runs on this loop, without the system call that ``get_running_loop`` makes up to 3.11."""
         return threading.get_ident() == self._thread and self.loop.is_running()
 
-    def post_at_end_of_tick(self, station: Station, number: int, data: bytes) -> None:
+    def post_at_end_of_tick(self, station: _Station, asked: Asked) -> None:
         """Post a request when every task that this tick wakes has run."""
-        if not self._numbers:
+        if not self._asked:
             self._kept = station
             self.loop.call_soon(self._post, station)
-        self._numbers.append(number)
-        self._frames.append(data)
+        self._asked.append(asked)
 
-    def _post(self, station: Station) -> None:
-        numbers, frames, self._numbers, self._frames = self._numbers, self._frames, [], []
+    def _post(self, station: _Station) -> None:
+        asked, self._asked = self._asked, []
         calls = station.calls
-        if any([number not in calls for number in numbers]):  # noqa: C419 - faster; given up before it was posted
-            here = [(number, data) for number, data in zip(numbers, frames, strict=True) if number in calls]
-            numbers, frames = [number for number, _ in here], [data for _, data in here]
-        station.post(numbers, b"".join(frames))
+        if any([number not in calls for number, _, _ in asked]):  # noqa: C419 - faster; given up before it was posted
+            asked = [one for one in asked if one[0] in calls]
+        station.post(asked)
         self._look_out()
         self.rest()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import select
 import sys
 import time
 
@@ -34,13 +33,11 @@ def connect(address: str, *, timeout: float | None = 10.0) -> Remote:
     wire = Wire(dial(address))
     try:
         wire.send(word(FromClient.DESCRIBE).to_bytes(8, sys.byteorder))
-        poll = select.poll()
-        poll.register(wire, select.POLLIN)
         while True:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
-            if not poll.poll(left):
+            if not wire.wait(None if deadline is None else max(0.0, deadline - time.monotonic())):
                 raise TimeoutError(f"the server at {address} does not answer within {timeout} seconds")
-            for _, payload in wire.receive():
+            _, frames = wire.receive()
+            for _, payload in frames:
                 return Remote(unpack(payload or b""))
     except EOFError:
         raise ServerClosedError(f"the server at {address} has ended") from None

@@ -50,6 +50,7 @@ class SlotMemory:
         """When each slot's request was submitted, on the clock of ``time.perf_counter``."""
         self.versions = self.segment.view[pieces[1]].cast("q")
         """Which weights computed each slot's reply."""
+        self._version_column = self.segment.memory[pieces[1]].view(torch.int64)
         self.requests = Columns(request, count, self.segment.memory[pieces[2]])
         self.replies = Columns(reply, count, self.segment.memory[pieces[3]])
         self._gathered: tuple[Sequence[_InSlot], Tensor] = ((), torch.empty(0))
@@ -67,10 +68,9 @@ class SlotMemory:
     def scatter(
         self, requests: Sequence[_InSlot], output: TensorDictBase, keys: Container[str] | None, version: int
     ) -> None:
-        self.replies.scatter(self._slots(requests), self.replies.layout.batch_values(output, keys))
-        versions = self.versions
-        for request in requests:
-            versions[request.slot] = version
+        slots = self._slots(requests)
+        self.replies.scatter(slots, self.replies.layout.batch_values(output, keys))
+        self._version_column.index_fill_(0, slots, version)
 
     def put_reply(self, slot: int, reply: TensorDictBase, version_key: str | None) -> None:
         """Write one reply.
@@ -86,4 +86,4 @@ class SlotMemory:
             values = self.replies.layout.values(reply.to("cpu"))
         except InvalidRequestError as error:
             raise ModelError(str(error)) from None
-        self.replies.write(slot, values)
+        self.replies.write([slot], [values])

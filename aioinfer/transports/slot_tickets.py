@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import time
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +15,7 @@ from aioinfer.columns import RowLayout
 from aioinfer.stamps import VersionStamps
 from aioinfer.tensors import build
 from aioinfer.transports.control import Control
+from aioinfer.transports.receivers import Asked
 from aioinfer.transports.slot_memory import SlotMemory
 from aioinfer.transports.station import Station
 from aioinfer.transports.tickets import Ticket
@@ -64,19 +65,21 @@ class _SlotStation(Station):
         self._memory = SlotMemory(*self._layouts, memory)
         self.control = Control.opened(control)
 
-    def _load(self, number: int, cargo: list[Tensor], text: int) -> bytes:
+    def _load(self, asked: Sequence[Asked]) -> bytes:
         memory = self._memory
         assert memory is not None
-        slot = self._slots[number & _PLACE]
-        memory.times[slot] = time.perf_counter()
-        memory.requests.write(slot, cargo)
-        return text.to_bytes(8, sys.byteorder)
+        now = time.perf_counter()
+        slots = [self._slots[number & _PLACE] for number, _, _ in asked]
+        for slot in slots:
+            memory.times[slot] = now
+        memory.requests.write(slots, [values for _, _, values in asked])
+        return array("Q", [text for _, text, _ in asked]).tobytes()
 
-    def _unload(self, numbers: Sequence[int], payloads: Sequence[bytes | None]) -> Sequence[TensorDictBase]:
+    def _unload(self, answers: Sequence[tuple[int, bytes | None]]) -> Sequence[TensorDictBase]:
         memory, control = self._memory, self.control
         assert memory is not None
         assert control is not None
-        slots = [self._slots[number & _PLACE] for number in numbers]
+        slots = [self._slots[number & _PLACE] for number, _ in answers]
         sources: Sequence[dict[str, Any]]
         if not self._copies:
             sources = [memory.replies.lend(slot) for slot in slots]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable
 from concurrent.futures import Future
 from typing import Any
 
@@ -141,8 +140,8 @@ class _SlotClient(InferenceClient):
                 self._waiter = self._make_waiter()
             slot.free()
 
-    def _call_patiently(self, td: TensorDictBase, timeout: float | None) -> TensorDictBase:
-        return self._slot.queue.room.call(self._call, td, timeout)
+    def __call__(self, td: TensorDictBase, timeout: float | None = None, *, wait: bool = False) -> TensorDictBase:
+        return self._slot.queue.room.call(self._call, td, timeout) if wait else self._call(td, timeout)
 
 
 class _AsyncSlotClient(AsyncInferenceClient):
@@ -159,10 +158,8 @@ class _AsyncSlotClient(AsyncInferenceClient):
         outlet.ring_at_end_of_tick()
         return future
 
-    _call = submit
-
-    def _call_patiently(self, td: TensorDictBase) -> Awaitable[TensorDictBase]:
-        return self._slot.queue.room.async_call(self.submit, td)
+    async def __call__(self, td: TensorDictBase, *, wait: bool = False) -> TensorDictBase:
+        return await (self._slot.queue.room.async_call(self.submit, td) if wait else self.submit(td))
 
 
 class _RequestBuffer:

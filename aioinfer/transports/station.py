@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import math
-import select
 import sys
 import threading
-import time
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,11 +16,13 @@ from aioinfer.transports.addresses import dial
 from aioinfer.transports.control import Control
 from aioinfer.transports.outlets import FUTURES, Outlet
 from aioinfer.transports.parcels import pack, unpack, unpack_error
-from aioinfer.transports.receivers import LoopDesk, Waiter
+from aioinfer.transports.receivers import Asked, LoopDesk, Waiter
+from aioinfer.transports.turns import Turns
 from aioinfer.transports.wire import NUMBER, Frame, FromClient, FromServer, Wire, frame, word
 
 __all__ = ["Station"]
 
+_PATIENT = word(FromClient.PATIENT_REQUEST)
 # Seconds for which the thread that reads for futures waits for the next one.
 _LINGER = 1.0
 
@@ -52,17 +50,13 @@ class Station(ABC):
         self.control: Control | None = None
         self._numbers = itertools.count()
         self._descriptors: list[int] = []
-        self._early: list[tuple[int, Any, int]] | None = []  # number, cargo, and text of what waits to be taken in
+        self._early: list[Asked] | None = []  # what waits until this process is taken in
         self._lock = threading.Lock()
         self._receiving = threading.Lock()
-        self._turn = threading.Lock()  # held by the thread that waits for the wire
-        self._in_line: deque[Waiter] = deque()  # those that would have the next turn
+        self._turns = Turns(self._read_here)
         self._futures_thread: threading.Thread | None = None
         self._desks: dict[asyncio.AbstractEventLoop, LoopDesk] = {}
         self._wire = Wire(dial(address))
-        self._poll = select.poll()
-        self._poll.register(self._wire, select.POLLIN)
-        self._polls_for_room = False
         self._wire.send(frame(word(FromClient.JOIN), pack((ticket, count))))
 
     # -- what depends on the transport -----------------------------------------------------------------
@@ -72,17 +66,17 @@ class Station(ABC):
         """The server has taken this process in."""
 
     @abstractmethod
-    def _load(self, number: int, cargo: Any, text: int) -> bytes:
-        """Put a request where the server finds it, and return the frame that says so."""
+    def _load(self, asked: Sequence[Asked]) -> bytes:
+        """Put requests where the server finds them, and return the frames that say so."""
 
     @abstractmethod
-    def _unload(self, numbers: Sequence[int], payloads: Sequence[bytes | None]) -> Sequence[Any]:
-        """The replies that came: each a TensorDict, or the error why it can't be one."""
+    def _unload(self, answers: Sequence[tuple[int, bytes | None]]) -> Sequence[Any]:
+        """The replies that came, by number and payload: each a TensorDict, or the error why it can't be one."""
 
     # -- asking ----------------------------------------------------------------------------------------
 
-    def ask(self, place: int, cargo: Any, receiver: Any, outlet: Outlet, *, patient: bool = False) -> tuple[int, bytes]:
-        """Note a request, and return its number and the frame that must be posted for it.
+    def ask(self, place: int, cargo: Any, receiver: Any, outlet: Outlet, *, patient: bool = False) -> Asked:
+        """Note a request, which must be posted then.
 
         Args:
             place: which of the clients asks.
@@ -99,25 +93,24 @@ class Station(ABC):
         if control is not None and control.view[0]:
             raise control.refusal()
         number = (next(self._numbers) & 0xFFFFFF) << 32 | place
-        text = word(FromClient.PATIENT_REQUEST if patient else FromClient.REQUEST, number, number_of(caller_mode()))
         self.calls[number] = (receiver, outlet)
+        return number, number | number_of(caller_mode()) << 56 | (_PATIENT if patient else 0), cargo
+
+    def post(self, asked: Sequence[Asked]) -> None:
+        """Send requests; fail those that the server does not look at any more."""
         if self._early is not None:
             with self._lock:
                 if self._early is not None:
-                    self._early.append((number, cargo, text))
-                    return number, b""
-        return number, self._load(number, cargo, text)
-
-    def post(self, numbers: Sequence[int], data: bytes) -> None:
-        """Send the frames of requests; fail those that the server does not look at any more."""
-        self._wire.send(data)
+                    self._early += asked
+                    asked = ()
+        if asked:
+            self._wire.send(self._load(asked))
         control = self.control
         if control is not None and control.view[0]:
-            for number in numbers:
+            for number, _, _ in asked:
                 self._settle_error(number, control.refusal())
-        elif self.dead is not None:
-            for number in numbers:
-                self._settle_error(number, own_error(self.dead))
+        if self.dead is not None:
+            self._fail_all(self.dead)
 
     def withdraw(self, number: int) -> bool:
         """Give a request up; say whether it had no answer yet."""
@@ -132,34 +125,36 @@ class Station(ABC):
 
     # -- answers ---------------------------------------------------------------------------------------
 
-    def receive(self) -> None:
-        """Read what has come, and settle it."""
+    def receive(self, *, block: bool = False) -> None:
+        """Read what has come, and settle it.
+
+        Args:
+            block: wait until something has come.
+        """
         with self._receiving:
             try:
                 if self.control is None:
+                    words: Sequence[int] = ()
                     frames, descriptors = self._wire.receive_descriptors(4)
                     self._descriptors += descriptors
                 else:
-                    frames = self._wire.receive()
+                    words, frames = self._wire.receive(block=block)
             except EOFError:
                 self._die()
                 return
-            self._handle(frames)
+            if words:
+                self._hand_out([(number & NUMBER, None) for number in words])
+            elif frames:
+                self._handle(frames)
         if self._wire.unsent:
             self._wire.flush()
 
     def _handle(self, frames: Sequence[Frame]) -> None:
-        calls = self.calls
-        numbers, payloads, receivers, outlets = [], [], [], []
+        replies: list[tuple[int, bytes | None]] = []
         for text, payload in frames:
             kind, number = text >> 60, text & NUMBER
             if kind == FromServer.REPLY:
-                call = calls.pop(number, None)
-                if call is not None:  # else the caller went away
-                    numbers.append(number)
-                    payloads.append(payload)
-                    receivers.append(call[0])
-                    outlets.append(call[1])
+                replies.append((number, payload))
             elif kind == FromServer.WELCOME:
                 self._welcome(unpack(payload or b""), self._descriptors)
                 self._be_early_no_more()
@@ -167,25 +162,35 @@ class Station(ABC):
                 self._die(unpack_error(payload or b""))
             else:
                 self._settle_error(number, unpack_error(payload or b""))
-        if numbers:
-            try:
-                replies = self._unload(numbers, payloads)
-            except BaseException as error:  # also of a thread that is interrupted while it reads for others
-                self._settle(receivers, outlets, [own_error(error) for _ in numbers])
-                raise
-            self._settle(receivers, outlets, replies)
+        if replies:
+            self._hand_out(replies)
+
+    def _hand_out(self, answers: Sequence[tuple[int, bytes | None]]) -> None:
+        take = self.calls.pop
+        found = [
+            (answer, call) for answer in answers if (call := take(answer[0], None)) is not None
+        ]  # others are stale
+        if not found:
+            return
+        receivers = [call[0] for _, call in found]
+        outlets = [call[1] for _, call in found]
+        try:
+            replies = self._unload([answer for answer, _ in found])
+        except BaseException as error:  # also of a thread that is interrupted while it reads for others
+            self._settle(receivers, outlets, [own_error(error) for _ in found])
+            raise
+        self._settle(receivers, outlets, replies)
 
     def _settle(self, receivers: Sequence[Any], outlets: Sequence[Outlet], replies: Sequence[Any]) -> None:
-        different = set(outlets)
-        for outlet in different:
-            own = list(zip(receivers, replies, strict=True))
-            if len(different) > 1:
-                own = [pair for pair, its in zip(own, outlets, strict=True) if its is outlet]
-            good = [pair for pair in own if not isinstance(pair[1], Exception)]
-            outlet.deliver([receiver for receiver, _ in good], [reply for _, reply in good])
-            if len(good) < len(own):
-                bad = [pair for pair in own if isinstance(pair[1], Exception)]
-                outlet.fail([receiver for receiver, _ in bad], [error for _, error in bad])
+        errors = [reply for reply in replies if isinstance(reply, Exception)]
+        if len(set(outlets)) == 1 and not errors:
+            outlets[0].deliver(receivers, replies)
+            return
+        for receiver, outlet, reply in zip(receivers, outlets, replies, strict=True):
+            if isinstance(reply, Exception):
+                outlet.fail([receiver], [reply])
+            else:
+                outlet.deliver([receiver], [reply])
 
     def _settle_error(self, number: int, error: Exception) -> None:
         call = self.calls.pop(number, None)
@@ -195,9 +200,7 @@ class Station(ABC):
     def _be_early_no_more(self) -> None:
         with self._lock:
             early, self._early = self._early or [], None
-        here = [(number, self._load(number, cargo, text)) for number, cargo, text in early if number in self.calls]
-        if here:
-            self.post([number for number, _ in here], b"".join(data for _, data in here))
+        self.post([asked for asked in early if asked[0] in self.calls])
 
     def _die(self, error: Exception | None = None) -> None:
         """Fail everything: the other end is gone, or does not want this process."""
@@ -206,57 +209,27 @@ class Station(ABC):
         elif error is None and self.control is not None and self.control.view[0]:
             error = self.control.refusal()
         self.dead = error or PeerDiedError("the server's process is gone")
-        for number in list(self.calls):
-            self._settle_error(number, own_error(self.dead))
+        self._fail_all(self.dead)
         for desk in list(self._desks.values()):
             desk.close()
+
+    def _fail_all(self, error: Exception) -> None:
+        for number in list(self.calls):
+            self._settle_error(number, own_error(error))
 
     # -- threads that wait -----------------------------------------------------------------------------
 
     def wait(self, waiter: Waiter, timeout: float | None) -> None:
         """Block until ``waiter`` has its answer, the station is dead, or ``timeout`` seconds passed."""
-        deadline = None if timeout is None else time.monotonic() + timeout
-        in_line = False
-        try:
-            while not waiter.done and self.dead is None:
-                left = None if deadline is None else deadline - time.monotonic()
-                if left is not None and left <= 0:
-                    return
-                if self._turn.acquire(blocking=False):
-                    try:
-                        self._read_until(waiter, deadline)
-                    finally:
-                        self._turn.release()
-                elif in_line:
-                    waiter.bell.wait(left)
-                    in_line = False
-                else:  # first, and then once more for the turn: who has it passes it on to the line afterwards
-                    self._in_line.append(waiter)
-                    in_line = True
-        finally:
-            waiter.gone = True
-            self._pass_turn()
+        self._turns.wait(waiter, timeout)
 
-    def _read_until(self, waiter: Waiter, deadline: float | None) -> None:
-        while not waiter.done and self.dead is None:
-            left = -1 if deadline is None else math.ceil((deadline - time.monotonic()) * 1000)
-            if deadline is not None and left <= 0:
-                return
-            if self._wire.unsent != self._polls_for_room:
-                self._polls_for_room = self._wire.unsent
-                self._poll.modify(self._wire, select.POLLIN | select.POLLOUT * self._polls_for_room)
-            if self._poll.poll(min(left, 2**31 - 1)):
-                self.receive()
-
-    def _pass_turn(self) -> None:
-        while self._in_line and not self._turn.locked():
-            try:
-                waiter = self._in_line.popleft()
-            except IndexError:
-                return
-            if not waiter.done and not waiter.gone:
-                waiter.bell.ring()
-                return
+    def _read_here(self, left: float | None) -> bool:
+        """Block for up to ``left`` seconds until something has come, and settle it; say whether more can come."""
+        if left is None and not self._wire.unsent and self.control is not None:
+            self.receive(block=True)
+        elif self._wire.wait(left):
+            self.receive()
+        return self.dead is None
 
     # -- futures of threads ----------------------------------------------------------------------------
 
@@ -271,7 +244,7 @@ class Station(ABC):
 
     def _read_for_futures(self) -> None:
         while True:
-            self.wait(Waiter(), _LINGER)
+            self._turns.wait(Waiter(), _LINGER)
             with self._lock:
                 waiting = any(outlet is FUTURES for _, outlet in list(self.calls.values()))
                 if self.dead is not None or not waiting:

@@ -64,7 +64,12 @@ class Line(ABC):
             self.wire.flush()
             self._look_out()
         try:
-            self._take_in(self.wire.receive())
+            words, frames = self.wire.receive()
+            if words and self.joined:
+                self.ask(words)
+            elif words:
+                raise ValueError("it has not joined")
+            self._take_in(frames)
         except EOFError:
             self.board.drop(self)
         except Exception as error:  # rubbish: it must cost nobody else anything
@@ -85,7 +90,7 @@ class Line(ABC):
             elif kind == FromClient.REFUSED:
                 self.board.count_refusal()
             elif kind in (FromClient.REQUEST, FromClient.PATIENT_REQUEST):
-                self.ask(text, payload, patient=kind == FromClient.PATIENT_REQUEST)
+                self.ask_one(text, payload, patient=kind == FromClient.PATIENT_REQUEST)
             else:
                 raise ValueError(f"unknown kind {kind}")
 
@@ -109,8 +114,13 @@ class Line(ABC):
     def describe(self) -> Any:
         """A ticket like those of the clients, for whoever has none."""
 
+    def ask(self, words: Sequence[int]) -> None:
+        """Queue requests that have no payload."""
+        for text in words:
+            self.ask_one(text, None, patient=False)
+
     @abstractmethod
-    def ask(self, text: int, payload: bytes | None, *, patient: bool) -> None:
+    def ask_one(self, text: int, payload: bytes | None, *, patient: bool) -> None:
         """Queue a request."""
 
     @abstractmethod

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
 from concurrent.futures import Future
 
 from tensordict import TensorDictBase
@@ -50,8 +49,8 @@ class _ThreadClient(InferenceClient):
         self._queue.ring()
         return waiter.wait(timeout)
 
-    def _call_patiently(self, td: TensorDictBase, timeout: float | None) -> TensorDictBase:
-        return self._queue.room.call(self._call, td, timeout)
+    def __call__(self, td: TensorDictBase, timeout: float | None = None, *, wait: bool = False) -> TensorDictBase:
+        return self._queue.room.call(self._call, td, timeout) if wait else self._call(td, timeout)
 
 
 class _TaskClient(AsyncInferenceClient):
@@ -69,7 +68,5 @@ class _TaskClient(AsyncInferenceClient):
         outlet.ring_at_end_of_tick()
         return future
 
-    _call = submit
-
-    def _call_patiently(self, td: TensorDictBase) -> Awaitable[TensorDictBase]:
-        return self._queue.room.async_call(self.submit, td)
+    async def __call__(self, td: TensorDictBase, *, wait: bool = False) -> TensorDictBase:
+        return await (self._queue.room.async_call(self.submit, td) if wait else self.submit(td))

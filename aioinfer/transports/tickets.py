@@ -156,30 +156,28 @@ class _Client(_Place, InferenceClient):
     def submit(self, td: TensorDictBase) -> Future[TensorDictBase]:
         station, cargo = self._checked(td)
         future: Future[TensorDictBase] = Future()
-        self._number, data = station.ask(self._place, cargo, future, FUTURES)
-        future.add_done_callback(partial(_withdraw, station, self._number))
-        station.post([self._number], data)
+        asked = station.ask(self._place, cargo, future, FUTURES)
+        self._number = asked[0]
+        future.add_done_callback(partial(_withdraw, station, asked[0]))
+        station.post([asked])
         station.attend_futures()
         return future
 
-    def _call(self, td: TensorDictBase, timeout: float | None, *, patient: bool = False) -> TensorDictBase:
+    def __call__(self, td: TensorDictBase, timeout: float | None = None, *, wait: bool = False) -> TensorDictBase:
         station, cargo = self._checked(td)
         waiter = Waiter()
-        number, data = station.ask(self._place, cargo, waiter, WAITERS, patient=patient)
-        self._number = number
+        asked = station.ask(self._place, cargo, waiter, WAITERS, patient=wait)
+        self._number = asked[0]
         try:
-            station.post([number], data)
+            station.post([asked])
             station.wait(waiter, timeout)
         finally:
-            unanswered = station.withdraw(number)
+            unanswered = station.withdraw(asked[0])
         if unanswered:
             raise (
                 TimeoutError(f"no reply within {timeout} seconds") if station.dead is None else own_error(station.dead)
             )
         return waiter.outcome()
-
-    def _call_patiently(self, td: TensorDictBase, timeout: float | None) -> TensorDictBase:
-        return self._call(td, timeout, patient=True)
 
 
 class _AsyncClient(_Place, AsyncInferenceClient):
@@ -193,25 +191,23 @@ class _AsyncClient(_Place, AsyncInferenceClient):
             self._at = station, station.desk()
         desk = self._at[1]
         future: asyncio.Future[TensorDictBase] = desk.loop.create_future()
-        self._number, data = station.ask(self._place, cargo, future, desk, patient=patient)
-        desk.post_at_end_of_tick(station, self._number, data)
-        return station, self._number, future
+        asked = station.ask(self._place, cargo, future, desk, patient=patient)
+        desk.post_at_end_of_tick(station, asked)
+        self._number = asked[0]
+        return station, asked[0], future
 
     def submit(self, td: TensorDictBase) -> asyncio.Future[TensorDictBase]:
         station, number, future = self._ask(td, patient=False)
         future.add_done_callback(partial(_withdraw, station, number))
         return future
 
-    async def _call(self, td: TensorDictBase, *, patient: bool = False) -> TensorDictBase:
-        station, number, future = self._ask(td, patient=patient)
+    async def __call__(self, td: TensorDictBase, *, wait: bool = False) -> TensorDictBase:
+        station, number, future = self._ask(td, patient=wait)
         try:
             return await future
         except asyncio.CancelledError:
             station.withdraw(number)
             raise
-
-    async def _call_patiently(self, td: TensorDictBase) -> TensorDictBase:
-        return await self._call(td, patient=True)
 
 
 def _withdraw(station: Station, number: int, future: Future[TensorDictBase] | asyncio.Future[TensorDictBase]) -> None:

@@ -9,7 +9,9 @@ A payload is its length, a word too, and as many bytes, padded to whole words.
 
 from __future__ import annotations
 
+import math
 import os
+import select
 import socket
 import struct
 import threading
@@ -17,7 +19,6 @@ import weakref
 from array import array
 from collections.abc import Sequence
 from enum import IntEnum
-from itertools import repeat
 from typing import TypeAlias
 
 __all__ = ["NUMBER", "PLAIN", "Frame", "FromClient", "FromServer", "Wire", "close_in_forked_children", "frame", "word"]
@@ -66,7 +67,7 @@ def frame(word: int, payload: bytes) -> bytes:
 
 
 class Wire:
-    """One end. Neither sending nor receiving ever blocks.
+    """One end. Sending never blocks, and receiving only where that is asked for.
 
     Any thread may send; one at a time may receive. What a system call handed to the kernel before ``send`` returns is
     there for whoever has received it: so memory that was written before is read as it was written, on any processor.
@@ -76,7 +77,7 @@ class Wire:
     """
 
     def __init__(self, sock: socket.socket) -> None:
-        sock.setblocking(False)
+        sock.setblocking(True)  # what must not block says so itself
         self._sock = sock
         self._lock = threading.Lock()  # guards what follows
         self._unsent = bytearray()
@@ -106,10 +107,10 @@ class Wire:
     def send_descriptors(self, data: bytes, descriptors: Sequence[int]) -> None:
         """Send frames and descriptors, first of all on this wire."""
         try:
-            socket.send_fds(self._sock, [data[:1]], descriptors)
+            sent = socket.send_fds(self._sock, [data], descriptors)
         except OSError:  # gone
             return
-        self.send(data[1:])
+        self.send(data[sent:])
 
     def flush(self) -> None:
         """Send what was kept, as far as there is room."""
@@ -118,38 +119,47 @@ class Wire:
 
     def _try(self, data: bytes | bytearray) -> int:
         try:
-            return self._sock.send(data)
+            return self._sock.send(data, _DONT_WAIT)
         except BlockingIOError:
             return 0
         except OSError:  # the other end is gone: so much for the data; who receives is told
             return len(data)
 
+    def wait(self, timeout: float | None) -> bool:
+        """Block until something has arrived, or there is room for what was kept, or ``timeout`` seconds passed."""
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN | (select.POLLOUT if self._unsent else 0))
+        return bool(poll.poll(None if timeout is None else min(math.ceil(timeout * 1000), 2**31 - 1)))
+
     # -- receiving -------------------------------------------------------------------------------------
 
-    def receive(self) -> Sequence[Frame]:
-        """Return the frames that have arrived, if any.
+    def receive(self, *, block: bool = False) -> tuple[Sequence[int], Sequence[Frame]]:
+        """Return what has arrived, if anything: requests or replies without payloads, as words; or else frames.
+
+        Args:
+            block: wait until something has arrived.
 
         Raises:
             EOFError: the other end is closed, or its process gone.
         """
         try:
-            size = self._sock.recv_into(self._buffer)
+            size = self._sock.recv_into(self._buffer, 0, 0 if block else _DONT_WAIT)
         except BlockingIOError:
-            return ()
+            return (), ()
         except OSError as error:
             raise EOFError from error
         if size == 0:
             raise EOFError
         if not self._partial and size % 8 == 0:
             words = self._words[: size // 8].tolist()
-            if max(words) < _PAYLOAD:
-                return list(zip(words, repeat(None)))
-        return self._parse(self._buffer[:size])
+            if max(words) < PLAIN:
+                return words, ()
+        return (), self._parse(self._buffer[:size])
 
     def receive_descriptors(self, limit: int) -> tuple[Sequence[Frame], list[int]]:
         """Do as :meth:`receive`, and return the descriptors that came along."""
         try:
-            data, descriptors, _, _ = socket.recv_fds(self._sock, _BUFFER_BYTES, limit, _RECEIVE_FLAGS)
+            data, descriptors, _, _ = socket.recv_fds(self._sock, _BUFFER_BYTES, limit, _RECEIVE_FLAGS | _DONT_WAIT)
         except BlockingIOError:
             return (), []
         except OSError as error:
@@ -187,6 +197,7 @@ class Wire:
         self._sock.close()
 
 
+_DONT_WAIT = socket.MSG_DONTWAIT
 _ONE = struct.Struct("=Q")
 _RECEIVE_FLAGS = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 

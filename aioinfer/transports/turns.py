@@ -1,0 +1,62 @@
+"""Threads that wait for answers on one wire: one reads at a time, for all of them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from aioinfer.transports.receivers import Waiter
+
+__all__ = ["Turns"]
+
+
+class Turns:
+    """Whoever waits takes the turn if it is free, and reads until it has its own answer; then the next in line reads.
+
+    Args:
+        read: blocks for up to so many seconds, or for ever, until something has come, and settles it; says whether
+            more can come.
+    """
+
+    def __init__(self, read: Callable[[float | None], bool]) -> None:
+        self._read = read
+        self._turn = threading.Lock()
+        self._line: deque[Waiter] = deque()
+        self._over = False
+
+    def wait(self, waiter: Waiter, timeout: float | None) -> None:
+        """Block until ``waiter`` has its answer, nothing more can come, or ``timeout`` seconds passed."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        in_line = False
+        try:
+            while not waiter.done and not self._over:
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    return
+                if self._turn.acquire(blocking=False):
+                    try:
+                        self._over = not self._read(left)
+                    finally:
+                        self._turn.release()
+                elif in_line:
+                    waiter.bell.wait(left)
+                    in_line = False
+                else:  # first, and then once more for the turn: who has it passes it on to the line afterwards
+                    self._line.append(waiter)
+                    in_line = True
+        finally:
+            waiter.gone = True
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        while self._line and not self._turn.locked():
+            try:
+                waiter = self._line.popleft()
+            except IndexError:  # another thread was quicker
+                return
+            if not waiter.done and not waiter.gone:
+                waiter.bell.ring()
+                if not self._over:
+                    return
