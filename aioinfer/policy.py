@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 
 from tensordict import TensorDictBase, lazy_stack
 from tensordict.nn import TensorDictModuleBase
@@ -61,10 +62,15 @@ class PolicyClientModule(TensorDictModuleBase):
         Args:
             td: ``[]``, with the ``in_keys``.
         """
-        request = td.select(*self.in_keys) if self.in_keys else td.copy()
+        with self._calling():
+            return self.client.submit(self._request(td))
+
+    def _request(self, td: TensorDictBase) -> TensorDictBase:
+        return td.select(*self.in_keys) if self.in_keys else td.copy()
+
+    def _calling(self) -> AbstractContextManager[None]:
         mode = self.interaction_type
-        with calling_in(interaction_type() if mode is None else mode):
-            return self.client.submit(request)
+        return calling_in(interaction_type() if mode is None else mode)
 
     def forward(self, td: TensorDictBase) -> TensorDictBase:
         """Compute ``out_keys``.
@@ -77,7 +83,8 @@ class PolicyClientModule(TensorDictModuleBase):
             ``td`` with the ``out_keys`` written to it.
         """
         if not td.batch_size:
-            reply: TensorDictBase = self.submit(td).result()
+            with self._calling():
+                reply: TensorDictBase = self.client(self._request(td))
         elif 0 in td.batch_size:
             raise ValueError(f"an empty batch can't be sent to a server, got batch size {list(td.batch_size)}")
         else:

@@ -13,7 +13,7 @@ from typing import Any
 from aioinfer.errors import PeerDiedError, ServerClosedError, own_error
 from aioinfer.interaction import caller_mode, number_of
 from aioinfer.transports.addresses import dial
-from aioinfer.transports.control import Control
+from aioinfer.transports.control import Control, State
 from aioinfer.transports.outlets import FUTURES, Outlet
 from aioinfer.transports.parcels import pack, unpack, unpack_error
 from aioinfer.transports.receivers import Asked, LoopDesk, Waiter
@@ -91,6 +91,8 @@ class Station(ABC):
         """
         control = self.control
         if control is not None and control.view[0]:
+            if control.view[0] == State.REFUSING:
+                self.count_refusal()
             raise control.refusal()
         number = (next(self._numbers) & 0xFFFFFF) << 32 | place
         self.calls[number] = (receiver, outlet)

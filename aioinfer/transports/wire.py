@@ -31,7 +31,7 @@ NUMBER = (1 << 56) - 1
 PLAIN = 1 << 60
 """Words below are requests, or replies, without a payload."""
 _PAYLOAD = 1 << 63
-_BUFFER_BYTES = 1 << 18
+_BUFFER_BYTES = 1 << 16
 
 
 class FromClient(IntEnum):
@@ -211,7 +211,7 @@ def close_in_forked_children(sock: socket.socket) -> None:
 
 
 def _close_all() -> None:
-    for sock in _sockets:
+    for sock in list(_sockets):
         sock.close()
 
 
