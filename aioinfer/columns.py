@@ -59,7 +59,10 @@ class RowLayout:
         self.sizes: dict[Path, torch.Size] = {(): example.batch_size}
         self._read(example, ())
         self._is_flat = all(len(leaf.path) == 1 for leaf in self.leaves)
-        self._names = [leaf.path[0] for leaf in self.leaves] if self._is_flat else [leaf.path for leaf in self.leaves]
+        self.is_simple = self._is_flat and len(self.sizes) == 1
+        self._names: list[Any] = (
+            [leaf.path[0] for leaf in self.leaves] if self._is_flat else [leaf.path for leaf in self.leaves]
+        )
         self._kinds = [(leaf.shape, leaf.dtype, _CPU) for leaf in self.leaves]
 
     def _read(self, td: TensorDictBase, above: Path) -> None:
@@ -148,8 +151,8 @@ class RowLayout:
         return build(self._nest(values, rows), torch.Size((*rows, *self.batch_size)), None)
 
     def _nest(self, values: Iterable[Any], rows: torch.Size) -> dict[str, Any]:
-        if self._is_flat and len(self.sizes) == 1:
-            return {leaf.path[0]: value for leaf, value in zip(self.leaves, values, strict=True)}
+        if self.is_simple:
+            return dict(zip(self._names, values, strict=True))
         nodes: dict[Path, dict[str, Any]] = {path: {} for path in self.sizes}
         for leaf, value in zip(self.leaves, values, strict=True):
             nodes[leaf.path[:-1]][leaf.path[-1]] = value
@@ -202,16 +205,21 @@ class Columns:
 
     def write(self, rows: Sequence[int], requests: Sequence[Sequence[Tensor]]) -> None:
         """Copy what ``layout.values`` returned into rows."""
-        index = torch.tensor(rows) if len(rows) >= _MANY else None
-        for place, (leaf, column) in enumerate(zip(self.layout.leaves, self._columns, strict=True)):
-            values = [request[place] for request in requests]
-            if any([value.requires_grad for value in values]):  # noqa: C419 - faster
-                values = [value.detach() for value in values]
-            if index is not None and leaf.nbytes < OWN_MEMORY_BYTES:
-                column.index_copy_(0, index, torch.stack(values))
+        if len(rows) < _MANY:
+            for row, values in zip(rows, requests, strict=True):
+                for place, value in zip(self._rows[row], values, strict=True):
+                    place.copy_(value.detach() if value.requires_grad else value)
+            return
+        index = torch.tensor(rows)
+        for number, (leaf, column) in enumerate(zip(self.layout.leaves, self._columns, strict=True)):
+            leaves = [request[number] for request in requests]
+            if any([value.requires_grad for value in leaves]):  # noqa: C419 - faster
+                leaves = [value.detach() for value in leaves]
+            if leaf.nbytes < OWN_MEMORY_BYTES:
+                column.index_copy_(0, index, torch.stack(leaves))
             else:
-                for row, value in zip(rows, values, strict=True):
-                    self._rows[row][place].copy_(value)
+                for row, value in zip(rows, leaves, strict=True):
+                    column[row].copy_(value)
 
     def row(self, row: int) -> TensorDict:
         """A row as it lies in memory."""
@@ -234,7 +242,7 @@ class Columns:
             else [column[row].clone() for row in rows]
             for leaf, column in zip(self.layout.leaves, self._columns, strict=True)
         ]
-        if self.layout._is_flat and len(self.layout.sizes) == 1:
+        if self.layout.is_simple:
             names = [leaf.path[0] for leaf in self.layout.leaves]
             if len(names) == 1:
                 name = names[0]

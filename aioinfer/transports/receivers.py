@@ -38,17 +38,19 @@ class Waiter:
         self.gone = False
         self.reply: TensorDictBase | None = None
         self.error: Exception | None = None
-        self.bell = LockBell()
-        """Rings when the answer is there, or it is the thread's turn to read."""
+        self.bell: LockBell | None = None
+        """Rings when the answer is there, or it is the thread's turn to read; made by the thread before it sleeps."""
 
     def settle(self, reply: TensorDictBase | None, error: Exception | None) -> None:
         """Leave the answer."""
         self.reply, self.error = reply, error
         self.done = True
-        self.bell.ring()
+        if self.bell is not None:
+            self.bell.ring()
 
     def outcome(self) -> TensorDictBase:
         """The reply, which is there or about to come; or raise the error."""
+        self.bell = self.bell or LockBell()
         while not self.done:
             self.bell.wait(None)
         if self.error is not None:

@@ -127,29 +127,35 @@ class Station(ABC):
 
     # -- answers ---------------------------------------------------------------------------------------
 
-    def receive(self, *, block: bool = False) -> None:
+    def receive(self, waiter: Waiter | None = None) -> None:
         """Read what has come, and settle it.
 
         Args:
-            block: wait until something has come.
+            waiter: wait until something has come, unless it has its answer by now.
         """
         with self._receiving:
-            try:
-                if self.control is None:
-                    words: Sequence[int] = ()
-                    frames, descriptors = self._wire.receive_descriptors(4)
-                    self._descriptors += descriptors
-                else:
-                    words, frames = self._wire.receive(block=block)
-            except EOFError:
-                self._die()
-                return
-            if words:
-                self._hand_out([(number & NUMBER, None) for number in words])
-            elif frames:
-                self._handle(frames)
+            self._receive(waiter)
         if self._wire.unsent:
             self._wire.flush()
+
+    def _receive(self, waiter: Waiter | None) -> None:
+        """Under the lock: without it, another thread might read what ``waiter`` then waits for."""
+        if waiter is not None and waiter.done:
+            return
+        try:
+            if self.control is None:
+                words: Sequence[int] = ()
+                frames, descriptors = self._wire.receive_descriptors(4)
+                self._descriptors += descriptors
+            else:
+                words, frames = self._wire.receive(block=waiter is not None)
+        except EOFError:
+            self._die()
+            return
+        if words:
+            self._hand_out([(number & NUMBER, None) for number in words])
+        elif frames:
+            self._handle(frames)
 
     def _handle(self, frames: Sequence[Frame]) -> None:
         replies: list[tuple[int, bytes | None]] = []
@@ -168,10 +174,8 @@ class Station(ABC):
             self._hand_out(replies)
 
     def _hand_out(self, answers: Sequence[tuple[int, bytes | None]]) -> None:
-        take = self.calls.pop
-        found = [
-            (answer, call) for answer in answers if (call := take(answer[0], None)) is not None
-        ]  # others are stale
+        take = self.calls.pop  # what is not there was given up
+        found = [(answer, call) for answer in answers if (call := take(answer[0], None)) is not None]
         if not found:
             return
         receivers = [call[0] for _, call in found]
@@ -184,12 +188,12 @@ class Station(ABC):
         self._settle(receivers, outlets, replies)
 
     def _settle(self, receivers: Sequence[Any], outlets: Sequence[Outlet], replies: Sequence[Any]) -> None:
-        errors = [reply for reply in replies if isinstance(reply, Exception)]
-        if len(set(outlets)) == 1 and not errors:
-            outlets[0].deliver(receivers, replies)
+        first = outlets[0]
+        if not any([outlet is not first for outlet in outlets]) and not any(map(_is_error, replies)):  # noqa: C419
+            first.deliver(receivers, replies)
             return
         for receiver, outlet, reply in zip(receivers, outlets, replies, strict=True):
-            if isinstance(reply, Exception):
+            if _is_error(reply):
                 outlet.fail([receiver], [reply])
             else:
                 outlet.deliver([receiver], [reply])
@@ -223,12 +227,22 @@ class Station(ABC):
 
     def wait(self, waiter: Waiter, timeout: float | None) -> None:
         """Block until ``waiter`` has its answer, the station is dead, or ``timeout`` seconds passed."""
-        self._turns.wait(waiter, timeout)
+        if timeout is None and self._can_block() and self._receiving.acquire(blocking=False):
+            try:  # most often, one thread waits alone, and needs no turns
+                while not waiter.done and self.dead is None and self._can_block():
+                    self._receive(waiter)
+            finally:
+                self._receiving.release()
+        if not waiter.done:
+            self._turns.wait(waiter, timeout)
 
-    def _read_here(self, left: float | None) -> bool:
+    def _can_block(self) -> bool:
+        return self.control is not None and not self._wire.unsent
+
+    def _read_here(self, waiter: Waiter, left: float | None) -> bool:
         """Block for up to ``left`` seconds until something has come, and settle it; say whether more can come."""
-        if left is None and not self._wire.unsent and self.control is not None:
-            self.receive(block=True)
+        if left is None and self._can_block():
+            self.receive(waiter)
         elif self._wire.wait(left):
             self.receive()
         return self.dead is None
@@ -268,3 +282,7 @@ class Station(ABC):
     def __del__(self) -> None:
         for desk in getattr(self, "_desks", {}).values():
             desk.close()
+
+
+def _is_error(reply: Any) -> bool:
+    return isinstance(reply, Exception)

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from aioinfer.transports.bells import LockBell
 from aioinfer.transports.receivers import Waiter
 
 __all__ = ["Turns"]
@@ -16,11 +17,11 @@ class Turns:
     """Whoever waits takes the turn if it is free, and reads until it has its own answer; then the next in line reads.
 
     Args:
-        read: blocks for up to so many seconds, or for ever, until something has come, and settles it; says whether
-            more can come.
+        read: blocks for up to so many seconds, or for ever, until something has come or this waiter has its
+            answer, and settles what has come; says whether more can come.
     """
 
-    def __init__(self, read: Callable[[float | None], bool]) -> None:
+    def __init__(self, read: Callable[[Waiter, float | None], bool]) -> None:
         self._read = read
         self._turn = threading.Lock()
         self._line: deque[Waiter] = deque()
@@ -37,13 +38,14 @@ class Turns:
                     return
                 if self._turn.acquire(blocking=False):
                     try:
-                        self._over = not self._read(left)
+                        self._over = not self._read(waiter, left)
                     finally:
                         self._turn.release()
-                elif in_line:
+                elif in_line and waiter.bell is not None:
                     waiter.bell.wait(left)
                     in_line = False
                 else:  # first, and then once more for the turn: who has it passes it on to the line afterwards
+                    waiter.bell = waiter.bell or LockBell()
                     self._line.append(waiter)
                     in_line = True
         finally:
@@ -56,7 +58,7 @@ class Turns:
                 waiter = self._line.popleft()
             except IndexError:  # another thread was quicker
                 return
-            if not waiter.done and not waiter.gone:
+            if not waiter.done and not waiter.gone and waiter.bell is not None:
                 waiter.bell.ring()
                 if not self._over:
                     return
