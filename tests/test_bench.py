@@ -23,7 +23,7 @@ def test_every_bar_is_easier_than_its_aim() -> None:
 
 def test_the_bare_model_takes_part_only_where_something_is_compared_with_it() -> None:
     with_bare = {workload.name for workload in WORKLOADS if workload.ways(System.BARE)}
-    assert with_bare == {"tasks-big", "bare-tiny-64", "bare-mlp-64", "bare-big-64", "bare-mlp-1"}
+    assert with_bare == {"tasks-big", "bare-tiny-64", "bare-mlp-64", "bare-big-64", "bare-cnn-32", "bare-mlp-1"}
     assert BY_NAME["bare-mlp-1"].ways(System.OURS) == ()
 
 
@@ -39,6 +39,17 @@ def test_who_takes_part_in_a_workload_is_whom_its_ratios_need() -> None:
         assert System.TORCHRL not in compared or workload.ways(System.TORCHRL), workload.name
     assert BY_NAME["weights-1mb-8"].ways(System.TORCHRL) == ("queues",)
     assert BY_NAME["weights-420mb"].ways(System.TORCHRL) == ()
+
+
+def test_the_processes_of_a_workload_have_as_many_callers_each() -> None:
+    for workload in WORKLOADS:
+        assert not workload.processes or workload.callers % workload.processes == 0, workload.name
+    assert BY_NAME["processes-2x16"].callers == 32
+
+
+@pytest.mark.parametrize(("name", "shared"), [("tasks-mlp", False), ("process-one", True), ("weights-1mb-8", True)])
+def test_a_measurement_knows_whether_it_shares_its_cores(name: str, shared: bool) -> None:
+    assert BY_NAME[name].shares_cores is shared
 
 
 @pytest.mark.parametrize("name", ["weights-1mb-8", "weights-1mb-200", "weights-publishing"])

@@ -105,6 +105,13 @@ def test_the_report_names_the_machine_the_bare_rates_and_the_crashes() -> None:
     assert "CRASHED: tasks-mlp, heat, torchrl: gone" in shown
 
 
+def test_callers_in_other_processes_are_reported_like_all_others() -> None:
+    shown = report.text(results(contest("processes-4", aioinfer=[18_000.0], torchrl=[4_000.0])))
+    row = next(line for line in shown.splitlines() if line.startswith("processes-4"))
+    assert " ".join(row.split()) == "processes-4 rate 18,000/s torchrl 4,000/s 4.50 4.50 to 4.50 >= 3 >= 4.5 aim met"
+    assert "in other processes torchrl's clients block" in shown
+
+
 def test_markdown_has_as_many_cells_in_every_row() -> None:
     shown = report.markdown(results(contest("one-task", aioinfer=[4e-4], torchrl=[1e-3])))
     rows = [line for line in shown.splitlines() if line.startswith("|")]

@@ -5,18 +5,30 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from multiprocessing.context import BaseContext
 from typing import Any
 
 import torch
 from tensordict.nn import TensorDictModule
 
+import aioinfer
 from aioinfer import InferenceServer, SlotTransport, ThreadingTransport
+from aioinfer.bench.models import Policy
 from aioinfer.bench.workloads import MAX_BATCH_SIZE, Job, System
 from aioinfer.weight_sync import MultiProcessWeightSyncScheme, SharedMemWeightSyncScheme
 
-__all__ = ["TaskCaller", "make_scheme", "prepare", "serve_tasks", "serve_threads"]
+__all__ = [
+    "TaskCaller",
+    "make_process_clients",
+    "make_process_transport",
+    "make_scheme",
+    "prepare",
+    "serve_processes",
+    "serve_tasks",
+    "serve_threads",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +99,40 @@ async def serve_tasks(
             yield [_wrapped(server.client()) for _ in range(callers)]
 
 
+def make_process_transport(job: Job, policy: Policy, callers: int, context: BaseContext) -> Any:
+    """A transport for callers in other processes, which are given its clients before the server begins."""
+    system: Any = aioinfer
+    if job.system == System.TORCHRL:
+        from torchrl.modules import inference_server as torchrl
+
+        system = torchrl
+    if job.way == "pickles":
+        return system.MPTransport(context)
+    return system.ProcessSlotTransport(policy.request(), policy.reply(), num_slots=callers, ctx=context)
+
+
+def make_process_clients(job: Job, transport: Any, callers: int, *, awaiting: bool) -> list[Any]:
+    """What one of these processes is given: clients that block, or can be awaited. All of torchrl's block."""
+    if job.system == System.TORCHRL:
+        return [transport.client() for _ in range(callers)]
+    return list(transport.async_clients(callers) if awaiting else transport.clients(callers))
+
+
+def serve_processes(job: Job, model: TensorDictModule, transport: Any) -> AbstractContextManager[Any]:
+    """A server in threads of this process."""
+    server: AbstractContextManager[Any] = (
+        _torchrl_server(job, model, transport, None)
+        if job.system == System.TORCHRL
+        else _our_server(model, transport, None, swap=False)
+    )
+    return server
+
+
 def _ours(job: Job, model: TensorDictModule, callers: int, weight_sync: Any, swap: bool) -> InferenceServer:
-    transport = SlotTransport(callers) if job.way == "slots" else ThreadingTransport()
+    return _our_server(model, SlotTransport(callers) if job.way == "slots" else ThreadingTransport(), weight_sync, swap)
+
+
+def _our_server(model: TensorDictModule, transport: Any, weight_sync: Any, swap: bool) -> InferenceServer:
     return InferenceServer(model, transport, max_batch_size=MAX_BATCH_SIZE, weight_sync=weight_sync, swap_weights=swap)
 
 
@@ -96,6 +140,12 @@ def _torchrl(job: Job, model: TensorDictModule, callers: int, weight_sync: Any) 
     from torchrl.modules import inference_server as torchrl
 
     transport = torchrl.SlotTransport(callers) if job.way == "slots" else torchrl.ThreadingTransport()
+    return _torchrl_server(job, model, transport, weight_sync)
+
+
+def _torchrl_server(job: Job, model: TensorDictModule, transport: Any, weight_sync: Any) -> Any:
+    from torchrl.modules import inference_server as torchrl
+
     collate = {"collate_fn": torch.stack} if job.torchrl_collate == "stack" else {}
     return torchrl.InferenceServer(model, transport, max_batch_size=MAX_BATCH_SIZE, weight_sync=weight_sync, **collate)
 

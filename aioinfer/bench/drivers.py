@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -17,6 +17,8 @@ from aioinfer.bench.contenders import TaskCaller
 
 __all__ = [
     "arrivals",
+    "asking_tasks",
+    "asking_threads",
     "bare",
     "by_turns",
     "gaps",
@@ -35,7 +37,7 @@ __all__ = [
 
 async def tasks(callers: Sequence[TaskCaller], requests: Sequence[Any], warm_up: float, seconds: float) -> float:
     """Replies per second to tasks that ask again as soon as they have their reply."""
-    async with _asking(callers, requests) as replies:
+    async with asking_tasks(callers, requests) as replies:
         await asyncio.sleep(warm_up)
         started, before = time.perf_counter(), replies()
         await asyncio.sleep(seconds)
@@ -43,7 +45,7 @@ async def tasks(callers: Sequence[TaskCaller], requests: Sequence[Any], warm_up:
 
 
 @asynccontextmanager
-async def _asking(callers: Sequence[TaskCaller], requests: Sequence[Any]) -> AsyncIterator[Callable[[], int]]:
+async def asking_tasks(callers: Sequence[TaskCaller], requests: Sequence[Any]) -> AsyncIterator[Callable[[], int]]:
     """Let tasks ask until the end of the block; yield what counts the replies."""
     replies = 0
     running = True
@@ -67,6 +69,16 @@ async def _asking(callers: Sequence[TaskCaller], requests: Sequence[Any]) -> Asy
 
 def threads(callers: Sequence[Callable[[Any], Any]], requests: Sequence[Any], warm_up: float, seconds: float) -> float:
     """Replies per second to blocking threads that ask again as soon as they have their reply."""
+    with asking_threads(callers, requests) as replies:
+        time.sleep(warm_up)
+        started, before = time.perf_counter(), replies()
+        time.sleep(seconds)
+        return (replies() - before) / (time.perf_counter() - started)
+
+
+@contextmanager
+def asking_threads(callers: Sequence[Callable[[Any], Any]], requests: Sequence[Any]) -> Iterator[Callable[[], int]]:
+    """Let threads ask until the end of the block; yield what counts the replies."""
     replies = [0] * len(callers)
     running = True
 
@@ -78,14 +90,12 @@ def threads(callers: Sequence[Callable[[Any], Any]], requests: Sequence[Any], wa
 
     with ThreadPoolExecutor(len(callers)) as pool:
         asking = [pool.submit(ask, index) for index in range(len(callers))]
-        time.sleep(warm_up)
-        started, before = time.perf_counter(), sum(replies)
-        time.sleep(seconds)
-        rate = (sum(replies) - before) / (time.perf_counter() - started)
-        running = False
+        try:
+            yield lambda: sum(replies)
+        finally:
+            running = False
     for thread in asking:
         thread.result()
-    return rate
 
 
 def one_thread(call: Callable[[Any], Any], request: Any, warm_up: float, seconds: float) -> list[float]:
@@ -220,7 +230,7 @@ async def gaps(
         update: returns when it began and when the new weights were in use.
     """
     passes[:] = [time.perf_counter()]
-    async with _asking(callers, requests):
+    async with asking_tasks(callers, requests):
         await asyncio.sleep(_SETTLE)
         begun, ended = await update()
         await asyncio.sleep(_SETTLE)

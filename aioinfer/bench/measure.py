@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import torch
 
-from aioinfer.bench import contenders, drivers, weights
+from aioinfer.bench import contenders, drivers, processes, weights
 from aioinfer.bench.models import Policy
 from aioinfer.bench.results import Figures, percentiles
 from aioinfer.bench.workloads import Job, Pattern, System, Workload, named
@@ -47,6 +47,8 @@ def measure(job: Job) -> Figures:
     policy = Policy(workload.model, workload.weights)
     if job.system == System.BARE:
         return {"rate": drivers.bare(policy.module, policy.request(workload.callers), job.warm_up, job.seconds)}
+    if workload.processes:
+        return processes.measure(job, workload, policy)
     if workload.pattern in (Pattern.THREADS, Pattern.ONE_THREAD):
         return _measure_threads(job, workload, policy)
     if workload.pattern is Pattern.SEND:

@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
-from torch import nn
+from torch import Tensor, nn
 
 from aioinfer.bench.workloads import WeightSet
 
@@ -18,10 +18,11 @@ _LAYERS: dict[str, tuple[list[int], type[nn.Module]]] = {
     "mlp": ([64, 256, 256, 8], nn.Tanh),
     "big": ([256, 1024, 1024, 1024, 16], nn.ReLU),
 }
+_IMAGE = (3, 84, 84)
 
 
 class Policy:
-    """One of the models ``tiny``, ``mlp`` and ``big``, with what is needed to ask it.
+    """One of the models ``tiny``, ``mlp``, ``big`` and ``cnn``, with what is needed to ask it.
 
     Args:
         name: the model's name.
@@ -29,26 +30,60 @@ class Policy:
     """
 
     def __init__(self, name: str, weights: WeightSet | None = None) -> None:
-        widths, activation = _LAYERS[name]
-        layers: list[nn.Module] = []
-        for inputs, outputs in pairwise(widths):
-            layers += [nn.Linear(inputs, outputs), activation()]
-        layers.pop()  # none after the last
-        network = layers[0] if len(layers) == 1 else nn.Sequential(*layers)
+        network: nn.Module
+        self._inputs: tuple[int, ...]
+        self._sees = name == "cnn"
+        if self._sees:
+            network, self._inputs, self._outputs = _convolutions(8), _IMAGE, 8
+        else:
+            widths, activation = _LAYERS[name]
+            network, self._inputs, self._outputs = _dense(widths, activation), (widths[0],), widths[-1]
         self.module = TensorDictModule(network, in_keys=["observation"], out_keys=["action"])
-        self._inputs, self._outputs = widths[0], widths[-1]
         if weights is not None:
             self.module.ballast = _ballast(self.module, weights)
 
     def request(self, *rows: int) -> TensorDict:
-        """One request with a random observation ``[obs]``, or a ready batch ``[rows, obs]``."""
-        return TensorDict({"observation": torch.randn(*rows, self._inputs)}, batch_size=rows)
+        """One request with a random observation ``[*obs]``, or a ready batch ``[rows, *obs]``."""
+        shape = (*rows, *self._inputs)
+        observation = torch.randint(256, shape, dtype=torch.uint8) if self._sees else torch.randn(shape)
+        return TensorDict({"observation": observation}, batch_size=rows)
+
+    def reply(self) -> TensorDict:
+        """What a reply looks like."""
+        return TensorDict({"action": torch.zeros(self._outputs)}, batch_size=())
 
     def check(self, reply: TensorDict) -> None:
         """Make sure that a reply is one: a system that answers wrongly is not worth measuring."""
         action = reply["action"]
         if action.shape != (self._outputs,):
             raise RuntimeError(f"the action has shape {list(action.shape)}, expected [{self._outputs}]")
+
+
+def _dense(widths: list[int], activation: type[nn.Module]) -> nn.Module:
+    layers: list[nn.Module] = []
+    for inputs, outputs in pairwise(widths):
+        layers += [nn.Linear(inputs, outputs), activation()]
+    layers.pop()  # none after the last
+    return layers[0] if len(layers) == 1 else nn.Sequential(*layers)
+
+
+def _convolutions(outputs: int) -> nn.Module:
+    return nn.Sequential(
+        _Brightness(),
+        nn.Conv2d(_IMAGE[0], 16, 8, 4),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 4, 2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(32 * 9 * 9, outputs),
+    )
+
+
+class _Brightness(nn.Module):
+    """From 0 to 1, of bytes."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return image.float().div_(255)
 
 
 def _ballast(module: nn.Module, weights: WeightSet) -> nn.ParameterList:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
 from types import TracebackType
 from typing import Any, Self, TypeAlias
 
@@ -32,17 +34,18 @@ class Partner:
 
     Args:
         play: a function of some module, which gets its end of a pipe, and ``details``.
-        details: pickled; a scheme may be among them.
+        details: a scheme may be among them, or clients.
+        fork: whether the process inherits everything from this one, which has no other threads yet: fork would hand
+            over their locks as they are. It saves the imports of many processes. Otherwise ``details`` are pickled.
 
     Raises:
         RuntimeError: it failed to get ready.
     """
 
-    def __init__(self, play: Callable[..., None], *details: object) -> None:
-        # Fork would hand over threads' locks as they are.
-        spawn = multiprocessing.get_context("spawn")
-        self._pipe, theirs = spawn.Pipe()
-        self._process = spawn.Process(target=_play, args=(theirs, play, details), daemon=True)
+    def __init__(self, play: Callable[..., None], *details: object, fork: bool = False) -> None:
+        context: BaseContext = multiprocessing.get_context("fork" if fork else "spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_play, args=(theirs, play, details), daemon=True)  # type: ignore[attr-defined]
         self._process.start()
         theirs.close()
         try:
@@ -95,6 +98,7 @@ class Partner:
 def _play(pipe: Pipe, play: Callable[..., None], details: tuple[object, ...]) -> None:
     os.dup2(2, 1)  # on standard output, the measurement talks to the one who started it
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         play(pipe, *details)
     except EOFError:  # nobody asks any more
@@ -103,3 +107,10 @@ def _play(pipe: Pipe, play: Callable[..., None], details: tuple[object, ...]) ->
         with suppress(OSError):
             pipe.send(_Failure(f"{type(error).__qualname__}: {error}"))
     os._exit(0)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -104,6 +104,11 @@ def _notes(results: Results) -> list[str]:
         notes.append(f"transports or schemes kept (aioinfer / torchrl): {', '.join(kept)}")
     patterns = {contest.workload.pattern for contest in results.contests}
     notes += [note for pattern, note in _ABOUT.items() if pattern in patterns]
+    if any(contest.workload.processes for contest in results.contests):
+        notes.append(
+            "in other processes torchrl's clients block: where ours are awaited, one thread of a process has the "
+            "requests of all its callers under way and waits for the replies in turn or in rounds"
+        )
     if any(metric.over == "memcpy" for _, metric in _judged(results)):
         notes.append(
             "memcpy is one copy of as many bytes, warm, in the process that is measured, by turns with updates"
@@ -144,7 +149,7 @@ def _share(contest: Contest, metric: Metric) -> str | None:
 def _method(results: Results) -> str:
     return (
         f"medians over {results.repeats} x {results.seconds:g} s, each in a fresh process, the systems by turns; "
-        f"max_batch_size={MAX_BATCH_SIZE}; beside a trainer OMP_NUM_THREADS=1"
+        f"max_batch_size={MAX_BATCH_SIZE}; with other processes OMP_NUM_THREADS=1"
     )
 
 

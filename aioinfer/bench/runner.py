@@ -19,7 +19,7 @@ __all__ = ["MeasurementError", "Runner", "measure_in_turn"]
 
 _MODULE = "aioinfer.bench.measure"
 
-# For measurements beside a trainer, which needs a core. torch.set_num_threads does not reach a server's own thread
+# For measurements with other processes, which need a core. torch.set_num_threads does not reach a server's own thread
 # until an operator there asks for it, and those for a few rows don't: OpenMP's threads would spin on all cores.
 _ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
@@ -119,7 +119,7 @@ class _Process:
         self._errors = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115 - until close()
         self._process = subprocess.Popen(
             [sys.executable, "-m", _MODULE, json.dumps(asdict(job))],
-            env=os.environ | (_ONE_THREAD if named(job.workload).weights is not None else {}),
+            env=os.environ | (_ONE_THREAD if named(job.workload).shares_cores else {}),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

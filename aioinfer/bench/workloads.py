@@ -118,6 +118,8 @@ class Workload:
         stretch: times the usual length of warm-up and measurement.
         weights: what a trainer publishes; the model gets so many parameters, most of which its passes do not use.
         swap: whether our server has ``swap_weights=True``.
+        processes: how many other processes share the callers; with 0 they are in the server's. Awaiting callers
+            have one event loop in each.
     """
 
     name: str
@@ -132,6 +134,12 @@ class Workload:
     stretch: float = 1.0
     weights: WeightSet | None = None
     swap: bool = False
+    processes: int = 0
+
+    @property
+    def shares_cores(self) -> bool:
+        """Whether other processes take part."""
+        return self.weights is not None or self.processes > 0
 
     def ways(self, system: System) -> tuple[str, ...]:
         """The transports or schemes by which ``system`` is tried on this workload; empty if it takes no part."""
@@ -158,6 +166,24 @@ class Job:
 
 def _rate(bar: float, aim: float, against: System = System.TORCHRL) -> tuple[Metric, ...]:
     return (Metric("rate", bar, aim, against),)
+
+
+def _blocking(
+    name: str, summary: str, processes: int, metrics: tuple[Metric, ...], way: str = "process slots"
+) -> Workload:
+    """One blocking caller in each of several processes."""
+    pattern = Pattern.ONE_THREAD if processes == 1 else Pattern.THREADS
+    return Workload(name, summary, pattern, "mlp", processes, metrics, (way,), (way,), processes=processes)
+
+
+def _awaiting(name: str, summary: str, callers: int, metrics: tuple[Metric, ...], model: str = "mlp") -> Workload:
+    """Tasks in two processes. torchrl's replies can't be awaited there: one thread waits for those of all its callers.
+
+    With a thread for each of 16 callers it answers 8 000 requests/s instead of 16 000 to 22 000. A heat that a busy
+    neighbour disturbs could choose that, so it is not tried.
+    """
+    ways = "process slots in turn", "process slots in rounds"
+    return Workload(name, summary, Pattern.TASKS, model, callers, metrics, ("process slots",), ways, processes=2)
 
 
 _LARGE = WeightSet(420_000_000, 50)
@@ -217,6 +243,15 @@ WORKLOADS: tuple[Workload, ...] = (
         torchrl=("threading",),
         rate=4000.0,
     ),
+    _blocking("processes-4", "4 processes, one blocking caller each, mlp", 4, _rate(3, 4.5)),
+    _blocking("processes-8", "8 processes, one blocking caller each, mlp", 8, _rate(4, 7)),
+    _blocking("processes-4-pickles", "4 processes, one blocking caller each, mlp, pickled", 4, _rate(2, 4), "pickles"),
+    _blocking(
+        "process-one", "one blocking caller in another process, mlp", 1, (Metric("p50", 0.5, 0.3),), "process slots"
+    ),
+    _awaiting("processes-2x16", "2 processes of 16 asyncio tasks, mlp", 32, _rate(4, 6)),
+    _awaiting("processes-2x64", "2 processes of 64 asyncio tasks, mlp", 128, _rate(6, 9)),
+    _awaiting("processes-images", "2 processes of 16 asyncio tasks, uint8 [3, 84, 84], cnn", 32, _rate(2, 4), "cnn"),
     _send("weights-1mb-8", "1 MB in 8 tensors until applied in another process", WeightSet(1_000_000, 8), 1.0, 0.4),
     _send(
         "weights-1mb-200", "1 MB in 200 tensors until applied in another process", WeightSet(1_000_000, 200), 0.5, 0.25
@@ -244,6 +279,7 @@ WORKLOADS: tuple[Workload, ...] = (
     Workload("bare-tiny-64", "bare forward, tiny, 64 rows", Pattern.BARE, "tiny", 64, stretch=0.5),
     Workload("bare-mlp-64", "bare forward, mlp, 64 rows", Pattern.BARE, "mlp", 64, stretch=0.5),
     Workload("bare-big-64", "bare forward, big, 64 rows", Pattern.BARE, "big", 64, stretch=0.5),
+    Workload("bare-cnn-32", "bare forward, cnn, 32 rows", Pattern.BARE, "cnn", 32, stretch=0.5),
     Workload("bare-mlp-1", "bare forward, mlp, 1 row", Pattern.BARE, "mlp", 1, stretch=0.5),
 )
 

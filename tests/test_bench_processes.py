@@ -1,0 +1,172 @@
+"""The loads that the benchmark makes from other processes."""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensordict import TensorDict
+
+from aioinfer.bench import processes, runner
+from aioinfer.bench.models import Policy
+from aioinfer.bench.partners import Pipe
+from aioinfer.bench.processes import Rota
+from aioinfer.bench.results import Figures
+from aioinfer.bench.workloads import System
+from tests.bench_parts import BY_NAME, job
+
+# -- whole measurements --------------------------------------------------------------------------------
+
+
+def measured(system: System, *names_and_ways: tuple[str, str]) -> list[Figures]:
+    """Of processes of their own: what is measured here forks, and pytest has threads."""
+    found: list[Figures] = []
+    for outcome in runner.measure_in_turn([job(name, system, way) for name, way in names_and_ways]):
+        assert not isinstance(outcome, runner.MeasurementError), str(outcome)
+        found.append(outcome)
+    return found
+
+
+def test_ours_is_measured_with_callers_in_other_processes() -> None:
+    *rates, one = measured(
+        System.OURS,
+        ("processes-4", "process slots"),
+        ("processes-4-pickles", "pickles"),
+        ("processes-images", "process slots"),
+        ("process-one", "process slots"),
+    )
+    assert all(set(found) == {"rate"} and found["rate"] > 0 for found in rates)
+    assert set(one) == {"p50", "p99", "count"}
+
+
+@pytest.mark.skipif(find_spec("torchrl") is None, reason="torchrl is not installed")
+def test_torchrl_is_measured_with_callers_in_other_processes() -> None:
+    ways = BY_NAME["processes-2x16"].torchrl
+    found = measured(System.TORCHRL, ("processes-4-pickles", "pickles"), *(("processes-2x16", way) for way in ways))
+    assert len(found) == 3
+    assert all(figures["rate"] > 0 for figures in found)
+
+
+_KILLED = """
+import os, signal, threading
+from aioinfer.bench.partners import Partner
+
+def hang(pipe):
+    pipe.send("ready")
+    threading.Event().wait()
+
+partners = [Partner(hang, fork=True) for _ in range(3)]
+print(*(partner._process.pid for partner in partners), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_measurement_leaves_no_process_behind_although_its_callers_hang() -> None:
+    killed = subprocess.run([sys.executable, "-c", _KILLED], stdout=subprocess.PIPE, text=True, check=False)
+    pids = [int(pid) for pid in killed.stdout.split()]
+    assert len(pids) == 3
+    deadline = time.monotonic() + 10
+    while any(map(runs, pids)):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def runs(pid: int) -> bool:
+    """Whether a process is there, and is more than an entry that nobody has collected."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    status = Path(f"/proc/{pid}/stat")
+    with suppress(FileNotFoundError):
+        return status.read_text().rpartition(")")[2].split()[0] != "Z"
+    return not Path("/proc/self").exists()
+
+
+# -- one of the processes ------------------------------------------------------------------------------
+
+
+def ask(pipe: Pipe, client: Callable[[Any], Any]) -> None:
+    """As another process would, of a system whose clients block."""
+    theirs = job("processes-4", System.TORCHRL, "process slots")
+    processes._ask(pipe, theirs, BY_NAME["processes-4"], Policy("mlp"), [client])
+
+
+def test_a_process_counts_its_replies_whenever_asked_and_asks_until_told_to_end() -> None:
+    reply = Policy("mlp").reply()
+    ours, theirs = multiprocessing.Pipe()
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(ask, theirs, lambda request: reply)
+        assert ours.recv() == "ready"
+        ours.send("begin")
+        assert ours.recv() == "begun"
+        ours.send("count")
+        earlier, fewer = ours.recv()
+        more = fewer
+        while more == fewer:
+            ours.send("count")
+            later, more = ours.recv()
+            assert later > earlier
+        assert more > fewer
+        ours.send("end")
+        assert ours.recv() == "ended"
+        asking.result()
+    assert processes._rate((10.0, 3), (12.0, 7)) == 2.0
+
+
+def test_a_process_that_gets_a_wrong_reply_does_not_begin() -> None:
+    ours, theirs = multiprocessing.Pipe()
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(ask, theirs, lambda request: TensorDict({"action": torch.zeros(3)}))
+        ours.send("begin")
+        with pytest.raises(RuntimeError, match=r"the action has shape \[3\], expected \[8\]"):
+            asking.result()
+    assert ours.recv() == "ready"
+    assert not ours.poll()
+
+
+class Client:
+    """Answers with its name and how many requests it has had."""
+
+    def __init__(self, name: str, asked: list[str]) -> None:
+        self._name = name
+        self._asked = asked
+
+    def submit(self, request: object) -> Future[str]:
+        self._asked.append(self._name)
+        future: Future[str] = Future()
+        future.set_result(f"{self._name}{self._asked.count(self._name)}")
+        return future
+
+
+@pytest.mark.parametrize(
+    ("rounds", "asked"),
+    [(False, ["abca", "abcab", "abcabc", "abcabca"]), (True, ["abc", "abc", "abc", "abcabc"])],
+)
+def test_callers_in_one_thread_get_one_reply_a_call_and_ask_again_in_turn_or_in_rounds(
+    rounds: bool, asked: list[str]
+) -> None:
+    log: list[str] = []
+    rota = Rota([Client(name, log) for name in "abc"], rounds=rounds)
+    seen = [(rota("td"), "".join(log)) for _ in range(4)]
+    assert [reply for reply, _ in seen] == ["a1", "b1", "c1", "a2"]
+    assert [so_far for _, so_far in seen] == asked
+
+
+def test_a_model_that_sees_is_asked_with_images() -> None:
+    policy = Policy("cnn")
+    request = policy.request()["observation"]
+    assert request.shape == (3, 84, 84)
+    assert request.dtype is torch.uint8
+    replies = policy.module(policy.request(2))["action"]
+    assert replies.shape == (2, *policy.reply()["action"].shape)
+    policy.check(policy.reply())
