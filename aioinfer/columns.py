@@ -203,12 +203,16 @@ class Columns:
         """How much memory ``count`` rows take."""
         return list(_starts(layout, count))[-1]
 
+    def write_one(self, row: int, values: Sequence[Tensor]) -> None:
+        """Copy what ``layout.values`` returned into a row."""
+        for place, value in zip(self._rows[row], values, strict=True):
+            place.copy_(value.detach() if value.requires_grad else value)
+
     def write(self, rows: Sequence[int], requests: Sequence[Sequence[Tensor]]) -> None:
-        """Copy what ``layout.values`` returned into rows."""
+        """Do as :meth:`write_one` with several."""
         if len(rows) < _MANY:
             for row, values in zip(rows, requests, strict=True):
-                for place, value in zip(self._rows[row], values, strict=True):
-                    place.copy_(value.detach() if value.requires_grad else value)
+                self.write_one(row, values)
             return
         index = torch.tensor(rows)
         for number, (leaf, column) in enumerate(zip(self.layout.leaves, self._columns, strict=True)):

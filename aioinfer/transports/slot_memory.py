@@ -103,4 +103,4 @@ class SlotMemory:
             values = self.replies.layout.values(reply.to("cpu"))
         except InvalidRequestError as error:
             raise ModelError(str(error)) from None
-        self.replies.write([slot], [values])
+        self.replies.write_one(slot, values)

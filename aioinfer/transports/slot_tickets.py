@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from array import array
 from collections.abc import Sequence
@@ -53,6 +54,7 @@ class _SlotStation(Station):
     def __init__(self, ticket: SlotTicket) -> None:
         self._layouts = ticket.request, ticket.reply, ticket.num_slots
         self._reply_size = ticket.reply.batch_size
+        self._one = torch.Size([1, *self._reply_size])
         self._copies = ticket.copies
         self._memory: SlotMemory | None = None
         self._slots: Sequence[int] = ()
@@ -69,6 +71,12 @@ class _SlotStation(Station):
         memory = self._memory
         assert memory is not None
         now = time.perf_counter()
+        if len(asked) == 1:
+            ((number, text, values),) = asked
+            slot = self._slots[number & _PLACE]
+            memory.times[slot] = now
+            memory.requests.write_one(slot, values)
+            return text.to_bytes(8, sys.byteorder)
         slots = [self._slots[number & _PLACE] for number, _, _ in asked]
         for slot in slots:
             memory.times[slot] = now
@@ -83,8 +91,6 @@ class _SlotStation(Station):
         sources: Sequence[dict[str, Any]]
         if not self._copies:
             sources = [memory.replies.lend(slot) for slot in slots]
-        elif len(slots) == 1:
-            sources = [memory.replies.read(slots[0])]
         else:
             sources = list(memory.replies.read_many(slots))
         size = self._reply_size
@@ -95,6 +101,17 @@ class _SlotStation(Station):
             ):
                 source[key] = stamp
         return [build(source, size, None) for source in sources]
+
+    def _unload_one(self, number: int) -> TensorDictBase:
+        memory, control = self._memory, self.control
+        assert memory is not None
+        assert control is not None
+        slot = self._slots[number & _PLACE]
+        source = memory.replies.read(slot) if self._copies else memory.replies.lend(slot)
+        key = control.version_key()
+        if key:
+            source[key] = self._stamps.make(memory.versions[slot], self._one, None)[0]
+        return build(source, self._reply_size, None)
 
     def _stamp(self, versions: Sequence[int], size: torch.Size) -> Sequence[Tensor]:
         if versions.count(versions[0]) == len(versions):

@@ -73,6 +73,10 @@ class Station(ABC):
     def _unload(self, answers: Sequence[tuple[int, bytes | None]]) -> Sequence[Any]:
         """The replies that came, by number and payload: each a TensorDict, or the error why it can't be one."""
 
+    def _unload_one(self, number: int) -> Any:
+        """The reply to one request that came without a payload."""
+        return self._unload([(number, None)])[0]
+
     # -- asking ----------------------------------------------------------------------------------------
 
     def ask(self, place: int, cargo: Any, receiver: Any, outlet: Outlet, *, patient: bool = False) -> Asked:
@@ -138,8 +142,8 @@ class Station(ABC):
         if self._wire.unsent:
             self._wire.flush()
 
-    def _receive(self, waiter: Waiter | None) -> None:
-        """Under the lock: without it, another thread might read what ``waiter`` then waits for."""
+    def _receive(self, waiter: Waiter | None, number: int = -1) -> None:
+        """Under the lock: without it, another thread might read what ``waiter``, of a request, then waits for."""
         if waiter is not None and waiter.done:
             return
         try:
@@ -152,7 +156,9 @@ class Station(ABC):
         except EOFError:
             self._die()
             return
-        if words:
+        if len(words) == 1 and words[0] == number and waiter is not None and self.calls.pop(number, None) is not None:
+            waiter.settle(self._unload_one(number), None)
+        elif words:
             self._hand_out([(number & NUMBER, None) for number in words])
         elif frames:
             self._handle(frames)
@@ -225,12 +231,12 @@ class Station(ABC):
 
     # -- threads that wait -----------------------------------------------------------------------------
 
-    def wait(self, waiter: Waiter, timeout: float | None) -> None:
-        """Block until ``waiter`` has its answer, the station is dead, or ``timeout`` seconds passed."""
+    def wait(self, number: int, waiter: Waiter, timeout: float | None) -> None:
+        """Block until the waiter of a request has its answer, the station is dead, or ``timeout`` seconds passed."""
         if timeout is None and self._can_block() and self._receiving.acquire(blocking=False):
-            try:  # most often, one thread waits alone, and needs no turns
+            try:  # most often, one thread waits alone: it needs no turns, and gets nothing but its reply
                 while not waiter.done and self.dead is None and self._can_block():
-                    self._receive(waiter)
+                    self._receive(waiter, number)
             finally:
                 self._receiving.release()
         if not waiter.done:

@@ -135,8 +135,8 @@ class Line(ABC):
 
     def send(self, data: bytes) -> None:
         """Send frames now, or as soon as there is room."""
-        self.wire.send(data)
-        self._look_out()
+        if not self.wire.send(data):
+            self._look_out()
 
     def _look_out(self) -> None:
         """Wait for room, if something is left unsent."""

@@ -170,7 +170,7 @@ class _Client(_Place, InferenceClient):
         self._number = asked[0]
         try:
             station.post([asked])
-            station.wait(waiter, timeout)
+            station.wait(asked[0], waiter, timeout)
         finally:
             unanswered = station.withdraw(asked[0])
         if unanswered:

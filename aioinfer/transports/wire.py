@@ -97,12 +97,19 @@ class Wire:
         """Whether something waits until the other end has read more; see :meth:`flush`."""
         return bool(self._unsent)
 
-    def send(self, data: bytes) -> None:
-        """Send frames, or keep them until there is room. Where the other end is gone, they are dropped."""
+    def send(self, data: bytes) -> bool:
+        """Send frames, or keep them until there is room; say whether all have left.
+
+        Where the other end is gone, they are dropped.
+        """
         with self._lock:
             if not self._unsent:
-                data = data[self._try(data) :]
+                sent = self._try(data)
+                if sent == len(data):
+                    return True
+                data = data[sent:]
             self._unsent += data
+            return False
 
     def send_descriptors(self, data: bytes, descriptors: Sequence[int]) -> None:
         """Send frames and descriptors, first of all on this wire."""
