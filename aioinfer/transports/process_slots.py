@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from array import array
 from collections.abc import Sequence
@@ -185,7 +186,7 @@ class _SlotLine(Line):
         return _SlotRequest(self, slot, self._memory)
 
     def ask(self, words: Sequence[int]) -> None:
-        if self._queue.admission.spec is not None:
+        if self._queue.admission.spec is not None or not self.joined:
             super().ask(words)
         else:
             self._queue.admit_all(self._note(words))
@@ -232,7 +233,10 @@ class _SlotLine(Line):
             ]
         for receiver in receivers:
             receiver.under_way = False
-        self.send(array("Q", [receiver.number for receiver in receivers]).tobytes())
+        if len(receivers) == 1:
+            self.send(receivers[0].number.to_bytes(8, sys.byteorder))
+        else:
+            self.send(array("Q", [receiver.number for receiver in receivers]).tobytes())
 
     def _put(self, receiver: _SlotRequest, reply: TensorDictBase) -> bool:
         try:

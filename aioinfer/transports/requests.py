@@ -75,11 +75,20 @@ def answer(requests: Sequence[Request], outcomes: Sequence[Any], *, failed: bool
         outcomes: a reply for each, or an error for each if ``failed``.
         failed: whether ``outcomes`` are errors.
     """
-    outlets = {request.outlet for request in requests}
-    for outlet in outlets:
-        receivers: Sequence[Any] = [request.receiver for request in requests if request.outlet is outlet]
-        own = outcomes
-        if len(outlets) > 1:
-            own = [outcome for request, outcome in zip(requests, outcomes, strict=True) if request.outlet is outlet]
+    if not requests:
+        return
+    groups: dict[Outlet | None, tuple[list[Any], Any]]
+    first = requests[0].outlet
+    if not any([request.outlet is not first for request in requests]):  # noqa: C419 - faster
+        groups = {first: ([request.receiver for request in requests], outcomes)}
+    else:
+        groups = {}
+        for request, outcome in zip(requests, outcomes, strict=True):
+            group = groups.get(request.outlet)
+            if group is None:
+                group = groups[request.outlet] = ([], [])
+            group[0].append(request.receiver)
+            group[1].append(outcome)
+    for outlet, (receivers, own) in groups.items():
         if outlet is not None:
             (outlet.fail if failed else outlet.deliver)(receivers, own)

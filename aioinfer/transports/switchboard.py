@@ -60,16 +60,16 @@ class Line(ABC):
 
     def read(self) -> None:
         """Take in what has arrived."""
-        if self.wire.unsent:
-            self.wire.flush()
+        wire = self.wire
+        if wire.unsent:
+            wire.flush()
             self._look_out()
         try:
-            words, frames = self.wire.receive()
-            if words and self.joined:
+            words, frames = wire.receive()
+            if words:
                 self.ask(words)
-            elif words:
-                raise ValueError("it has not joined")
-            self._take_in(frames)
+            else:
+                self._take_in(frames)
         except EOFError:
             self.board.drop(self)
         except Exception as error:  # rubbish: it must cost nobody else anything
@@ -115,7 +115,9 @@ class Line(ABC):
         """A ticket like those of the clients, for whoever has none."""
 
     def ask(self, words: Sequence[int]) -> None:
-        """Queue requests that have no payload."""
+        """Queue requests that have no payload; raise :class:`ValueError` if the process has not joined."""
+        if not self.joined:
+            raise ValueError("it has not joined")
         for text in words:
             self.ask_one(text, None, patient=False)
 

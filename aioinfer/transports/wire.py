@@ -157,7 +157,9 @@ class Wire:
             raise EOFError from error
         if size == 0:
             raise EOFError
-        if not self._partial and size % 8 == 0:
+        if size == 8 and not self._partial and self._words[0] < PLAIN:
+            return self._words[:1], ()
+        if size % 8 == 0 and not self._partial:
             words = self._words[: size // 8].tolist()
             if max(words) < PLAIN:
                 return words, ()
