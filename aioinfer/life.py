@@ -185,4 +185,4 @@ class ServerLife(ABC):
 
 
 def _closed() -> ServerClosedError:
-    return ServerClosedError("the server is shut down; it serves again after start()")
+    return ServerClosedError("the server is shut down")

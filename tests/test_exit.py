@@ -125,7 +125,7 @@ def test_weights_leave_no_file_descriptor_and_no_memory_behind() -> None:
                 scheme.shutdown()
 
     def mappings() -> int:
-        return Path("/proc/self/maps").read_text().count("aioinfer-weights")
+        return Path("/proc/self/maps").read_text().count("memfd:aioinfer")
 
     cycle()
     gc.collect()
@@ -145,7 +145,9 @@ def test_servers_leave_no_file_descriptor_behind() -> None:
                 server.client()(request(1), 20)
 
     cycle()
+    gc.collect()
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(5):
         cycle()
+    gc.collect()
     eventually(lambda: len(os.listdir("/proc/self/fd")) <= before)

@@ -45,8 +45,8 @@ def test_pending_requests_are_served_first_where_that_is_asked_for(make: Callabl
 
         def pause() -> list[bool]:
             with server.paused(pending="wait"):
-                done = [future.done() for future in asked]
                 inside.set()
+                done = [is_double(future.result(HANG), value) for value, future in enumerate(asked)]
                 assert leave.wait(HANG)
                 return done
 

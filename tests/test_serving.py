@@ -217,3 +217,4 @@ def test_the_five_verbs_work_by_themselves(transport: str) -> None:
     assert len(wire.drain(8)[0]) == 1
     wire.wait_for_work(0.001)
     assert wire.drain(8) == ([], [])
+    wire.finish(ServerClosedError("over"))

@@ -17,6 +17,8 @@ from aioinfer import (
     DispatchReason,
     InferenceServer,
     InferenceTransport,
+    MPTransport,
+    ProcessSlotTransport,
     SlotTransport,
     ThreadingTransport,
 )
@@ -53,8 +55,12 @@ async def until(condition: Callable[[], bool]) -> None:
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_tasks_of_an_embedding_loop_meet_in_one_pass(run: Any, transport: str) -> None:
     async def main() -> None:
-        async with InferenceServer(double, TRANSPORTS[transport]()) as server:
-            clients = [server.async_client() for _ in range(16)]
+        wire = TRANSPORTS[transport]()
+        async with InferenceServer(double, wire) as server:
+            if isinstance(wire, ProcessSlotTransport | MPTransport):  # what shares a tick must share a connection
+                clients = wire.async_clients(16)
+            else:
+                clients = [server.async_client() for _ in range(16)]
             for turn in range(10):
                 replies = await asyncio.gather(*(client(request(i + turn)) for i, client in enumerate(clients)))
                 assert [reply["action"][0].item() for reply in replies] == [2 * (i + turn) for i in range(16)]

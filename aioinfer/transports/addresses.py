@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import socket
+import stat
 import struct
 import sys
 import tempfile
@@ -13,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from aioinfer.errors import ServerClosedError
-from aioinfer.transports.wire import close_in_forked_children
+from aioinfer.transports.wire import accept, unix_socket
 
 __all__ = ["Listener", "dial"]
 
@@ -37,22 +39,24 @@ class Listener:
     """
 
     def __init__(self, address: str | None = None, descriptor: int | None = None) -> None:
+        self._directory: str | None = None
         if address is None and sys.platform == "linux":
             address = f"@aioinfer-{secrets.token_hex(12)}"
         elif address is None:
-            address = str(Path(tempfile.mkdtemp(prefix="aioinfer-")) / "server")  # which only its owner may enter
+            self._directory = tempfile.mkdtemp(prefix="aioinfer-")
+            address = str(Path(self._directory) / "server")
         self.address = address
         self._socket: socket.socket | None = None
         if descriptor is None:
             self.open()
         else:
-            self._adopt(socket.socket(fileno=descriptor))
+            self._adopt(unix_socket(descriptor))
 
     def open(self) -> None:
         """Listen, if it does not already."""
         if self._socket is not None:
             return
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock = unix_socket()
         try:
             self._bind(sock)
             sock.listen(_BACKLOG)
@@ -72,17 +76,20 @@ class Listener:
 
     def _adopt(self, sock: socket.socket) -> None:
         sock.setblocking(False)
-        close_in_forked_children(sock)
         self._socket = sock
-        self._closing = weakref.finalize(self, _close, sock, self.address, os.getpid())
+        self._closing = weakref.finalize(self, _close, sock, self.address, self._directory, os.getpid())
 
     def _bind(self, sock: socket.socket) -> None:
         if self.address.startswith("@"):
             sock.bind(_native(self.address))
             return
+        if self._directory is not None:
+            os.makedirs(self._directory, mode=0o700, exist_ok=True)  # which only its owner may enter
         try:
             sock.bind(self.address)
-        except OSError:
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or not stat.S_ISSOCK(os.stat(self.address).st_mode):
+                raise
             with suppress(ServerClosedError):
                 dial(self.address).close()
                 raise  # somebody listens there
@@ -102,7 +109,7 @@ class Listener:
         """Take the next process in, of this user, that has dialled; ``None`` if there is none."""
         while self._socket is not None:
             try:
-                sock, _ = self._socket.accept()
+                sock = accept(self._socket)
             except OSError:  # nobody there, or gone again
                 return None
             if _is_of_this_user(sock):
@@ -117,11 +124,13 @@ class Listener:
             self._closing()
 
 
-def _close(sock: socket.socket, address: str, pid: int) -> None:
+def _close(sock: socket.socket, address: str, directory: str | None, pid: int) -> None:
     sock.close()
     if not address.startswith("@") and pid == os.getpid():  # not in a forked child, whose parent still listens
         with suppress(OSError):
             os.unlink(address)
+            if directory is not None:
+                os.rmdir(directory)
 
 
 def dial(address: str) -> socket.socket:
@@ -129,13 +138,17 @@ def dial(address: str) -> socket.socket:
 
     Raises:
         ServerClosedError: nobody listens there.
+        PermissionError: somebody else does, another user.
     """
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock = unix_socket()
     try:
         sock.connect(_native(address))
     except OSError as error:
         sock.close()
         raise ServerClosedError(f"no server listens at {address}: it is shut down, or its process is gone") from error
+    if not _is_of_this_user(sock):
+        sock.close()
+        raise PermissionError(f"who listens at {address} is another user")
     return sock
 
 

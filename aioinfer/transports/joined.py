@@ -45,6 +45,10 @@ class JoinedTransport(InferenceTransport):
             self.transports.append(transport)
         self._family: list[PendingQueue] = []
         self._poller = Poller()
+        self._join()
+
+    def _join(self) -> None:
+        self._family.clear()
         for transport in self.transports:
             transport.join(self._family, self._poller)
 
@@ -79,6 +83,7 @@ class JoinedTransport(InferenceTransport):
     def open(self, admission: Admission) -> None:
         for transport in self.transports:
             transport.open(admission)
+        self._join()  # again: who served one of them alone meanwhile has undone it
 
     def close(self, error: ServerClosedError) -> None:
         for transport in self.transports:

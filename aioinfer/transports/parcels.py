@@ -62,25 +62,33 @@ def pack_error(error: Exception) -> bytes:
     The text of the cause's traceback travels as a note.
     """
     cause = error.__cause__
-    text = _traceback_of(cause)
-    for candidate in ((error, cause), (error, _stand_in(cause)), (_stand_in(error), _stand_in(cause))):
+    pickled = b""
+    for candidate in ((error, cause), (error, _stand_in(cause))):
         try:
-            data = pack((*candidate, text))
-            arrived, _, _ = unpack(data)
-            if type(arrived) is type(candidate[0]) and str(arrived) == str(candidate[0]):
-                return data
+            pickled = pack(candidate)
+            arrived, _ = unpack(pickled)
+            if type(arrived) is type(error) and str(arrived) == str(error):
+                break
         except BaseException:  # a class of the user's may do anything here
-            continue
-    raise AssertionError("a stand-in pickles")
+            pass
+        pickled = b""
+    return pickle.dumps((pickled, str(_stand_in(error)), _traceback_of(cause)))
 
 
 def unpack_error(data: bytes) -> Exception:
-    """Make the error that :func:`pack_error` has pickled."""
-    error, cause, text = unpack(data)
-    assert isinstance(error, Exception)
-    error.__cause__ = cause
-    if text:
-        error.add_note(text)
+    """Make the error that :func:`pack_error` has pickled; a :class:`ModelError` where its class is not known."""
+    pickled, name, traceback_text = pickle.loads(data)
+    error: Exception = ModelError(name)
+    if pickled:
+        try:
+            arrived, cause = unpack(pickled)
+            if isinstance(arrived, Exception):
+                error = arrived
+                error.__cause__ = cause
+        except Exception:  # the server's program may have classes that this one does not
+            pass
+    if traceback_text:
+        error.add_note(traceback_text)
     return error
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from tensordict import TensorDict, TensorDictBase
 
-from aioinfer.errors import InferenceError, ServerClosedError, ServerOverloadedError, own_error
+from aioinfer.errors import InferenceError, ServerClosedError, own_error
 from aioinfer.interaction import caller_mode
 from aioinfer.transports.admission import Admission
 from aioinfer.transports.bells import Bell, LockBell
@@ -58,6 +58,11 @@ class PendingQueue:
         self._family = family
         self.bell = bell
 
+    def leave(self, bell: Bell) -> None:
+        """Have a model thread of its own."""
+        self._family = (self,)
+        self.bell = bell
+
     def _count(self) -> int:
         if len(self._family) == 1:
             return len(self._requests)
@@ -101,12 +106,10 @@ class PendingQueue:
                 raise own_error(self._closed)
             if admission.refusing:
                 raise admission.paused()
-            self._put_bounded(request)
-        except ServerOverloadedError as error:
-            if patient:
+            if patient and self._full():
                 self._patient.append(request)
             else:
-                answer([request], [error], failed=True)
+                self._put_bounded(request)
         except InferenceError as error:
             answer([request], [error], failed=True)
 

@@ -16,6 +16,7 @@ from aioinfer.columns import RowLayout
 from aioinfer.errors import InvalidRequestError, ModelError
 from aioinfer.interaction import MODES
 from aioinfer.transports.addresses import Listener
+from aioinfer.transports.admission import Admission
 from aioinfer.transports.processes import ProcessTransport
 from aioinfer.transports.requests import STORED
 from aioinfer.transports.slot_memory import SlotMemory
@@ -92,7 +93,8 @@ class ProcessSlotTransport(ProcessTransport):
         """Make a blocking client. Hand it to a process, or use it in this one; the first to use it has its slot.
 
         Args:
-            copy: ``False`` lends the caller a view of each reply, valid until this client's next request.
+            copy: ``False`` lends the caller a view of each reply, valid until this client's next request, and
+                while the client exists.
 
         Raises:
             RuntimeError: all slots are taken.
@@ -121,6 +123,8 @@ class ProcessSlotTransport(ProcessTransport):
 
     def _lease(self, count: int, copy: bool = True) -> SlotTicket:
         ticket = self._blank_ticket().renewed(count, copy=copy)
+        if count > self.num_slots:
+            raise RuntimeError(f"there are {self.num_slots} slots, {count} were asked for")
         if not self._given_away:  # else the server's process finds slots when the client is first used
             self._look_for_room(count)
             with self._lock:
@@ -134,6 +138,8 @@ class ProcessSlotTransport(ProcessTransport):
 
     def _take_slots(self, count: int) -> list[int]:
         """Under the lock."""
+        if not isinstance(count, int) or count < 1:
+            raise ValueError(f"{count!r} is no number of slots")
         if count > len(self._free):
             raise RuntimeError(
                 f"{len(self._free)} of {self.num_slots} slots are free, {count} were asked for; "
@@ -149,14 +155,23 @@ class ProcessSlotTransport(ProcessTransport):
         self._look_for_room(count)
         with self._lock:
             leased = self._leases.pop(ticket, None)
-            return self._take_slots(range(self.num_slots + 1).index(count)) if leased is None else leased
+            return self._take_slots(count) if leased is None else leased
 
     def _vacate(self, slots: Sequence[int]) -> None:
         with self._lock:
             self._free += slots
 
     def callers(self) -> int | None:
-        return self.num_slots - len(self._free)
+        leased = sum([len(slots) for slots in self._leases.values()])  # to processes that have not shown up
+        return self.num_slots - len(self._free) - leased
+
+    def open(self, admission: Admission) -> None:
+        if admission.version_key is not None and (admission.version_key,) in {leaf.path for leaf in self._reply.leaves}:
+            raise ValueError(
+                f'response_spec has "{admission.version_key}", which the server adds to every reply; '
+                "leave it out, or give the server another policy_version_key"
+            )
+        super().open(admission)
 
     # -- the server's side -----------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from multiprocessing.reduction import DupFd
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import anyio
 from tensordict import TensorDictBase
@@ -47,7 +47,8 @@ class ProcessTransport(QueuedTransport):
     def _listen(self, listener: Listener) -> None:
         self._control = Control()
         self._board = Switchboard(self._make_line, listener, lambda: self._queue.admission.stats.reject())
-        self._queue.bell = self._board.poller
+        self._poller = self._board.poller
+        self._queue.bell = self._poller
 
     def give_away(self) -> GivenTransport:
         """Let another process serve: it listens at the same address, for the clients that were made here too.
@@ -59,6 +60,12 @@ class ProcessTransport(QueuedTransport):
             raise RuntimeError("the transport is in use already, or was given away")
         self._given_away = True
         return GivenTransport(type(self), self._estate(), self.address, self._board.give_away())
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"a {type(self).__qualname__} does not travel: hand its clients to other processes, "
+            "or have it served in one by a ProcessInferenceServer"
+        )
 
     def _estate(self) -> dict[str, Any]:
         """The attributes that another process needs, beside those that this class makes."""
@@ -126,6 +133,10 @@ class ProcessTransport(QueuedTransport):
         self._board.move_to(poller)
         super().join(family, poller)
 
+    def _leave(self) -> None:
+        self._board.move_to(self._poller)
+        self._queue.leave(self._poller)
+
     def pollers(self) -> set[Poller]:
         """What the event loop watches."""
         bounded = self._queue.admission.max_pending is not None
@@ -151,8 +162,9 @@ class ProcessTransport(QueuedTransport):
             self._control.set_state(State.REFUSING if admission.refusing else State.OPEN)
 
     def close(self, error: ServerClosedError) -> None:
-        self._queue.admission.close(error)  # before the look: what is sent afterwards finds it closed
+        self._queue.admission.close(error)  # first: what is sent after the reading finds it closed
         self.look()
+        self._board.read_all()
         super().close(error)
         self._board.close()
 

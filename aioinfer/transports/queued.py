@@ -10,6 +10,7 @@ from tensordict import TensorDictBase
 from aioinfer.errors import ServerClosedError, own_error
 from aioinfer.transports.admission import Admission
 from aioinfer.transports.base import InferenceTransport
+from aioinfer.transports.bells import LockBell
 from aioinfer.transports.pending import PendingQueue
 from aioinfer.transports.poller import Poller
 from aioinfer.transports.requests import Request, answer
@@ -24,7 +25,7 @@ class QueuedTransport(InferenceTransport):
         self._queue = PendingQueue()
 
     def join(self, family: list[PendingQueue], poller: Poller) -> None:
-        """Be served by one model thread with other transports, before anybody waits.
+        """Be served by one model thread with other transports, until it is opened again; before anybody waits.
 
         Args:
             family: the queues of all of them; ours is appended.
@@ -32,6 +33,10 @@ class QueuedTransport(InferenceTransport):
         """
         family.append(self._queue)
         self._queue.join(family, poller)
+
+    def _leave(self) -> None:
+        """Be served by a model thread of its own."""
+        self._queue.leave(LockBell())
 
     # -- the five verbs, but for submit ----------------------------------------------------------------
 
@@ -52,6 +57,7 @@ class QueuedTransport(InferenceTransport):
 
     def open(self, admission: Admission) -> None:
         self._queue.open(admission)
+        self._leave()
 
     def close(self, error: ServerClosedError) -> None:
         self._queue.close(error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from multiprocessing.context import BaseContext
 from typing import Any
 
@@ -11,6 +12,7 @@ from tensordict import TensorDictBase
 
 from aioinfer.errors import InvalidRequestError, own_error
 from aioinfer.interaction import MODES
+from aioinfer.transports.addresses import Listener
 from aioinfer.transports.control import Control
 from aioinfer.transports.parcels import pack, unpack
 from aioinfer.transports.processes import ProcessTransport
@@ -43,6 +45,13 @@ class MPTransport(ProcessTransport):
 
     def __init__(self, ctx: BaseContext | None = None, *, address: str | None = None) -> None:
         super().__init__(address)
+
+    def _listen(self, listener: Listener) -> None:
+        super()._listen(listener)
+        self._own = self.client()
+
+    def submit(self, td: TensorDictBase) -> Future[TensorDictBase]:
+        return self._own.submit(td)
 
     def _lease(self, count: int = 1) -> Ticket:
         return _ParcelTicket(self.address, count, one_at_a_time=False)
@@ -123,6 +132,10 @@ class _ParcelTicket(Ticket):
 
 
 class _ParcelStation(Station):
+    def __init__(self, address: str, ticket: bytes, count: int) -> None:
+        super().__init__(address, ticket, count)
+        self._early = None  # requests may follow the wish to join at once
+
     def _welcome(self, news: Any, descriptors: Sequence[int]) -> None:
         (control,) = descriptors
         self.control = Control.opened(control)

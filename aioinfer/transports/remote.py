@@ -58,8 +58,8 @@ class Remote:
         """Make a blocking client.
 
         Args:
-            copy: ``False`` lends the caller a view of each reply, valid until this client's next request, where the
-                transport has slots.
+            copy: ``False`` lends the caller a view of each reply, valid until this client's next request, and while
+                the client exists, where the transport has slots.
         """
         return self.clients(1, copy=copy)[0]
 

@@ -95,9 +95,7 @@ class Station(ABC):
         """
         control = self.control
         if control is not None and control.view[0]:
-            if control.view[0] == State.REFUSING:
-                self.count_refusal()
-            raise control.refusal()
+            raise self._refusal(control)
         number = (next(self._numbers) & 0xFFFFFF) << 32 | place
         self.calls[number] = (receiver, outlet)
         return number, number | number_of(caller_mode()) << 56 | (_PATIENT if patient else 0), cargo
@@ -109,14 +107,25 @@ class Station(ABC):
                 if self._early is not None:
                     self._early += asked
                     asked = ()
-        if asked:
-            self._wire.send(self._load(asked))
         control = self.control
+        if asked and (control is None or not control.view[0]):
+            self._wire.send(self._load(asked))
         if control is not None and control.view[0]:
             for number, _, _ in asked:
-                self._settle_error(number, control.refusal())
+                self._refuse(number, control)
         if self.dead is not None:
             self._fail_all(self.dead)
+
+    def _refuse(self, number: int, control: Control) -> None:
+        """Fail a request that the server may have got, or not, as it does not take any now."""
+        call = self.calls.get(number)
+        if call is not None and self.withdraw(number):
+            call[1].fail([call[0]], [self._refusal(control)])
+
+    def _refusal(self, control: Control) -> Exception:
+        if control.view[0] == State.REFUSING:
+            self.count_refusal()
+        return control.refusal()
 
     def withdraw(self, number: int) -> bool:
         """Give a request up; say whether it had no answer yet."""

@@ -188,10 +188,15 @@ class Switchboard:
         self._make_line = make_line
         self._lock = threading.Lock()  # guards the lines
         self.door.watch(self.listener, self._accept)
+        self.poller.watch(self.door, self.door.look)  # for when there is no event loop, or it waits for us
 
     def move_to(self, poller: Poller) -> None:
         """Be watched by another poller, that several boards share; before anybody waits."""
+        if poller is self.poller:
+            return
         with self.poller.lock, poller.lock:
+            self.poller.forget(self.door)
+            poller.watch(self.door, self.door.look)
             for line, writable in self.lines.items():
                 if line.joined:
                     self.poller.forget(line.wire)
@@ -208,6 +213,12 @@ class Switchboard:
         if not self.listener.is_open:
             self.listener.open()
             self.door.watch(self.listener, self._accept)
+
+    def read_all(self) -> None:
+        """Read every line, whatever a poller says."""
+        with self.poller.lock:
+            for line in list(self.lines):
+                line.read()
 
     def give_away(self) -> int:
         """Answer nobody, and return the listening descriptor, by which another process can."""

@@ -21,7 +21,18 @@ from collections.abc import Sequence
 from enum import IntEnum
 from typing import TypeAlias
 
-__all__ = ["NUMBER", "PLAIN", "Frame", "FromClient", "FromServer", "Wire", "close_in_forked_children", "frame", "word"]
+__all__ = [
+    "NUMBER",
+    "PLAIN",
+    "Frame",
+    "FromClient",
+    "FromServer",
+    "Wire",
+    "accept",
+    "frame",
+    "unix_socket",
+    "word",
+]
 
 Frame: TypeAlias = tuple[int, bytes | None]
 """A word, and its payload if it has one."""
@@ -73,7 +84,7 @@ class Wire:
     there for whoever has received it: so memory that was written before is read as it was written, on any processor.
 
     Args:
-        sock: a connected stream socket, which belongs to the wire from now on.
+        sock: a connected stream socket, which belongs to the wire from now on; forked children don't have it.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -84,7 +95,7 @@ class Wire:
         self._partial = bytearray()
         self._words = array("Q", bytes(_BUFFER_BYTES))
         self._buffer = memoryview(self._words).cast("B")
-        close_in_forked_children(sock)
+        _sockets.add(sock)
         weakref.finalize(self, sock.close)
 
     def fileno(self) -> int:
@@ -212,16 +223,29 @@ _RECEIVE_FLAGS = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 
 # A forked child must not hold its parent's sockets: nobody would see the parent's end of one closed.
 _sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+_forking = threading.Lock()  # held by a fork, and while a socket is made that it must know of
 
 
-def close_in_forked_children(sock: socket.socket) -> None:
-    """Keep a socket to this process."""
-    _sockets.add(sock)
+def unix_socket(descriptor: int | None = None) -> socket.socket:
+    """Make a Unix stream socket, or take over a descriptor; forked children don't have it."""
+    with _forking:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=descriptor)
+        _sockets.add(sock)
+    return sock
+
+
+def accept(listener: socket.socket) -> socket.socket:
+    """Accept a connection; forked children don't have it."""
+    with _forking:
+        sock, _ = listener.accept()
+        _sockets.add(sock)
+    return sock
 
 
 def _close_all() -> None:
+    _forking.release()
     for sock in list(_sockets):
         sock.close()
 
 
-os.register_at_fork(after_in_child=_close_all)
+os.register_at_fork(before=_forking.acquire, after_in_parent=_forking.release, after_in_child=_close_all)
