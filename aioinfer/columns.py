@@ -11,7 +11,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from aioinfer.errors import InvalidRequestError, ModelError
-from aioinfer.tensors import OWN_MEMORY_BYTES, Allocate, build, is_nested
+from aioinfer.tensors import OWN_MEMORY_BYTES, Allocate, build, entries, is_nested
 
 __all__ = ["Columns", "Leaf", "RowLayout"]
 
@@ -86,7 +86,7 @@ class RowLayout:
             InvalidRequestError: its layout is another one; the message names key, found and expected.
         """
         if isinstance(td, TensorDictBase) and td.batch_size == self.batch_size:
-            found: dict[Any, Any] = dict(td.items()) if self._is_flat else _flat(td)
+            found: dict[Any, Any] = entries(td) if self._is_flat else _flat(td)
             try:
                 values = [found[name] for name in self._names]
                 if [(value.shape, value.dtype, value.device) for value in values] == self._kinds and (
@@ -107,13 +107,13 @@ class RowLayout:
         Raises:
             ModelError: its rows have another layout; the message names key, found and expected.
         """
-        entries = {key: value for key, value in output.items() if keys is None or key in keys}
-        found: dict[Any, Any] = entries if self._is_flat else _flat(build(entries, output.batch_size, None))
+        own = {key: value for key, value in output.items() if keys is None or key in keys}
+        found: dict[Any, Any] = own if self._is_flat else _flat(build(own, output.batch_size, None))
         if self.drop_undeclared or len(found) == len(self.leaves):
             values = [found.get(name) for name in self._names]
             if all(map(_rows_fit, values, self.leaves)):
                 return [value.to("cpu") for value in values if value is not None]
-        row = build(entries, output.batch_size, None)[0].to("cpu")
+        row = build(own, output.batch_size, None)[0].to("cpu")
         raise ModelError(self._complaint(row, batch_size=False))
 
     def _complaint(self, td: Any, *, batch_size: bool = True) -> str:

@@ -25,9 +25,9 @@ def _constructor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         monkeypatch.delattr(TensorDict, "_new_unsafe")
         assert tensors.fastest_constructor() is tensors._checked
         monkeypatch.undo()
-        monkeypatch.setattr(tensors, "_new", tensors._checked)
+        monkeypatch.setattr(tensors, "build", tensors._checked)
     else:
-        assert tensors._new is not tensors._checked
+        assert tensors.build is not tensors._checked
 
 
 @pytest.mark.usefixtures("_constructor")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from multiprocessing.context import BaseContext
 from typing import Any
@@ -143,8 +143,8 @@ class _ParcelStation(Station):
     def _load(self, asked: Sequence[Asked]) -> bytes:
         return b"".join([frame(text, cargo) for _, text, cargo in asked])
 
-    def _unload(self, answers: Sequence[tuple[int, bytes | None]]) -> Sequence[Any]:
-        return [_unpack_reply(payload or b"") for _, payload in answers]
+    def _unload(self, numbers: Sequence[int], payloads: Iterable[bytes | None]) -> Sequence[Any]:
+        return [_unpack_reply(payload or b"") for _, payload in zip(numbers, payloads, strict=False)]
 
 
 def _unpack_reply(payload: bytes) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -83,11 +83,11 @@ class _SlotStation(Station):
         memory.requests.write(slots, [values for _, _, values in asked])
         return array("Q", [text for _, text, _ in asked]).tobytes()
 
-    def _unload(self, answers: Sequence[tuple[int, bytes | None]]) -> Sequence[TensorDictBase]:
+    def _unload(self, numbers: Sequence[int], payloads: Iterable[bytes | None]) -> Sequence[TensorDictBase]:
         memory, control = self._memory, self.control
         assert memory is not None
         assert control is not None
-        slots = [self._slots[number & _PLACE] for number, _ in answers]
+        slots = [self._slots[number & _PLACE] for number in numbers]
         sources: Sequence[dict[str, Any]]
         if not self._copies:
             sources = [memory.replies.lend(slot) for slot in slots]

@@ -7,7 +7,8 @@ import itertools
 import sys
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import repeat
 from typing import Any
 
 from aioinfer.errors import PeerDiedError, ServerClosedError, own_error
@@ -23,8 +24,6 @@ from aioinfer.transports.wire import NUMBER, Frame, FromClient, FromServer, Wire
 __all__ = ["Station"]
 
 _PATIENT = word(FromClient.PATIENT_REQUEST)
-# Seconds for which the thread that reads for futures waits for the next one.
-_LINGER = 1.0
 
 
 class Station(ABC):
@@ -54,7 +53,6 @@ class Station(ABC):
         self._lock = threading.Lock()
         self._receiving = threading.Lock()
         self._turns = Turns(self._read_here)
-        self._futures_thread: threading.Thread | None = None
         self._desks: dict[asyncio.AbstractEventLoop, LoopDesk] = {}
         self._wire = Wire(dial(address))
         self._wire.send(frame(word(FromClient.JOIN), pack((ticket, count))))
@@ -70,12 +68,12 @@ class Station(ABC):
         """Put requests where the server finds them, and return the frames that say so."""
 
     @abstractmethod
-    def _unload(self, answers: Sequence[tuple[int, bytes | None]]) -> Sequence[Any]:
-        """The replies that came, by number and payload: each a TensorDict, or the error why it can't be one."""
+    def _unload(self, numbers: Sequence[int], payloads: Iterable[bytes | None]) -> Sequence[Any]:
+        """The replies that came: each a TensorDict, or the error why it can't be one."""
 
     def _unload_one(self, number: int) -> Any:
         """The reply to one request that came without a payload."""
-        return self._unload([(number, None)])[0]
+        return self._unload([number], [None])[0]
 
     # -- asking ----------------------------------------------------------------------------------------
 
@@ -168,16 +166,18 @@ class Station(ABC):
         if len(words) == 1 and words[0] == number and waiter is not None and self.calls.pop(number, None) is not None:
             waiter.settle(self._unload_one(number), None)
         elif words:
-            self._hand_out([(number & NUMBER, None) for number in words])
+            self._hand_out(words, repeat(None))
         elif frames:
             self._handle(frames)
 
     def _handle(self, frames: Sequence[Frame]) -> None:
-        replies: list[tuple[int, bytes | None]] = []
+        numbers: list[int] = []
+        payloads: list[bytes | None] = []
         for text, payload in frames:
             kind, number = text >> 60, text & NUMBER
             if kind == FromServer.REPLY:
-                replies.append((number, payload))
+                numbers.append(number)
+                payloads.append(payload)
             elif kind == FromServer.WELCOME:
                 self._welcome(unpack(payload or b""), self._descriptors)
                 self._be_early_no_more()
@@ -185,20 +185,23 @@ class Station(ABC):
                 self._die(unpack_error(payload or b""))
             else:
                 self._settle_error(number, unpack_error(payload or b""))
-        if replies:
-            self._hand_out(replies)
+        if numbers:
+            self._hand_out(numbers, payloads)
 
-    def _hand_out(self, answers: Sequence[tuple[int, bytes | None]]) -> None:
-        take = self.calls.pop  # what is not there was given up
-        found = [(answer, call) for answer in answers if (call := take(answer[0], None)) is not None]
-        if not found:
-            return
-        receivers = [call[0] for _, call in found]
-        outlets = [call[1] for _, call in found]
+    def _hand_out(self, numbers: Sequence[int], payloads: Iterable[bytes | None]) -> None:
+        take = self.calls.pop
+        calls = [take(number, None) for number in numbers]
+        if None in calls:  # some were given up
+            found = [one for one in zip(calls, numbers, payloads, strict=False) if one[0] is not None]
+            calls, numbers, payloads = [one[0] for one in found], [one[1] for one in found], [one[2] for one in found]
+            if not found:
+                return
+        receivers = [call[0] for call in calls if call is not None]
+        outlets = [call[1] for call in calls if call is not None]
         try:
-            replies = self._unload([answer for answer, _ in found])
+            replies = self._unload(numbers, payloads)
         except BaseException as error:  # also of a thread that is interrupted while it reads for others
-            self._settle(receivers, outlets, [own_error(error) for _ in found])
+            self._settle(receivers, outlets, [own_error(error) for _ in receivers])
             raise
         self._settle(receivers, outlets, replies)
 
@@ -266,21 +269,10 @@ class Station(ABC):
 
     def attend_futures(self) -> None:
         """See to it that a thread reads while futures wait."""
-        with self._lock:
-            if self._futures_thread is None:
-                self._futures_thread = threading.Thread(
-                    target=self._read_for_futures, name="aioinfer-replies", daemon=True
-                )
-                self._futures_thread.start()
+        self._turns.read_while(self._futures_wait)
 
-    def _read_for_futures(self) -> None:
-        while True:
-            self._turns.wait(Waiter(), _LINGER)
-            with self._lock:
-                waiting = any(outlet is FUTURES for _, outlet in list(self.calls.values()))
-                if self.dead is not None or not waiting:
-                    self._futures_thread = None
-                    return
+    def _futures_wait(self) -> bool:
+        return self.dead is None and any(outlet is FUTURES for _, outlet in list(self.calls.values()))
 
     # -- event loops -----------------------------------------------------------------------------------
 

@@ -79,22 +79,15 @@ class Ticket(ABC):
             InvalidRequestError: it can't be served.
         """
 
-    def checked(self, td: TensorDictBase) -> tuple[Station, Any]:
-        """This process's connection, and the cargo of a request.
+    def station(self) -> Station:
+        """This process's connection.
 
         Raises:
-            InvalidRequestError: it can't be served; the server counts it.
             ServerClosedError: the server is shut down.
             PeerDiedError: its process is gone.
         """
         station = self._station
-        if station is None or station.dead is not None:
-            station = self._reconnect()
-        try:
-            return station, self.cargo(td)
-        except InvalidRequestError:
-            station.count_refusal()
-            raise
+        return self._reconnect() if station is None or station.dead is not None else station
 
     def _reconnect(self) -> Station:
         with self._lock:
@@ -144,8 +137,15 @@ class _Place:
         self.__init__(*state)  # type: ignore[misc]
 
     def _checked(self, td: TensorDictBase) -> tuple[Station, Any]:
-        station, cargo = self._ticket.checked(td)
-        if self._number in station.calls and self._ticket.one_at_a_time:
+        """The connection, and the cargo of a request; the server counts one that is refused."""
+        ticket = self._ticket
+        station = ticket.station()
+        try:
+            cargo = ticket.cargo(td)
+        except InvalidRequestError:
+            station.count_refusal()
+            raise
+        if self._number in station.calls and ticket.one_at_a_time:
             raise RuntimeError(
                 "the client has a request under way; wait for its reply, cancel it, or make a client for each caller"
             )

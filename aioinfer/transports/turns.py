@@ -12,6 +12,9 @@ from aioinfer.transports.receivers import Waiter
 
 __all__ = ["Turns"]
 
+# Seconds for which a thread that reads for others waits for more to do.
+_LINGER = 1.0
+
 
 class Turns:
     """Whoever waits takes the turn if it is free, and reads until it has its own answer; then the next in line reads.
@@ -26,6 +29,8 @@ class Turns:
         self._turn = threading.Lock()
         self._line: deque[Waiter] = deque()
         self._over = False
+        self._reader_lock = threading.Lock()  # guards whether there is one
+        self._reader: threading.Thread | None = None
 
     def wait(self, waiter: Waiter, timeout: float | None) -> None:
         """Block until ``waiter`` has its answer, nothing more can come, or ``timeout`` seconds passed."""
@@ -61,4 +66,21 @@ class Turns:
             if not waiter.done and not waiter.gone and waiter.bell is not None:
                 waiter.bell.ring()
                 if not self._over:
+                    return
+
+    def read_while(self, wanted: Callable[[], bool]) -> None:
+        """See to it that a thread reads for those who don't wait themselves, until a while after ``wanted`` ends."""
+        with self._reader_lock:
+            if self._reader is None:
+                self._reader = threading.Thread(
+                    target=self._read_for_others, args=(wanted,), name="aioinfer-replies", daemon=True
+                )
+                self._reader.start()
+
+    def _read_for_others(self, wanted: Callable[[], bool]) -> None:
+        while True:
+            self.wait(Waiter(), _LINGER)
+            with self._reader_lock:
+                if not wanted():
+                    self._reader = None
                     return
