@@ -11,6 +11,12 @@ The way of a request, and the files that it passes::
                                         '----------- worker.py: wait, take, forward, answer -----------'
                                                      life.py: from start to shutdown
 
+Between processes the same way, with a wire in it::
+
+    transports/tickets.py     transports/station.py    transports/wire.py       transports/switchboard.py
+    a client, that pickles -> what this process asks -> one pair of sockets  -> a line to each process -> pending, ...
+                              and who waits for it      for each process
+
 And the way of new weights, from a trainer in another process, or (``server.update_weights``) in this one::
 
     weight_sync/sender.py        weight_sync/receiver.py      updates.py               executor.py
@@ -31,8 +37,10 @@ from aioinfer.errors import (
     ServerClosedError,
     ServerOverloadedError,
     ServerPausedError,
+    ServerStartError,
     WeightSyncError,
 )
+from aioinfer.hosting import Health, ProcessInferenceServer
 from aioinfer.policy import PolicyClientModule
 from aioinfer.server import InferenceServer
 from aioinfer.stats import Percentiles, ServerStats
@@ -49,6 +57,7 @@ from aioinfer.transports import (
 __all__ = [
     "AsyncInferenceClient",
     "DispatchReason",
+    "Health",
     "InferenceClient",
     "InferenceError",
     "InferenceServer",
@@ -59,11 +68,13 @@ __all__ = [
     "PeerDiedError",
     "Percentiles",
     "PolicyClientModule",
+    "ProcessInferenceServer",
     "ProcessSlotTransport",
     "Remote",
     "ServerClosedError",
     "ServerOverloadedError",
     "ServerPausedError",
+    "ServerStartError",
     "ServerStats",
     "SlotTransport",
     "ThreadingTransport",

@@ -13,6 +13,7 @@ __all__ = [
     "ServerClosedError",
     "ServerOverloadedError",
     "ServerPausedError",
+    "ServerStartError",
     "WeightSyncError",
     "own_error",
 ]
@@ -32,6 +33,13 @@ class ServerOverloadedError(InferenceError):
 
 class ServerPausedError(InferenceError):
     """The server is paused and refuses requests (``paused(pending="reject")``); it takes them again soon."""
+
+
+class ServerStartError(InferenceError):
+    """A server in a process of its own did not start; the message has that process's traceback, or how it ended.
+
+    What was raised there is the ``__cause__``, where it can be had in this process.
+    """
 
 
 class PeerDiedError(InferenceError):

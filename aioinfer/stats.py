@@ -6,8 +6,9 @@ import statistics
 import threading
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import MappingProxyType
+from typing import Any
 
 from aioinfer.batching import DispatchReason
 
@@ -71,6 +72,14 @@ class ServerStats:
     weight_updates: int = 0
     refused_updates: int = 0
     trainer_connected: bool | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return _restored, ({**values, "batches": dict(self.batches)},)  # the view of a mapping does not pickle
+
+
+def _restored(values: dict[str, Any]) -> ServerStats:
+    return ServerStats(**{**values, "batches": MappingProxyType(values["batches"])})
 
 
 class StatsRecorder:

@@ -76,6 +76,7 @@ class Listener:
 
     def _adopt(self, sock: socket.socket) -> None:
         sock.setblocking(False)
+        sock.set_inheritable(False)  # one that came from another process may be
         self._socket = sock
         self._closing = weakref.finalize(self, _close, sock, self.address, self._directory, os.getpid())
 

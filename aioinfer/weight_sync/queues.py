@@ -38,8 +38,9 @@ class DescriptorQueue:
         self._unblock()
 
     def _unblock(self) -> None:
-        self._reader.setblocking(False)
-        self._writer.setblocking(False)
+        for end in (self._reader, self._writer):
+            end.setblocking(False)
+            end.set_inheritable(False)  # one that came from another process may be
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -1,0 +1,206 @@
+"""What runs in a process that serves: an event loop with the server, and the line to the parent."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from functools import partial
+from typing import Any, NoReturn
+
+import anyio.to_thread
+
+from aioinfer.errors import own_error
+from aioinfer.hosting.health import Health
+from aioinfer.hosting.orders import FromChild, FromParent, Order
+from aioinfer.server import InferenceServer
+from aioinfer.stats import ServerStats
+from aioinfer.transports.parcels import pack, pack_error, unpack
+from aioinfer.transports.wire import NUMBER, Wire, frame, word
+from aioinfer.weight_sync.publications import Reader
+from aioinfer.weight_sync.queues import DescriptorQueue
+from aioinfer.weight_sync.weights import given_back
+
+__all__ = ["run"]
+
+# Seconds that the worker has to finish its batch when the parent is gone, and then the process to end.
+_ORPHANED = 1.0
+_PARTING = 1.0
+
+
+def run(control: socket.socket, order: Order) -> None:
+    """Serve until the parent says otherwise, or is gone.
+
+    Args:
+        control: to the parent.
+        order: what is to be served.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes of a terminal; the parent decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a forked process has the handlers of its parent
+    signal.set_wakeup_fd(-1)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    control.set_inheritable(False)
+    wire = Wire(control)
+    threading.Thread(target=_end_with_parent, args=(control,), name="aioinfer-parent", daemon=True).start()
+    desk: _Desk | None = None
+    try:
+        factory, options, given, updates = order.opened()
+        transport = given.take()  # before the factory: what that forks must not hold the listening socket
+        desk = _Desk(wire, InferenceServer(factory(), transport, **options), updates)
+        asyncio.run(desk.live())
+    except BaseException as error:
+        if desk is not None and desk.serves:
+            raise
+        _fail(wire, error)
+    if desk.is_stuck:
+        os._exit(0)  # the thread of its model must not see the interpreter go down
+    _hurry()
+
+
+def _end_with_parent(control: socket.socket) -> None:
+    """End the process if the parent does, whatever its other threads do, as long as they let go of the interpreter."""
+    poll = select.poll()
+    poll.register(control, 0)  # wakes when the other end is closed, not when it says something
+    poll.poll()
+    time.sleep(_ORPHANED + _PARTING)
+    os._exit(1)
+
+
+def _fail(wire: Wire, error: BaseException) -> NoReturn:
+    """Tell the parent why the process can't start, and end it."""
+    original = pack_error(error) if isinstance(error, Exception) else None
+    payload = pack(("".join(traceback.format_exception(error)), original))
+    wire.send(frame(word(FromChild.FAILED), payload))
+    _flush(wire)
+    _hurry()
+    sys.exit(1)
+
+
+def _hurry() -> None:
+    """Have the interpreter end without looking for garbage among all that torch has made: 0.1 s instead of 0.8 s."""
+    gc.freeze()
+
+
+def _flush(wire: Wire) -> None:
+    poll = select.poll()
+    poll.register(wire, select.POLLOUT)
+    while wire.unsent:
+        poll.poll()
+        wire.flush()
+
+
+class _Desk:
+    """Does what the parent says, beside the server. Event loop only.
+
+    Args:
+        wire: to the parent.
+        server: has not started.
+        updates: where weights come.
+
+    Attributes:
+        serves: whether the server has started.
+        is_stuck: whether it was shut down and its worker goes on all the same.
+    """
+
+    def __init__(self, wire: Wire, server: InferenceServer, updates: DescriptorQueue) -> None:
+        self.serves = self.is_stuck = False
+        self._wire = wire
+        self._server = server
+        self._updates = updates
+        self._reader = Reader()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def live(self) -> None:
+        """Serve, and say so, until the parent has said otherwise, or is gone."""
+        self._loop = asyncio.get_running_loop()
+        self._end: asyncio.Future[tuple[float | None, bool] | None] = self._loop.create_future()
+        await self._server.__aenter__()
+        self.serves = True
+        self._loop.add_reader(self._wire, self._read)
+        self._send(FromChild.READY)
+        terms = await self._end
+        timeout, drain = terms or (_ORPHANED, False)
+        await self._server.aclose(timeout, drain=drain)
+        self.is_stuck = self._server.is_alive
+        if terms is None:
+            os._exit(1)
+        if self._tasks and not self.is_stuck:
+            await asyncio.wait(self._tasks)
+        _flush(self._wire)
+
+    # -- the line to the parent ------------------------------------------------------------------------
+
+    def _read(self) -> None:
+        try:
+            _, frames = self._wire.receive()
+        except EOFError:
+            self._loop.remove_reader(self._wire)
+            self._finish(None)
+            return
+        for text, payload in frames:
+            command, number, arguments = FromParent(text >> 60), text & NUMBER, unpack(payload or b"")
+            if command is FromParent.SHUTDOWN:
+                self._finish(arguments)
+            else:
+                task = self._loop.create_task(self._answer(command, number, arguments))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+
+    def _finish(self, terms: tuple[float | None, bool] | None) -> None:
+        if not self._end.done():
+            self._end.set_result(terms)
+
+    def _send(self, kind: FromChild, number: int = 0, payload: bytes = b"") -> None:
+        self._wire.send(frame(word(kind, number), payload))
+        if self._wire.unsent:
+            self._loop.add_writer(self._wire, self._send_rest)
+
+    def _send_rest(self) -> None:
+        self._wire.flush()
+        if not self._wire.unsent:
+            self._loop.remove_writer(self._wire)
+
+    # -- commands --------------------------------------------------------------------------------------
+
+    async def _answer(self, command: FromParent, number: int, arguments: tuple[Any, ...]) -> None:
+        try:
+            answer = pack(await self._do(command, *arguments))
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:  # also what a module raises that is given its extra state
+            self._send(FromChild.ERROR, number, pack_error(own_error(error)))
+        else:
+            self._send(FromChild.ANSWER, number, answer)
+
+    async def _do(self, command: FromParent, *arguments: Any) -> Health | ServerStats | None:
+        if command is FromParent.STATS:
+            return self._server.stats(reset=arguments[0])
+        if command is FromParent.HEALTH:
+            return self._health()
+        await self._update(*arguments)
+        return None
+
+    async def _update(self, cast: bool) -> None:
+        publication = self._updates.get_nowait()
+        weights = given_back(self._reader.read(publication), "state_dict")
+        update = partial(self._server.update_weights, weights, version=publication.version, cast=cast)
+        await anyio.to_thread.run_sync(update)  # it copies them first, which may take longer than a parent waits
+
+    def _health(self) -> Health:
+        closed = self._server._admission.closed
+        ready = self._server.is_alive and closed is None
+        return Health(
+            alive=True,
+            ready=ready,
+            pid=os.getpid(),
+            policy_version=self._server.policy_version,
+            pending=self._server.transport.pending(),
+            reason="" if ready else str(closed or "the server's worker has ended"),
+        )

@@ -1,0 +1,93 @@
+"""What a process is started with, and what it and its parent say to each other afterwards."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Callable, Mapping
+from enum import IntEnum
+from multiprocessing.reduction import DupFd, ForkingPickler
+from typing import Any
+
+from aioinfer.devices import Model
+from aioinfer.segments import Segment
+from aioinfer.transports.processes import GivenTransport
+from aioinfer.weight_sync.queues import DescriptorQueue
+
+__all__ = ["FromChild", "FromParent", "Order"]
+
+
+class FromParent(IntEnum):
+    """What the parent says: a command, its number, and its arguments."""
+
+    HEALTH = 0
+    STATS = 1
+    UPDATE = 2
+    """The weights lie on the queue."""
+    SHUTDOWN = 3
+    """It is answered by the end of the process."""
+
+
+class FromChild(IntEnum):
+    """What the process says."""
+
+    ANSWER = 0
+    ERROR = 1
+    READY = 2
+    """It serves."""
+    FAILED = 3
+    """It can't start: the text of a traceback, and the error if there is one that travels."""
+
+
+class Order:
+    """What is to be served, and how. It is inherited by fork, or pickles as the process is spawned.
+
+    It is unpickled by the process itself and not on its way there, so that the parent hears what goes wrong.
+
+    Args:
+        policy_factory: makes the model.
+        options: of the server.
+        transport: what is served.
+        updates: where weights come.
+    """
+
+    def __init__(
+        self,
+        policy_factory: Callable[[], Model],
+        options: Mapping[str, Any],
+        transport: GivenTransport,
+        updates: DescriptorQueue,
+    ) -> None:
+        self._contents: Any = policy_factory, dict(options), transport, updates
+        self._pickled: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        body = io.BytesIO()
+        _ByValue(body).dump(self._contents)
+        # In shared memory: a start writes into a pipe, and would wait for ever for a process that died before it read.
+        self._pickled = Segment.create(body.tell())
+        self._pickled.write(body.getvalue(), 0)
+        return {"_contents": None, "_pickled": (DupFd(self._pickled.fd), body.tell())}
+
+    def opened(self) -> tuple[Callable[[], Model], dict[str, Any], GivenTransport, DescriptorQueue]:
+        """What the order is made of (the process)."""
+        if self._contents is None:
+            descriptor, size = self._pickled
+            self._contents = pickle.loads(Segment(descriptor.detach(), size, b"").read(0, size))
+        return self._contents  # type: ignore[no-any-return]
+
+
+class _ByValue(ForkingPickler):
+    """Copies tensors.
+
+    A process that is spawned would share the memory of a factory's tensors else: it would serve weights that nobody has
+    published as soon as the trainer changes its own.
+    """
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, pickle.HIGHEST_PROTOCOL)
+        self.dispatch_table = {
+            kind: reduce
+            for kind, reduce in self.dispatch_table.items()
+            if kind.__module__.split(".")[0] not in ("torch", "tensordict")
+        }

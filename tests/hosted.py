@@ -1,0 +1,196 @@
+"""Models and processes for the tests of servers in processes of their own. Processes that are spawned import it."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModule
+from torch import nn
+
+from aioinfer import AsyncInferenceClient, MPTransport, ProcessInferenceServer, ProcessSlotTransport, connect
+from aioinfer.testing import double, request
+from tests.weight_models import mark_of, policy
+
+HANG = 20.0
+METHODS = ("fork", "spawn")
+Model = Callable[[TensorDictBase], TensorDictBase]
+
+
+def make_policy(**options: Any) -> TensorDictModule:
+    torch.set_num_threads(1)
+    return policy(0.0, **options)
+
+
+class Stuck(nn.Module):
+    """Says that it was called, and does not return."""
+
+    def __init__(self, entered: Path) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.entered = entered
+
+    def forward(self, td: TensorDictBase) -> TensorDictBase:
+        self.entered.touch()
+        time.sleep(1000)
+        return td
+
+
+def make_double() -> Model:
+    return double
+
+
+class HandsOut:
+    """A factory that holds a module."""
+
+    def __init__(self, module: TensorDictModule) -> None:
+        self.module = module
+
+    def __call__(self) -> TensorDictModule:
+        return self.module
+
+
+class BrokenTransport(MPTransport):
+    """Its server's worker dies of the first request."""
+
+    def take(self, max_items: int) -> Any:
+        raise OSError("the wire broke")
+
+
+# -- factories that fail -----------------------------------------------------------------------------------
+
+
+class Odd(Exception):
+    """It does not unpickle."""
+
+    def __init__(self, one: int, two: int) -> None:
+        super().__init__(f"{one} and {two}")
+
+
+def raise_error() -> Any:
+    raise ValueError("there are no weights")
+
+
+def raise_odd_error() -> Any:
+    raise Odd(1, 2)
+
+
+def exit_python() -> Any:
+    raise SystemExit("enough")
+
+
+def exit_at_once() -> Any:
+    os._exit(3)
+
+
+def kill_itself() -> Any:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def return_none() -> Any:
+    return None
+
+
+def take_for_ever(begun: Path) -> Any:
+    begun.touch()
+    time.sleep(1000)
+
+
+class Unreadable:
+    """A factory that can't be unpickled."""
+
+    def __call__(self) -> Any:
+        return double
+
+    def __reduce__(self) -> Any:
+        return _refuse, ()
+
+
+def _refuse() -> None:
+    raise LookupError("made elsewhere")
+
+
+# -- workers -----------------------------------------------------------------------------------------------
+
+
+class Note:
+    """Stands for a connection to a process that is gone when something is said."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def send(self, what: object) -> None:
+        self.path.write_text(str(what))
+
+
+def ask_once(line: Connection[Any, Any] | Note, client: Any, value: float) -> None:
+    """Ask with a client, or at an address, and tell the mark of the reply, or the error."""
+    torch.set_num_threads(1)
+    if isinstance(client, str):
+        client = connect(client).client()
+    try:
+        if isinstance(client, AsyncInferenceClient):
+            reply = asyncio.run(_ask(client, value))
+        else:
+            reply = client(request(value), HANG)
+    except Exception as error:
+        line.send(type(error).__name__)
+    else:
+        line.send(mark_of(reply))
+
+
+async def _ask(client: AsyncInferenceClient, value: float) -> TensorDictBase:
+    async with asyncio.timeout(HANG):
+        return await client(request(value))
+
+
+# -- servers and processes, for the tests ------------------------------------------------------------------
+
+
+def slots() -> ProcessSlotTransport:
+    return ProcessSlotTransport(request(0), TensorDict({"marks": torch.zeros(12)}), num_slots=16)
+
+
+def forked(factory: Callable[[], Any], **options: Any) -> ProcessInferenceServer:
+    return ProcessInferenceServer(factory, MPTransport(), ctx="fork", **options)
+
+
+@contextmanager
+def worker(client: Any, value: float = 1.0) -> Iterator[Connection[Any, Any]]:
+    """A process that asks once."""
+    context = multiprocessing.get_context("fork")
+    line, other = context.Pipe()
+    process = context.Process(target=ask_once, args=(other, client, value))
+    process.start()
+    other.close()
+    try:
+        yield line
+    finally:
+        process.kill()
+        process.join()
+        line.close()
+
+
+def hear(line: Connection[Any, Any]) -> Any:
+    assert line.poll(HANG), "the process says nothing"
+    return line.recv()
+
+
+def freeze(server: ProcessInferenceServer) -> None:
+    assert server.pid is not None
+    os.kill(server.pid, signal.SIGSTOP)
+
+
+def kill(server: ProcessInferenceServer) -> None:
+    assert server.pid is not None
+    os.kill(server.pid, signal.SIGKILL)

@@ -1,0 +1,239 @@
+"""Servers in processes of their own: how they end, and what is left of them."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import multiprocessing
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import anyio
+import pytest
+import torch
+
+from aioinfer import PeerDiedError, ProcessInferenceServer, ServerClosedError, ServerStartError
+from aioinfer.hosting.process import handed_over
+from aioinfer.testing import eventually, request
+from aioinfer.testing.callers import is_double
+from tests import hosted
+from tests.hosted import HANG, Stuck, forked, freeze, hear, kill, make_double, make_policy, worker
+from tests.weight_models import policy
+
+ROOT = Path(__file__).parent.parent
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+
+
+async def test_a_server_that_is_shut_down_again_and_again_says_so() -> None:
+    server = forked(make_double)
+    server.shutdown()  # there is nothing to shut down, and it may start all the same
+    async with server:
+        assert is_double(await server.async_client()(request(3)), 3)
+    server.shutdown()
+    await server.aclose()
+    health = server.health()
+    assert (health.alive, health.exit_code, health.reason) == (False, 0, "the server is shut down")
+    for ask in (server.stats, lambda: server.update_weights(policy()), lambda: server.policy_version):
+        with pytest.raises(ServerClosedError):
+            ask()
+    with pytest.raises(ServerClosedError):
+        server.client()(request(1), HANG)
+    forked(make_double).start().shutdown(0.0)
+    with anyio.CancelScope() as scope:
+        async with forked(make_double) as server:
+            scope.cancel()
+            await anyio.sleep(1000)
+    await asyncio.to_thread(eventually, lambda: not server.is_alive)
+    server.shutdown()
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
+def test_servers_leave_no_descriptor_and_no_process_behind() -> None:
+    def cycle() -> None:
+        with forked(make_policy) as server:
+            server.update_weights(policy(1.0))
+            server.client()(request(1), HANG)
+        with pytest.raises(ServerStartError):
+            forked(hosted.raise_error).start()
+
+    cycle()
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        cycle()
+    gc.collect()
+    eventually(lambda: len(os.listdir("/proc/self/fd")) <= before)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("draining", [False, True])
+def test_pending_requests_fail_or_are_served_before_the_end(draining: bool) -> None:
+    server = forked(partial(make_policy, seconds=0.2), max_batch_size=1).start()
+    replies = [client.submit(request(0)) for client in server.clients(4)]
+    eventually(lambda: server.stats().pending == 3)
+    server.shutdown(drain=draining)
+    answered = [reply.exception(HANG) is None for reply in replies]
+    assert answered == ([True] * 4 if draining else [True, False, False, False])
+    assert isinstance(replies[3].exception(), (ServerClosedError, type(None)))
+
+
+@pytest.mark.parametrize("ending", ["shut down", "frozen", "killed"])
+async def test_whatever_waits_for_a_stuck_model_hears_of_the_end(ending: str, tmp_path: Path) -> None:
+    server = forked(partial(Stuck, tmp_path / "entered"), max_batch_size=1).start()
+    awaited = asyncio.ensure_future(server.async_client()(request(0)))
+    blocked, unused = server.client(), server.client()
+    with worker(server.client()) as one, worker(server.async_client()) as other, ThreadPoolExecutor(2) as pool:
+        waiting = pool.submit(blocked, request(0), HANG)
+        updating = pool.submit(server.update_weights, {"weight": torch.ones(1)})
+        await asyncio.to_thread(eventually, lambda: server.stats().pending == 3)
+        began = time.monotonic()
+        if ending == "shut down":
+            await server.aclose(0.1)
+        elif ending == "frozen":
+            freeze(server)
+            await server.aclose(0.0)
+        else:
+            kill(server)
+        expected = ServerClosedError if ending == "shut down" else PeerDiedError
+        for future in (awaited, asyncio.wrap_future(waiting)):
+            with pytest.raises(expected):
+                await future
+        assert {hear(one), hear(other)} == {expected.__name__}
+        with pytest.raises(PeerDiedError if ending == "killed" else ServerClosedError):
+            updating.result(HANG)
+        assert time.monotonic() - began < HANG / 2
+        eventually(lambda: not server.is_alive)
+        health = server.health()
+        assert (health.alive, health.exit_code) == (False, 0 if ending == "shut down" else -signal.SIGKILL)
+        if ending == "killed":
+            assert "killed by SIGKILL" in health.reason
+            with pytest.raises(PeerDiedError, match="killed by SIGKILL"):
+                await server.astats()
+        with pytest.raises((PeerDiedError, ServerClosedError)):
+            unused(request(0), HANG)
+    server.shutdown()
+
+
+def test_a_worker_that_died_leaves_a_process_that_says_why() -> None:
+    with ProcessInferenceServer(make_double, hosted.BrokenTransport(), ctx="fork") as server:
+        with pytest.raises(ServerClosedError, match="died of OSError: the wire broke"):
+            server.client()(request(1), HANG)
+        health = server.health(HANG)
+        assert (health.alive, health.ready) == (True, False)
+        assert "died of OSError: the wire broke" in health.reason
+
+
+def test_a_process_that_another_thread_forks_meanwhile_does_not_hold_what_is_handed_over() -> None:
+    begun, end = threading.Event(), threading.Event()
+    reader, writer = os.pipe()
+
+    def start() -> None:
+        with handed_over(partial(os.close, writer)):
+            begun.set()
+            end.wait(HANG)
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    begun.wait(HANG)
+    other = multiprocessing.get_context("fork").Process(target=time.sleep, args=(1000,))
+    other.start()
+    end.set()
+    thread.join()
+    try:
+        assert select.select([reader], [], [], HANG / 4)[0], "somebody holds the other end"
+    finally:
+        os.close(reader)
+        other.kill()
+        other.join()
+
+
+# -- the end of programs -----------------------------------------------------------------------------------
+
+PROGRAM = """
+import multiprocessing, os, signal, sys, threading, time
+from functools import partial
+from pathlib import Path
+from aioinfer import MPTransport, ProcessInferenceServer
+from aioinfer.testing import eventually
+from tests.hosted import Note, Stuck, ask_once, make_policy, take_for_ever
+
+if __name__ == "__main__":
+    entered = Path(sys.argv[1])
+    factory = {"idle": make_policy, "stuck": partial(Stuck, entered), "starting": partial(take_for_ever, entered)}
+    server = ProcessInferenceServer(factory["STATE"], MPTransport(), ctx="METHOD")
+    context = multiprocessing.get_context("METHOD")
+    if "STATE" == "starting":
+        threading.Thread(target=server.start, daemon=True).start()
+        eventually(entered.exists)
+    else:
+        server.start()
+    if "STATE" == "stuck":
+        context.Process(target=ask_once, args=(Note(Path(sys.argv[2])), server.client(), 0.0)).start()
+        eventually(entered.exists)
+    stranger = multiprocessing.get_context("fork").Process(target=time.sleep, args=(1000,), daemon=True)
+    stranger.start()
+    print(server.pid, stranger.pid, flush=True)
+    END
+"""
+
+KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
+ENDS = {
+    "it is killed while the server is idle": ("fork", "idle", KILLED),
+    "it is killed while the server starts": ("fork", "starting", KILLED),
+    "it is killed while the model is stuck": ("spawn", "stuck", KILLED),
+    "it is interrupted, with all of its processes": ("fork", "idle", "os.killpg(0, signal.SIGINT); time.sleep(1000)"),
+    "it forgets the server": ("fork", "stuck", ""),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_program_that_ends_leaves_no_process_and_no_memory(end: str, tmp_path: Path) -> None:
+    before = shared_memory()
+    method, state, ending = ENDS[end]
+    program, note = tmp_path / "program.py", tmp_path / "note"
+    program.write_text(PROGRAM.replace("METHOD", method).replace("STATE", state).replace("END", ending))
+    with subprocess.Popen(
+        [sys.executable, str(program), str(tmp_path / "entered"), str(note)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        text=True,
+    ) as running:
+        assert running.stdout is not None
+        assert running.stderr is not None
+        said = running.stdout.readline().split()
+        assert said, running.stderr.read()
+        server, stranger = map(int, said)
+        running.wait(HANG)
+        eventually(lambda: not is_there(server))  # though a process that was forked meanwhile lives
+        with suppress(ProcessLookupError):
+            os.kill(stranger, signal.SIGKILL)
+        assert "aioinfer-server" not in running.stderr.read()  # which a traceback of it would begin with
+    eventually(lambda: not is_there(-running.pid))
+    if state == "stuck":  # a worker hears that it is a shutdown, and no death
+        assert note.read_text() == "ServerClosedError"
+    eventually(lambda: shared_memory() <= before)  # other programs of the machine may come and go
+
+
+def is_there(pid: int) -> bool:
+    """Whether a process, or with a negative number one of a group, is there."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def shared_memory() -> set[str]:
+    return set(os.listdir("/dev/shm")) if Path("/dev/shm").is_dir() else set()
