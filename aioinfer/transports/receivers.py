@@ -50,8 +50,9 @@ class Waiter:
 
     def outcome(self) -> TensorDictBase:
         """The reply, which is there or about to come; or raise the error."""
-        self.bell = self.bell or LockBell()
-        while not self.done:
+        if not self.done:
+            self.bell = self.bell or LockBell()
+        while not self.done and self.bell is not None:
             self.bell.wait(None)
         if self.error is not None:
             raise self.error
