@@ -9,9 +9,9 @@ from typing import Any
 
 from tensordict import TensorDictBase
 
-from aioinfer import InferenceTransport, SlotTransport, ThreadingTransport
+from aioinfer import InferenceTransport, MPTransport, ProcessSlotTransport, SlotTransport, ThreadingTransport
 from aioinfer.testing import double, request
-from aioinfer.transports import JoinedTransport, MPTransport, ProcessSlotTransport
+from aioinfer.transports.joined import JoinedTransport
 
 
 class FiveVerbs(InferenceTransport):

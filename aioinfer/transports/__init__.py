@@ -1,7 +1,6 @@
 """How requests and replies travel."""
 
 from aioinfer.transports.base import InferenceTransport
-from aioinfer.transports.joined import JoinedTransport
 from aioinfer.transports.process_slots import ProcessSlotTransport
 from aioinfer.transports.queues import MPTransport
 from aioinfer.transports.remote import Remote, connect
@@ -10,7 +9,6 @@ from aioinfer.transports.threads import ThreadingTransport
 
 __all__ = [
     "InferenceTransport",
-    "JoinedTransport",
     "MPTransport",
     "ProcessSlotTransport",
     "Remote",
