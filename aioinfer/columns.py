@@ -79,6 +79,12 @@ class RowLayout:
                     "only tensors have a place in shared memory (MPTransport carries anything)"
                 )
 
+    def described(self) -> str:
+        """The layout in words; equal for equal layouts."""
+        leaves = ", ".join(f"{leaf.name} {leaf.dtype} {list(leaf.shape)}" for leaf in self.leaves)
+        sizes = ", ".join(f"{path} {list(size)}" for path, size in self.sizes.items() if path)
+        return f"{self.what} {list(self.batch_size)} of {leaves}" + (f" in {sizes}" if sizes else "")
+
     def values(self, td: TensorDictBase) -> list[Tensor]:
         """The tensors of ``td`` in the order of ``leaves``.
 
@@ -248,6 +254,8 @@ class Columns:
         ]
         if self.layout.is_simple:
             names = [leaf.path[0] for leaf in self.layout.leaves]
+            if not names:
+                return iter([{} for _ in rows])
             if len(names) == 1:
                 name = names[0]
                 return iter([{name: value} for value in columns[0]])

@@ -85,9 +85,16 @@ def own_error(original: BaseException) -> Exception:
     """
     twin = _twin(original)
     if twin is None:
-        twin = ModelError(f"{type(original).__qualname__}: {original}")
+        twin = ModelError(f"{type(original).__qualname__}: {_text_of(original)}")
     twin.__cause__ = original.__cause__ if isinstance(original, ServerClosedError) else original
     return twin
+
+
+def _text_of(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # a class of the user's may raise anything here
+        return "(its message can't be shown)"
 
 
 def _twin(original: BaseException) -> Exception | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import os
 import threading
 from abc import ABC, abstractmethod
 from concurrent.futures import Future
@@ -35,6 +36,7 @@ class ServerLife(ABC):
         self._worker: Worker | None = None
         self._task: asyncio.Task[None] | None = None
         self._host: ExitStack | None = None
+        self._process = os.getpid()
         self._admission = self._open_transport()
 
     @abstractmethod
@@ -71,6 +73,8 @@ class ServerLife(ABC):
 
         If it is cancelled, the server shuts down all the same and nobody waits for its worker.
         """
+        if self._process != os.getpid():
+            return
         if self._host is not None:
             await anyio.to_thread.run_sync(lambda: self.shutdown(timeout, drain=drain))
             return
@@ -127,6 +131,8 @@ class ServerLife(ABC):
     def shutdown(self, timeout: float | None = 5.0, *, drain: bool = False) -> None:
         """Refuse new requests, fail or serve the pending ones, and end the worker. Idempotent.
 
+        In a forked child of the process that made the server nothing happens.
+
         The batch that the model works on is finished and answered. Where that takes longer than ``timeout``,
         its requests are failed too, and the worker ends, unnoticed, when the model returns.
 
@@ -135,6 +141,8 @@ class ServerLife(ABC):
             drain: serve the pending requests first, as far as ``timeout`` allows; by default they fail with
                 :class:`ServerClosedError` at once.
         """
+        if self._process != os.getpid():  # a forked child, which has none of the server's threads
+            return
         atexit.unregister(self.shutdown)
         error = self._refuse(drain)
         worker = self._worker

@@ -21,13 +21,14 @@ FLOORS = (
     {"devices", "transports.room", "transports.outlets", "transports.sleepers", "transports.wire"},
     # between processes, the client's side
     {"transports.parcels", "transports.addresses", "transports.receivers", "transports.slot_memory"},
-    {"transports.control", "transports.turns"},
+    {"transports.control", "transports.turns", "transports.calls"},
     {"transports.station"},
     {"transports.tickets"},
     {"transports.slot_tickets", "transports.remote"},
     # the server's side
     {"transports.requests"},
-    {"transports.pending", "transports.switchboard"},
+    {"transports.pending", "transports.line"},
+    {"transports.switchboard"},
     {"transports.bridge", "forward"},
     {"transports.base"},
     {"transports.queued", "pause", "policy"},

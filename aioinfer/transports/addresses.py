@@ -107,11 +107,15 @@ class Listener:
         return self._socket is not None
 
     def accept(self) -> socket.socket | None:
-        """Take the next process in, of this user, that has dialled; ``None`` if there is none."""
+        """Take the next process in, of this user, that has dialled; ``None`` if there is none.
+
+        Raises:
+            OSError: no descriptor is left for it.
+        """
         while self._socket is not None:
             try:
                 sock = accept(self._socket)
-            except OSError:  # nobody there, or gone again
+            except (BlockingIOError, ConnectionAbortedError):
                 return None
             if _is_of_this_user(sock):
                 return sock

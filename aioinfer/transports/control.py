@@ -61,9 +61,9 @@ class Control:
             self._known = self.view[1], self._read(_KEY).decode()
         return self._known[1]
 
-    def refusal(self) -> Exception:
-        """The error for a request that is not taken."""
-        if self.view[0] == State.REFUSING:
+    def refusal(self, state: int) -> Exception:
+        """The error for a request that is not taken in this state, whatever it is by now."""
+        if state == State.REFUSING:
             return ServerPausedError("the server is paused; try again when it goes on")
         try:
             return unpack_error(self._read(_ERROR))

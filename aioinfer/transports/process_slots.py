@@ -17,11 +17,11 @@ from aioinfer.errors import InvalidRequestError, ModelError
 from aioinfer.interaction import MODES
 from aioinfer.transports.addresses import Listener
 from aioinfer.transports.admission import Admission
+from aioinfer.transports.line import Board, Line, RemoteRequest
 from aioinfer.transports.processes import ProcessTransport
 from aioinfer.transports.requests import STORED
 from aioinfer.transports.slot_memory import SlotMemory
 from aioinfer.transports.slot_tickets import SlotTicket
-from aioinfer.transports.switchboard import Line, RemoteRequest, Switchboard
 from aioinfer.transports.wire import NUMBER, Wire
 
 __all__ = ["ProcessSlotTransport"]
@@ -175,12 +175,12 @@ class ProcessSlotTransport(ProcessTransport):
 
     # -- the server's side -----------------------------------------------------------------------------
 
-    def _make_line(self, wire: Wire, board: Switchboard) -> Line:
+    def _make_line(self, wire: Wire, board: Board) -> Line:
         return _SlotLine(wire, board, self)
 
 
 class _SlotLine(Line):
-    def __init__(self, wire: Wire, board: Switchboard, transport: ProcessSlotTransport) -> None:
+    def __init__(self, wire: Wire, board: Board, transport: ProcessSlotTransport) -> None:
         super().__init__(wire, board)
         self._transport = transport
         self._memory = transport._memory
@@ -189,7 +189,9 @@ class _SlotLine(Line):
         self._slots: Sequence[int] = ()
         self._entries: list[_SlotRequest] = []  # by place, what was asked there last
 
-    def join(self, ticket: bytes, count: int) -> tuple[Any, Sequence[int]]:
+    def join(self, ticket: bytes, count: int, layouts: str) -> tuple[Any, Sequence[int]]:
+        if layouts != (ours := self._transport._blank_ticket().layouts()):
+            raise InvalidRequestError(f"the server at this address has {ours}; the client was made for {layouts}")
         self._slots = self._transport._occupy(ticket, count)
         self._entries = [self._entry(slot) for slot in self._slots]
         return self._slots, [self._transport._control.segment.fd, self._memory.segment.fd]

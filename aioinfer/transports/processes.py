@@ -17,11 +17,12 @@ from aioinfer.errors import ServerClosedError
 from aioinfer.transports.addresses import Listener
 from aioinfer.transports.admission import Admission
 from aioinfer.transports.control import Control, State
+from aioinfer.transports.line import Board, Line
 from aioinfer.transports.pending import PendingQueue
 from aioinfer.transports.poller import Poller
 from aioinfer.transports.queued import QueuedTransport
 from aioinfer.transports.requests import Request
-from aioinfer.transports.switchboard import Line, Switchboard
+from aioinfer.transports.switchboard import Switchboard
 from aioinfer.transports.tickets import Ticket
 from aioinfer.transports.wire import Wire
 
@@ -81,7 +82,7 @@ class ProcessTransport(QueuedTransport):
         return transport
 
     @abstractmethod
-    def _make_line(self, wire: Wire, board: Switchboard) -> Line: ...
+    def _make_line(self, wire: Wire, board: Board) -> Line: ...
 
     @abstractmethod
     def _lease(self, count: int) -> Ticket:
@@ -170,6 +171,7 @@ class ProcessTransport(QueuedTransport):
 
     def finish(self, error: ServerClosedError) -> None:
         self.close(error)
+        self._board.finish()
 
     def look(self) -> None:
         """Take in who dials and what has been sent, whatever the model thread does."""

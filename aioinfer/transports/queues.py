@@ -14,11 +14,11 @@ from aioinfer.errors import InvalidRequestError, own_error
 from aioinfer.interaction import MODES
 from aioinfer.transports.addresses import Listener
 from aioinfer.transports.control import Control
+from aioinfer.transports.line import Board, Line, RemoteRequest
 from aioinfer.transports.parcels import pack, unpack
 from aioinfer.transports.processes import ProcessTransport
 from aioinfer.transports.receivers import Asked
 from aioinfer.transports.station import Station
-from aioinfer.transports.switchboard import Line, RemoteRequest, Switchboard
 from aioinfer.transports.tickets import Ticket
 from aioinfer.transports.wire import NUMBER, FromServer, Wire, frame, word
 
@@ -56,19 +56,21 @@ class MPTransport(ProcessTransport):
     def _lease(self, count: int = 1) -> Ticket:
         return _ParcelTicket(self.address, count, one_at_a_time=False)
 
-    def _make_line(self, wire: Wire, board: Switchboard) -> Line:
+    def _make_line(self, wire: Wire, board: Board) -> Line:
         return _ParcelLine(wire, board, self)
 
 
 class _ParcelLine(Line):
-    def __init__(self, wire: Wire, board: Switchboard, transport: MPTransport) -> None:
+    def __init__(self, wire: Wire, board: Board, transport: MPTransport) -> None:
         super().__init__(wire, board)
         self._transport = transport
         self._control = transport._control
         self._queue = transport._queue
         self._requests: dict[int, RemoteRequest] = {}
 
-    def join(self, ticket: bytes, count: int) -> tuple[Any, Sequence[int]]:
+    def join(self, ticket: bytes, count: int, layouts: str) -> tuple[Any, Sequence[int]]:
+        if layouts:
+            raise InvalidRequestError(f"the server at this address has no slots; the client was made for {layouts}")
         return None, [self._control.segment.fd]
 
     def describe(self) -> Ticket:

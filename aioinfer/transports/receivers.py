@@ -27,6 +27,8 @@ class _Station(Protocol):
 
     def receive(self) -> None: ...
 
+    def flush(self) -> None: ...
+
 
 class Waiter:
     """A thread that blocks for one answer. Whoever reads it settles it."""
@@ -135,8 +137,10 @@ class LoopDesk:
             self.loop.add_writer(self._fd, self._write)
 
     def _write(self) -> None:
-        self._wire.flush()
-        if not self._wire.unsent:
+        station = self._station()
+        if station is not None:
+            station.flush()
+        if station is None or not self._wire.unsent:
             self._waits_for_room = False
             self.loop.remove_writer(self._fd)
 
@@ -152,7 +156,7 @@ class LoopDesk:
         self._settle(asyncio.Future.set_exception, receivers, errors)
 
     def drop(self, receiver: asyncio.Future[TensorDictBase]) -> None:
-        pass
+        self.rest()
 
     def _settle(self, settle: Any, receivers: Sequence[Any], outcomes: Sequence[Any]) -> None:
         if not self.runs_here():

@@ -43,6 +43,10 @@ class SlotTicket(Ticket):
         self.reply = reply
         self.num_slots = num_slots
 
+    def layouts(self) -> str:
+        """What both ends must agree about, to read the shared memory alike."""
+        return f"{self.num_slots} slots, {self.request.described()}, {self.reply.described()}"
+
     def _connect(self) -> Station:
         return _SlotStation(self)
 
@@ -59,7 +63,7 @@ class _SlotStation(Station):
         self._memory: SlotMemory | None = None
         self._slots: Sequence[int] = ()
         self._stamps = VersionStamps()
-        super().__init__(ticket.address, ticket.id, ticket.count)
+        super().__init__(ticket.address, ticket.id, ticket.count, ticket.layouts())
 
     def _welcome(self, news: Any, descriptors: Sequence[int]) -> None:
         control, memory = descriptors

@@ -6,14 +6,16 @@ import asyncio
 import itertools
 import sys
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from itertools import repeat
 from typing import Any
 
-from aioinfer.errors import PeerDiedError, ServerClosedError, own_error
+from aioinfer.errors import PeerDiedError, ServerClosedError
 from aioinfer.interaction import caller_mode, number_of
 from aioinfer.transports.addresses import dial
+from aioinfer.transports.calls import Calls
 from aioinfer.transports.control import Control, State
 from aioinfer.transports.outlets import FUTURES, Outlet
 from aioinfer.transports.parcels import pack, unpack, unpack_error
@@ -37,14 +39,14 @@ class Station(ABC):
         address: where the server listens.
         ticket: which clients it is for.
         count: how many they are.
+        layouts: what they take the requests and replies to look like.
 
     Raises:
         ServerClosedError: nobody listens there.
     """
 
-    def __init__(self, address: str, ticket: bytes, count: int) -> None:
-        self.calls: dict[int, tuple[Any, Outlet]] = {}
-        """By number, what has no answer yet: its receiver, and the way there."""
+    def __init__(self, address: str, ticket: bytes, count: int, layouts: str = "") -> None:
+        self.calls = Calls()
         self.dead: Exception | None = None
         self.control: Control | None = None
         self._numbers = itertools.count()
@@ -52,10 +54,10 @@ class Station(ABC):
         self._early: list[Asked] | None = []  # what waits until this process is taken in
         self._lock = threading.Lock()
         self._receiving = threading.Lock()
-        self._turns = Turns(self._read_here)
+        self._turns = Turns()
         self._desks: dict[asyncio.AbstractEventLoop, LoopDesk] = {}
         self._wire = Wire(dial(address))
-        self._wire.send(frame(word(FromClient.JOIN), pack((ticket, count))))
+        self._wire.send(frame(word(FromClient.JOIN), pack((ticket, count, layouts))))
 
     # -- what depends on the transport -----------------------------------------------------------------
 
@@ -92,8 +94,10 @@ class Station(ABC):
             ServerPausedError: it refuses requests for now.
         """
         control = self.control
-        if control is not None and control.view[0]:
-            raise self._refusal(control)
+        if control is not None and (state := control.view[0]):
+            if state == State.CLOSED:
+                self.receive()  # perhaps it is gone, and another one listens there
+            raise self._refusal(control, state)
         number = (next(self._numbers) & 0xFFFFFF) << 32 | place
         self.calls[number] = (receiver, outlet)
         return number, number | number_of(caller_mode()) << 56 | (_PATIENT if patient else 0), cargo
@@ -108,27 +112,30 @@ class Station(ABC):
         control = self.control
         if asked and (control is None or not control.view[0]):
             self._wire.send(self._load(asked))
-        if control is not None and control.view[0]:
+        state = 0 if control is None else control.view[0]
+        if control is not None and state:
             for number, _, _ in asked:
-                self._refuse(number, control)
+                self._refuse(number, control, state)
         if self.dead is not None:
-            self._fail_all(self.dead)
+            self.calls.fail_all(self.dead)
 
-    def _refuse(self, number: int, control: Control) -> None:
+    def _refuse(self, number: int, control: Control, state: int) -> None:
         """Fail a request that the server may have got, or not, as it does not take any now."""
         call = self.calls.get(number)
         if call is not None and self.withdraw(number):
-            call[1].fail([call[0]], [self._refusal(control)])
+            call[1].fail([call[0]], [self._refusal(control, state)])
 
-    def _refusal(self, control: Control) -> Exception:
-        if control.view[0] == State.REFUSING:
+    def _refusal(self, control: Control, state: int) -> Exception:
+        if state == State.REFUSING:
             self.count_refusal()
-        return control.refusal()
+        return control.refusal(state)
 
     def withdraw(self, number: int) -> bool:
         """Give a request up; say whether it had no answer yet."""
-        if self.calls.pop(number, None) is None:
+        call = self.calls.pop(number, None)
+        if call is None:
             return False
+        call[1].drop(call[0])
         self._wire.send(word(FromClient.CANCEL, number).to_bytes(8, sys.byteorder))
         return True
 
@@ -144,10 +151,19 @@ class Station(ABC):
         Args:
             waiter: wait until something has come, unless it has its answer by now.
         """
-        with self._receiving:
-            self._receive(waiter)
+        if self._receiving.acquire(blocking=waiter is not None):  # else another thread settles what is there
+            try:
+                self._receive(waiter)
+            finally:
+                self._receiving.release()
         if self._wire.unsent:
-            self._wire.flush()
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what is left to send, as far as there is room; a server that is closed reads no more of it."""
+        self._wire.flush()
+        if self.control is not None and self.control.view[0] == State.CLOSED:
+            self._die()
 
     def _receive(self, waiter: Waiter | None, number: int = -1) -> None:
         """Under the lock: without it, another thread might read what ``waiter``, of a request, then waits for."""
@@ -166,7 +182,7 @@ class Station(ABC):
         if len(words) == 1 and words[0] == number and waiter is not None and self.calls.pop(number, None) is not None:
             waiter.settle(self._unload_one(number), None)
         elif words:
-            self._hand_out(words, repeat(None))
+            self.calls.hand_out(words, repeat(None), self._unload)
         elif frames:
             self._handle(frames)
 
@@ -184,42 +200,9 @@ class Station(ABC):
             elif number == NUMBER:
                 self._die(unpack_error(payload or b""))
             else:
-                self._settle_error(number, unpack_error(payload or b""))
+                self.calls.fail(number, unpack_error(payload or b""))
         if numbers:
-            self._hand_out(numbers, payloads)
-
-    def _hand_out(self, numbers: Sequence[int], payloads: Iterable[bytes | None]) -> None:
-        take = self.calls.pop
-        calls = [take(number, None) for number in numbers]
-        if None in calls:  # some were given up
-            found = [one for one in zip(calls, numbers, payloads, strict=False) if one[0] is not None]
-            calls, numbers, payloads = [one[0] for one in found], [one[1] for one in found], [one[2] for one in found]
-            if not found:
-                return
-        receivers = [call[0] for call in calls if call is not None]
-        outlets = [call[1] for call in calls if call is not None]
-        try:
-            replies = self._unload(numbers, payloads)
-        except BaseException as error:  # also of a thread that is interrupted while it reads for others
-            self._settle(receivers, outlets, [own_error(error) for _ in receivers])
-            raise
-        self._settle(receivers, outlets, replies)
-
-    def _settle(self, receivers: Sequence[Any], outlets: Sequence[Outlet], replies: Sequence[Any]) -> None:
-        first = outlets[0]
-        if not any([outlet is not first for outlet in outlets]) and not any(map(_is_error, replies)):  # noqa: C419
-            first.deliver(receivers, replies)
-            return
-        for receiver, outlet, reply in zip(receivers, outlets, replies, strict=True):
-            if _is_error(reply):
-                outlet.fail([receiver], [reply])
-            else:
-                outlet.deliver([receiver], [reply])
-
-    def _settle_error(self, number: int, error: Exception) -> None:
-        call = self.calls.pop(number, None)
-        if call is not None:
-            call[1].fail([call[0]], [error])
+            self.calls.hand_out(numbers, payloads, self._unload)
 
     def _be_early_no_more(self) -> None:
         with self._lock:
@@ -231,28 +214,37 @@ class Station(ABC):
         if error is None and self.control is None:
             error = ServerClosedError("the server went away before it took this process in")
         elif error is None and self.control is not None and self.control.view[0]:
-            error = self.control.refusal()
+            error = self.control.refusal(self.control.view[0])
         self.dead = error or PeerDiedError("the server's process is gone")
-        self._fail_all(self.dead)
+        self.calls.fail_all(self.dead)
         for desk in list(self._desks.values()):
             desk.close()
-
-    def _fail_all(self, error: Exception) -> None:
-        for number in list(self.calls):
-            self._settle_error(number, own_error(error))
 
     # -- threads that wait -----------------------------------------------------------------------------
 
     def wait(self, number: int, waiter: Waiter, timeout: float | None) -> None:
         """Block until the waiter of a request has its answer, the station is dead, or ``timeout`` seconds passed."""
-        if timeout is None and self._can_block() and self._receiving.acquire(blocking=False):
-            try:  # most often, one thread waits alone: it needs no turns, and gets nothing but its reply
-                while not waiter.done and self.dead is None and self._can_block():
-                    self._receive(waiter, number)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        if self._wire.unsent:  # whoever reads now does not look for room
+            self._make_room(waiter, deadline)
+        if timeout is None and self._can_block() and self._turns.take():
+            try:  # most often, one thread waits alone, and gets nothing but its reply
+                with self._receiving:
+                    while not waiter.done and self.dead is None and self._can_block():
+                        self._receive(waiter, number)
             finally:
-                self._receiving.release()
+                self._turns.give_back()
         if not waiter.done:
-            self._turns.wait(waiter, timeout)
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            self._turns.wait(self._read_here, waiter, left)
+
+    def _make_room(self, waiter: Waiter, deadline: float | None) -> None:
+        """Send what is left to send, as the server reads."""
+        while self._wire.unsent and not waiter.done and self.dead is None:
+            left = None if deadline is None else deadline - time.monotonic()
+            if (left is not None and left <= 0) or not self._wire.wait_for_room(left):
+                return
+            self.flush()
 
     def _can_block(self) -> bool:
         return self.control is not None and not self._wire.unsent
@@ -269,7 +261,10 @@ class Station(ABC):
 
     def attend_futures(self) -> None:
         """See to it that a thread reads while futures wait."""
-        self._turns.read_while(self._futures_wait)
+        self._turns.wait_while(self._futures_wait, self._wait_for_others)
+
+    def _wait_for_others(self, seconds: float) -> None:
+        self.wait(-1, Waiter(), seconds)
 
     def _futures_wait(self) -> bool:
         return self.dead is None and any(outlet is FUTURES for _, outlet in list(self.calls.values()))
@@ -289,7 +284,3 @@ class Station(ABC):
     def __del__(self) -> None:
         for desk in getattr(self, "_desks", {}).values():
             desk.close()
-
-
-def _is_error(reply: Any) -> bool:
-    return isinstance(reply, Exception)

@@ -12,6 +12,8 @@ from aioinfer.transports.receivers import Waiter
 
 __all__ = ["Turns"]
 
+Read = Callable[[Waiter, float | None], bool]
+
 # Seconds for which a thread that reads for others waits for more to do.
 _LINGER = 1.0
 
@@ -19,20 +21,27 @@ _LINGER = 1.0
 class Turns:
     """Whoever waits takes the turn if it is free, and reads until it has its own answer; then the next in line reads.
 
-    Args:
-        read: blocks for up to so many seconds, or for ever, until something has come or this waiter has its
-            answer, and settles what has come; says whether more can come.
+    ``read``, which is passed each time, blocks for up to so many seconds, or for ever, until something has come or the
+    waiter has its answer, and settles what has come; it says whether more can come.
     """
 
-    def __init__(self, read: Callable[[Waiter, float | None], bool]) -> None:
-        self._read = read
+    def __init__(self) -> None:
         self._turn = threading.Lock()
         self._line: deque[Waiter] = deque()
         self._over = False
         self._reader_lock = threading.Lock()  # guards whether there is one
         self._reader: threading.Thread | None = None
 
-    def wait(self, waiter: Waiter, timeout: float | None) -> None:
+    def take(self) -> bool:
+        """Take the turn, if it is free; say whether it was."""
+        return self._turn.acquire(blocking=False)
+
+    def give_back(self) -> None:
+        """Let the next in line read."""
+        self._turn.release()
+        self._pass_on()
+
+    def wait(self, read: Read, waiter: Waiter, timeout: float | None) -> None:
         """Block until ``waiter`` has its answer, nothing more can come, or ``timeout`` seconds passed."""
         deadline = None if timeout is None else time.monotonic() + timeout
         in_line = False
@@ -43,7 +52,7 @@ class Turns:
                     return
                 if self._turn.acquire(blocking=False):
                     try:
-                        self._over = not self._read(waiter, left)
+                        self._over = not read(waiter, left)
                     finally:
                         self._turn.release()
                 elif in_line and waiter.bell is not None:
@@ -68,18 +77,23 @@ class Turns:
                 if not self._over:
                     return
 
-    def read_while(self, wanted: Callable[[], bool]) -> None:
-        """See to it that a thread reads for those who don't wait themselves, until a while after ``wanted`` ends."""
+    def wait_while(self, wanted: Callable[[], bool], wait: Callable[[float], None]) -> None:
+        """See to it that a thread waits, for those who don't themselves, until a while after ``wanted`` ends.
+
+        Args:
+            wanted: says whether anybody else needs it.
+            wait: waits for so many seconds.
+        """
         with self._reader_lock:
             if self._reader is None:
                 self._reader = threading.Thread(
-                    target=self._read_for_others, args=(wanted,), name="aioinfer-replies", daemon=True
+                    target=self._wait_for_others, args=(wanted, wait), name="aioinfer-replies", daemon=True
                 )
                 self._reader.start()
 
-    def _read_for_others(self, wanted: Callable[[], bool]) -> None:
+    def _wait_for_others(self, wanted: Callable[[], bool], wait: Callable[[float], None]) -> None:
         while True:
-            self.wait(Waiter(), _LINGER)
+            wait(_LINGER)
             with self._reader_lock:
                 if not wanted():
                     self._reader = None

@@ -104,6 +104,11 @@ class Wire:
     # -- sending ---------------------------------------------------------------------------------------
 
     @property
+    def half_read(self) -> bool:
+        """Whether the beginning of a frame has arrived, and its end has not."""
+        return bool(self._partial)
+
+    @property
     def unsent(self) -> bool:
         """Whether something waits until the other end has read more; see :meth:`flush`."""
         return bool(self._unsent)
@@ -123,12 +128,22 @@ class Wire:
             return False
 
     def send_descriptors(self, data: bytes, descriptors: Sequence[int]) -> None:
-        """Send frames and descriptors, first of all on this wire."""
-        try:
-            sent = socket.send_fds(self._sock, [data], descriptors)
-        except OSError:  # gone
-            return
-        self.send(data[sent:])
+        """Send frames and descriptors.
+
+        Raises:
+            BlockingIOError: there is no room; the other end has not read what came before.
+        """
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", descriptors))]
+        with self._lock:
+            if self._unsent:
+                raise BlockingIOError
+            try:
+                sent = self._sock.sendmsg([data], rights, _DONT_WAIT)
+            except BlockingIOError:
+                raise
+            except OSError:  # gone
+                return
+            self._unsent += data[sent:]
 
     def flush(self) -> None:
         """Send what was kept, as far as there is room."""
@@ -145,8 +160,15 @@ class Wire:
 
     def wait(self, timeout: float | None) -> bool:
         """Block until something has arrived, or there is room for what was kept, or ``timeout`` seconds passed."""
+        return self._poll(select.POLLIN | (select.POLLOUT if self._unsent else 0), timeout)
+
+    def wait_for_room(self, timeout: float | None) -> bool:
+        """Block until there is room for what was kept, or the other end is gone, or ``timeout`` seconds passed."""
+        return self._poll(select.POLLOUT, timeout)
+
+    def _poll(self, events: int, timeout: float | None) -> bool:
         poll = select.poll()
-        poll.register(self._sock, select.POLLIN | (select.POLLOUT if self._unsent else 0))
+        poll.register(self._sock, events)
         return bool(poll.poll(None if timeout is None else min(math.ceil(timeout * 1000), 2**31 - 1)))
 
     # -- receiving -------------------------------------------------------------------------------------

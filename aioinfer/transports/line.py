@@ -1,0 +1,197 @@
+"""The server's end of a wire to one process: what it asks, and what it is told."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Container, Sequence
+from typing import Any, Protocol
+
+from tensordict import TensorDictBase
+
+from aioinfer.interaction import Mode
+from aioinfer.transports.parcels import pack, pack_error, unpack
+from aioinfer.transports.requests import Request
+from aioinfer.transports.wire import NUMBER, Frame, FromClient, FromServer, Wire, frame, word
+
+__all__ = ["Board", "Line", "RemoteRequest"]
+
+_log = logging.getLogger("aioinfer")
+
+
+class Board(Protocol):
+    """Where lines hang."""
+
+    @property
+    def lines(self) -> Container[Line]:
+        """Those that are up."""
+        ...
+
+    @property
+    def count_refusal(self) -> Callable[[], None]:
+        """Called for each request that was refused at a client."""
+        ...
+
+    def move(self, line: Line) -> None:
+        """A line has joined."""
+        ...
+
+    def watch(self, line: Line, *, writable: bool) -> None:
+        """Watch a line also for room to write, or no more."""
+        ...
+
+    def drop(self, line: Line) -> None:
+        """Hang up."""
+        ...
+
+
+class RemoteRequest(Request):
+    """A request of another process. It is its own receiver."""
+
+    __slots__ = ("gone", "number")
+
+    def __init__(self, td: Any, line: Line, number: int, submitted_at: float, mode: Mode) -> None:
+        super().__init__(td, self, line, submitted_at, mode)
+        self.number = number
+        self.gone = False
+
+    def cancelled(self) -> bool:
+        """Whether its caller, or the whole process, went away."""
+        return self.gone
+
+    def done(self) -> bool:
+        """Whether nobody waits for the reply any more."""
+        return self.gone
+
+
+class Line(ABC):
+    """One process that has connected: an outlet of its replies.
+
+    Reading happens under the poller's lock. The model thread, or whoever closes the server, sends.
+
+    Args:
+        wire: to the process.
+        board: where the line hangs.
+    """
+
+    def __init__(self, wire: Wire, board: Board) -> None:
+        self.wire = wire
+        self.board = board
+        self.joined = False
+
+    # -- what the process says -------------------------------------------------------------------------
+
+    def read(self) -> None:
+        """Take in what has arrived."""
+        wire = self.wire
+        if wire.unsent:
+            wire.flush()
+            self._look_out()
+        try:
+            words, frames = wire.receive()
+            if words:
+                self.ask(words)
+            else:
+                self._take_in(frames)
+        except EOFError:
+            self.board.drop(self)
+        except Exception as error:  # rubbish: it must cost nobody else anything
+            _log.warning("hung up on a process that sent what is no request: %r", error)
+            self.board.drop(self)
+
+    def _take_in(self, frames: Sequence[Frame]) -> None:
+        for text, payload in frames:
+            kind = text >> 60
+            if kind == FromClient.JOIN:
+                self._join(payload or b"")
+            elif kind == FromClient.DESCRIBE:
+                self.send(frame(word(FromServer.WELCOME), pack(self.describe())))
+            elif not self.joined:
+                raise ValueError("it has not joined")
+            elif kind == FromClient.CANCEL:
+                self.cancel(text & NUMBER)
+            elif kind == FromClient.REFUSED:
+                self.board.count_refusal()
+            elif kind in (FromClient.REQUEST, FromClient.PATIENT_REQUEST):
+                self.ask_one(text, payload, patient=kind == FromClient.PATIENT_REQUEST)
+            else:
+                raise ValueError(f"unknown kind {kind}")
+
+    def _join(self, payload: bytes) -> None:
+        if self.joined:
+            raise ValueError("it has joined already")
+        try:
+            welcome, descriptors = self.join(*unpack(payload))
+        except Exception as error:
+            self.send(frame(word(FromServer.ERROR, NUMBER), pack_error(error)))
+        else:
+            if self not in self.board.lines:  # it has ended meanwhile
+                self.leave()
+                return
+            self.joined = True
+            self.board.move(self)
+            self.wire.send_descriptors(frame(word(FromServer.WELCOME), pack(welcome)), descriptors)
+            self._look_out()
+
+    @abstractmethod
+    def join(self, ticket: bytes, count: int, layouts: str) -> tuple[Any, Sequence[int]]:
+        """Take the process in: what it is told, and the descriptors that it gets; or raise why not.
+
+        Args:
+            ticket: which clients it has.
+            count: how many.
+            layouts: what they take the requests and replies to look like.
+        """
+
+    @abstractmethod
+    def describe(self) -> Any:
+        """A ticket like those of the clients, for whoever has none."""
+
+    def ask(self, words: Sequence[int]) -> None:
+        """Queue requests that have no payload; raise :class:`ValueError` if the process has not joined."""
+        if not self.joined:
+            raise ValueError("it has not joined")
+        for text in words:
+            self.ask_one(text, None, patient=False)
+
+    @abstractmethod
+    def ask_one(self, text: int, payload: bytes | None, *, patient: bool) -> None:
+        """Queue a request."""
+
+    @abstractmethod
+    def cancel(self, number: int) -> None:
+        """Withdraw a request, if it has no reply yet."""
+
+    @abstractmethod
+    def leave(self) -> None:
+        """The process is gone: withdraw what it has asked, and free what was its own."""
+
+    # -- what it is told -------------------------------------------------------------------------------
+
+    def send(self, data: bytes) -> None:
+        """Send frames now, or as soon as there is room."""
+        if not self.wire.send(data):
+            self._look_out()
+
+    def _look_out(self) -> None:
+        """Wait for room, if something is left unsent."""
+        self.board.watch(self, writable=self.wire.unsent)
+
+    @abstractmethod
+    def deliver(self, receivers: Sequence[Any], replies: Sequence[TensorDictBase]) -> None:
+        """Send replies."""
+
+    def fail(self, receivers: Sequence[RemoteRequest], errors: Sequence[Exception]) -> None:
+        """Send errors."""
+        for receiver in receivers:
+            self.drop(receiver)
+        self.send(
+            b"".join(
+                frame(word(FromServer.ERROR, receiver.number), pack_error(error))
+                for receiver, error in zip(receivers, errors, strict=True)
+            )
+        )
+
+    @abstractmethod
+    def drop(self, receiver: Any) -> None:
+        """A request is over."""

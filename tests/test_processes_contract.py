@@ -1,0 +1,46 @@
+"""The contract of transports, with callers that live in another process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import pytest
+
+from aioinfer.testing import CHECKS, Ground, eventually
+from tests.process_callers import AwaitingElsewhere, BlockingElsewhere, Worker
+from tests.process_workers import HANG, METHODS
+from tests.transports import FIXED_LAYOUT, TRANSPORTS
+
+HERE_ONLY = {"a_reply_shares_no_memory": "replies come to the test as copies; callers of its own process check this"}
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def worker(request: pytest.FixtureRequest) -> Iterator[Worker]:
+    with Worker(request.param) as worker:
+        worker.opened = worker.ask("descriptors").result(3 * HANG)
+        yield worker
+
+
+SKIPPED = {name: [pytest.mark.skip(reason=reason)] for name, reason in HERE_ONLY.items()}
+CHECKED = [pytest.param(check, id=check.__name__, marks=SKIPPED.get(check.__name__, [])) for check in CHECKS]
+
+
+@pytest.mark.parametrize("callers", [BlockingElsewhere, AwaitingElsewhere])
+@pytest.mark.parametrize("transport", ["mp", "process-slots"])
+@pytest.mark.parametrize("check", CHECKED)
+def test_the_contract_holds_for_callers_of_another_process(
+    check: Callable[[Ground], None],
+    transport: str,
+    callers: type[BlockingElsewhere] | type[AwaitingElsewhere],
+    worker: Worker,
+) -> None:
+    ground = Ground(
+        TRANSPORTS[transport], partial(callers, worker), fixed_layout=transport in FIXED_LAYOUT, remote=True
+    )
+    check(ground)
+
+
+def test_clients_that_were_dropped_have_left_no_descriptor_in_their_process(worker: Worker) -> None:
+    """Those of the 80 servers above."""
+    eventually(lambda: worker.ask("descriptors").result(HANG) <= worker.opened)

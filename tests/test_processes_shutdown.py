@@ -1,0 +1,131 @@
+"""A server that shuts down, and starts again, while processes ask."""
+
+from __future__ import annotations
+
+import random
+import time
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+from aioinfer import InferenceServer, MPTransport, PeerDiedError, ServerClosedError, ServerPausedError
+from aioinfer.testing import eventually
+from tests.process_workers import HANG, Child, answer, ask_always, clients_of, outcome
+from tests.transports import process_slots
+
+pytestmark = [
+    pytest.mark.timeout(120),
+    pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),  # 3.12: of a process that has threads
+]
+
+MAKES: list[Any] = [process_slots, MPTransport]
+SEED = 12
+TURNS = 25
+
+
+def askers(transport: Any, forgiven: tuple[type[Exception], ...], size: int = 3) -> list[Child]:
+    """Workers of both kinds; forked before the server's threads are there."""
+    return [
+        Child("fork", ask_always, clients_of(transport, 3, blocking=blocking), identity, forgiven, size)
+        for identity, blocking in enumerate((True, False, True, False))
+    ]
+
+
+@pytest.mark.parametrize("bounded", [False, True], ids=["unbounded", "bounded"])
+@pytest.mark.parametrize("make", MAKES)
+def test_calls_end_whenever_the_server_shuts_down_and_are_answered_when_it_serves_again(
+    make: Any, bounded: bool
+) -> None:
+    """A call that hangs, or that is answered with another one's reply, ends its worker with a message."""
+    chance = random.Random(SEED)
+    transport = make()
+    with ExitStack() as stack:
+        children = [stack.enter_context(child) for child in askers(transport, (ServerClosedError, PeerDiedError))]
+        server = InferenceServer(answer, transport, max_batch_size=5, max_pending=100 if bounded else None)
+        for _ in range(TURNS):
+            with server:
+                for child in children:
+                    child.goes_on()
+                time.sleep(chance.uniform(0, 0.02))  # orders nothing: any moment
+                server.shutdown(HANG, drain=chance.random() < 0.5)
+        with server:
+            for child in children:
+                child.goes_on()
+            for child in children:
+                child.end()
+        assert server.stats().pending == 0
+
+
+@pytest.mark.parametrize("make", MAKES)
+def test_calls_end_when_the_server_shuts_down_without_waiting_for_its_model(make: Any) -> None:
+    chance = random.Random(SEED)
+
+    def slow(td: Any) -> Any:
+        time.sleep(0.005)
+        return answer(td)
+
+    transport = make()
+    with ExitStack() as stack:
+        children = [stack.enter_context(child) for child in askers(transport, (ServerClosedError,))]
+        server = InferenceServer(slow, transport, max_batch_size=5)
+        for _ in range(TURNS):
+            with server:
+                for child in children:
+                    child.goes_on()
+                time.sleep(chance.uniform(0, 0.01))  # orders nothing: any moment
+                server.shutdown(0)
+                eventually(lambda: not server.is_alive)
+        with server:
+            for child in children:
+                child.goes_on()
+                child.end()
+
+
+@pytest.mark.parametrize("make", MAKES)
+def test_pauses_that_refuse_end_calls_and_those_that_keep_them_answer_them_later(make: Any) -> None:
+    chance = random.Random(SEED)
+    transport = make()
+    with ExitStack() as stack:
+        children = [stack.enter_context(child) for child in askers(transport, (ServerPausedError,))]
+        server = stack.enter_context(InferenceServer(answer, transport, max_batch_size=5))
+        for turn in range(TURNS):
+            with server.paused(("keep", "wait", "reject")[turn % 3]):
+                time.sleep(chance.uniform(0, 0.01))  # orders nothing: any moment
+            for child in children:
+                child.goes_on()
+        for child in children:
+            child.end()
+
+
+def test_requests_of_a_megabyte_end_whenever_the_server_shuts_down() -> None:
+    chance = random.Random(SEED)
+    transport = MPTransport()
+    with ExitStack() as stack:
+        children = [
+            stack.enter_context(child) for child in askers(transport, (ServerClosedError, PeerDiedError), size=250_000)
+        ]
+        server = InferenceServer(answer, transport, max_batch_size=5)
+        for _ in range(8):
+            with server:
+                for child in children:
+                    child.goes_on()
+                time.sleep(chance.uniform(0, 0.02))  # orders nothing: any moment
+                server.shutdown(HANG, drain=chance.random() < 0.5)
+        with server:
+            for child in children:
+                child.goes_on()
+                child.end()
+
+
+@pytest.mark.parametrize("kind", ["blocking", "awaiting"])
+@pytest.mark.parametrize("make", MAKES)
+def test_a_client_that_was_never_used_is_told_that_the_server_is_shut_down(make: Any, kind: str) -> None:
+    transport = make()
+    with InferenceServer(answer, transport):
+        client, late = (clients_of(transport, 1, blocking=kind == "blocking")[0] for _ in range(2))
+        assert outcome(client, 1) == 3
+    for one in (client, late):
+        assert str(outcome(one, 1)).startswith("ServerClosedError: ")
+    with InferenceServer(answer, transport):
+        assert [outcome(one, 2) for one in (client, late)] == [5, 5]
