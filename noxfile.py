@@ -29,11 +29,12 @@ def tests(session: nox.Session) -> None:
 def oldest(session: nox.Session) -> None:
     """Run the tests beside torchrl, which brings the oldest tensordict that is supported.
 
-    What ends processes, or fills their sockets, has nothing to do with tensordict, and takes minutes: `tests` has it.
+    What ends processes, or fills their sockets, has nothing to do with tensordict, and takes minutes: `tests` has it, and
+    the examples.
     """
     install(session, "test", "bench", package=".[demo,web]")
-    ends = ("tests/test_processes_[!l]*.py", "tests/test_hosting_*.py")
-    session.run("pytest", *[f"--ignore-glob={pattern}" for pattern in ends], *session.posargs)
+    left_out = ("processes_[!l]*", "hosting_*", "exit", "examples", "weight_processes")
+    session.run("pytest", *[f"--ignore-glob=tests/test_{name}.py" for name in left_out], *session.posargs)
 
 
 @nox.session

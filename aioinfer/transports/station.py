@@ -206,8 +206,13 @@ class Station(ABC):
 
     def _be_early_no_more(self) -> None:
         with self._lock:
-            early, self._early = self._early or [], None
-        self.post([asked for asked in early if asked[0] in self.calls])
+            early, self._early = self._early, None
+        control = self.control
+        if early is not None:
+            self.post([asked for asked in early if asked[0] in self.calls])
+        elif control is not None and (state := control.view[0]):  # which could not be seen before
+            for number in list(self.calls):
+                self._refuse(number, control, state)
 
     def _die(self, error: Exception | None = None) -> None:
         """Fail everything: the other end is gone, or does not want this process."""
