@@ -29,8 +29,8 @@ def tests(session: nox.Session) -> None:
 def oldest(session: nox.Session) -> None:
     """Run the tests beside torchrl, which brings the oldest tensordict that is supported.
 
-    What ends processes, or fills their sockets, has nothing to do with tensordict, and takes minutes: `tests` has it, and
-    the examples.
+    What ends processes, or fills their sockets, has nothing to do with tensordict, and takes minutes. The `tests`
+    session has it, and the examples.
     """
     install(session, "test", "bench", package=".[demo,web]")
     left_out = ("processes_[!l]*", "hosting_*", "exit", "examples", "weight_processes")

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from aioinfer import InferenceServer, MPTransport, PeerDiedError, ServerClosedError, ServerPausedError
-from aioinfer.testing import eventually
-from tests.process_workers import HANG, Child, answer, ask_always, clients_of, outcome
+from aioinfer.testing import eventually, request
+from tests.process_workers import HANG, KINDS, Child, answer, ask_always, client_of, clients_of, outcome
 from tests.transports import process_slots
 
 pytestmark = [
@@ -129,3 +129,19 @@ def test_a_client_that_was_never_used_is_told_that_the_server_is_shut_down(make:
         assert str(outcome(one, 1)).startswith("ServerClosedError: ")
     with InferenceServer(answer, transport):
         assert [outcome(one, 2) for one in (client, late)] == [5, 5]
+
+
+@pytest.mark.parametrize("make", MAKES)
+def test_clients_that_come_while_a_pause_refuses_are_told_so_however_they_ask(make: Any) -> None:
+    transport = make()
+    with InferenceServer(answer, transport) as server:
+        clients = [client_of(transport, kind) for kind in (*KINDS, "blocking")]
+        with server.paused("reject"):
+            for _ in range(3):
+                refused = clients[2].submit(request(1))
+                with pytest.raises(ServerPausedError):
+                    refused.result(HANG / 4)
+                for client in clients[:2]:
+                    assert str(outcome(client, 1)).startswith("ServerPausedError: ")
+        assert [outcome(client, 2) for client in clients] == [5, 5, 5]
+        assert clients[2].submit(request(3)).result(HANG / 4)["action"][0] == 7
