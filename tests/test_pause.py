@@ -10,7 +10,15 @@ from typing import Any
 
 import pytest
 
-from aioinfer import InferenceServer, InferenceTransport, ServerClosedError, ServerPausedError, ThreadingTransport
+from aioinfer import (
+    InferenceServer,
+    InferenceTransport,
+    MPTransport,
+    ProcessSlotTransport,
+    ServerClosedError,
+    ServerPausedError,
+    ThreadingTransport,
+)
 from aioinfer.testing import GatedModel, double, eventually, request
 from aioinfer.testing.callers import is_double
 from tests.transports import TRANSPORTS
@@ -90,7 +98,9 @@ def test_pending_requests_are_refused_where_that_is_asked_for(make: Callable[[],
         pausing.result(HANG)
         assert is_double(server.client()(request(5), HANG), 5)
         assert gate.seen == {0.0, 5.0}
-        assert server.stats().rejected == 4
+        # One that is on its way to the server when its client finds the pause is refused or cancelled there.
+        remote = isinstance(server.transport, MPTransport | ProcessSlotTransport)
+        assert server.stats().rejected in ((3, 4) if remote else (4,))
 
 
 async def test_a_pause_can_be_awaited_and_nested() -> None:

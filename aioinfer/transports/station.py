@@ -123,7 +123,7 @@ class Station(ABC):
         """Fail a request that the server may have got, or not, as it does not take any now."""
         call = self.calls.get(number)
         if call is not None and self.withdraw(number):
-            call[1].fail([call[0]], [self._refusal(control, state)])
+            call[1].fail([call[0]], [control.refusal(state)])  # the server counts it, refused or cancelled
 
     def _refusal(self, control: Control, state: int) -> Exception:
         if state == State.REFUSING:
