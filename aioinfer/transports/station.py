@@ -121,8 +121,9 @@ class Station(ABC):
 
     def _refuse(self, number: int, control: Control, state: int) -> None:
         """Fail a request that the server may have got, or not, as it does not take any now."""
-        call = self.calls.get(number)
-        if call is not None and self.withdraw(number):
+        call = self.calls.pop(number, None)
+        if call is not None:
+            self._wire.send(word(FromClient.CANCEL, number).to_bytes(8, sys.byteorder))
             call[1].fail([call[0]], [control.refusal(state)])  # the server counts it, refused or cancelled
 
     def _refusal(self, control: Control, state: int) -> Exception:
