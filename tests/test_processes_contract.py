@@ -41,7 +41,6 @@ def test_the_contract_holds_for_callers_of_another_process(
     check(ground)
 
 
-@pytest.mark.xfail(reason="some keep their connection until a collection", strict=False)
 def test_clients_that_were_dropped_have_left_no_descriptor_in_their_process(worker: Worker) -> None:
     """Those of the 80 servers above."""
     eventually(lambda: worker.ask("descriptors").result(HANG) <= worker.opened)

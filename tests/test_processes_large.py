@@ -22,6 +22,7 @@ from aioinfer import InferenceServer, MPTransport, PeerDiedError, ServerClosedEr
 from aioinfer.testing import GatedModel, double, eventually, request
 from aioinfer.transports.addresses import dial
 from aioinfer.transports.parcels import pack
+from aioinfer.transports.station import Station
 from aioinfer.transports.wire import FromClient, frame, word
 from tests.process_workers import HANG, KINDS, Child, call, client_of, clients_of, greeting, outcome
 
@@ -122,15 +123,24 @@ def test_large_requests_end_when_the_server_shuts_down_before_they_are_there(dra
             assert error is None or isinstance(error, ServerClosedError)
 
 
-@pytest.mark.xfail(reason="a large reply can meet the end of its server half sent", strict=False)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("drain", [False, True], ids=["at once", "drained"])
-def test_large_replies_arrive_though_the_server_shuts_down_meanwhile(drain: bool, kind: str) -> None:
+def test_large_replies_arrive_though_the_server_shuts_down_meanwhile(
+    drain: bool, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     transport = MPTransport()
     model = GatedModel(repeated)
+    posted, post = threading.Event(), Station.post
+
+    def post_and_say_so(*args: Any) -> None:
+        post(*args)
+        posted.set()
+
+    monkeypatch.setattr(Station, "post", post_and_say_so)
     with InferenceServer(model, transport) as server, calling(transport, kind, 1) as callers:
         reply = callers.call(0, request(3), SOON)
         assert model.entered.wait(HANG)
+        assert posted.wait(HANG)  # a client that is told of the end while it still posts ends its request itself
         closing = threading.Thread(target=server.shutdown, args=(HANG,), kwargs={"drain": drain})
         closing.start()
         model.open()

@@ -16,6 +16,9 @@ from aioinfer.transports.wire import NUMBER, Frame, FromClient, FromServer, Wire
 
 __all__ = ["Board", "Line", "RemoteRequest"]
 
+# How often a line is read that never ends: 4 MB, and no socket of ours holds as much.
+_READS = 64
+
 _log = logging.getLogger("aioinfer")
 
 
@@ -81,8 +84,15 @@ class Line(ABC):
 
     # -- what the process says -------------------------------------------------------------------------
 
+    def read_all(self) -> None:
+        """Take in all that has arrived; of what goes on arriving, no more than a socket holds."""
+        for _ in range(_READS):
+            if self not in self.board.lines or not self.wire.readable():
+                return
+            self.read()
+
     def read(self) -> None:
-        """Take in what has arrived."""
+        """Take in what has arrived, as far as it fits a buffer."""
         wire = self.wire
         if wire.unsent:
             wire.flush()

@@ -57,7 +57,11 @@ class Waiter:
         while not self.done and self.bell is not None:
             self.bell.wait(None)
         if self.error is not None:
-            raise self.error
+            error, self.error = self.error, None  # its traceback will lead here: it must not lead back
+            try:
+                raise error
+            finally:
+                del error
         assert self.reply is not None
         return self.reply
 

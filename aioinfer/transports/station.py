@@ -161,10 +161,8 @@ class Station(ABC):
             self.flush()
 
     def flush(self) -> None:
-        """Send what is left to send, as far as there is room; a server that is closed reads no more of it."""
+        """Send what is left to send, as far as there is room."""
         self._wire.flush()
-        if self.control is not None and self.control.view[0] == State.CLOSED:
-            self._die()
 
     def _receive(self, waiter: Waiter | None, number: int = -1) -> None:
         """Under the lock: without it, another thread might read what ``waiter``, of a request, then waits for."""

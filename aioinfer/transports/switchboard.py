@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 
 from aioinfer.transports.addresses import Listener
 from aioinfer.transports.line import Board, Line
 from aioinfer.transports.poller import Poller
-from aioinfer.transports.wire import Wire
+from aioinfer.transports.wire import Wire, wait_for_any
 
 __all__ = ["Switchboard"]
 
 # Seconds until a server that was out of descriptors listens again.
 _DEAF = 0.5
-# Seconds after which a process that reads nothing is not waited for any more, at the end.
-_NOT_READ = 0.5
+# Seconds for which processes may keep their server from ending: if nothing gets on, and in any case.
+_NO_PROGRESS = 0.5
+_GOODBYE = 2.0
 
 _log = logging.getLogger("aioinfer")
 
@@ -72,10 +74,10 @@ class Switchboard:
             self.door.watch(self.listener, self._accept)
 
     def read_all(self) -> None:
-        """Read every line, whatever a poller says."""
+        """Read all that has arrived on any line, whatever a poller says."""
         with self.poller.lock:
             for line in list(self.lines):
-                line.read()
+                line.read_all()
 
     def give_away(self) -> int:
         """Answer nobody, and return the listening descriptor, by which another process can."""
@@ -117,17 +119,17 @@ class Switchboard:
                 self.door.watch(self.listener, self._accept)
 
     def finish(self) -> None:
-        """Send what is left to send, as long as it is read; hang up on processes that are half through a request."""
-        with self.poller.lock:
-            for line in list(self.lines):
-                if line.wire.half_read:
-                    self.drop(line)
-            lines = list(self.lines)
-        while (left := [line for line in lines if line.wire.unsent]) and any(
-            line.wire.wait_for_room(_NOT_READ) for line in left
-        ):
-            for line in left:
-                line.wire.flush()
+        """Send what is left to send, and read what is half read, while that gets on; hang up on the rest."""
+        give_up_at = time.monotonic() + _GOODBYE
+        while busy := [line for line in list(self.lines) if line.wire.unsent or line.wire.half_read]:
+            if time.monotonic() > give_up_at or not wait_for_any([line.wire for line in busy], _NO_PROGRESS):
+                break
+            with self.poller.lock:
+                for line in busy:
+                    line.wire.flush()
+                    line.read_all()
+        for line in busy:
+            self.drop(line)
 
     def watch(self, line: Line, *, writable: bool) -> None:
         """Watch a line also for room to write, or no more."""

@@ -208,6 +208,8 @@ class _AsyncClient(_Place, AsyncInferenceClient):
         except asyncio.CancelledError:
             station.withdraw(number)
             raise
+        finally:
+            del future  # the traceback of its error will lead here: it must not lead back
 
 
 def _withdraw(station: Station, number: int, future: Future[TensorDictBase] | asyncio.Future[TensorDictBase]) -> None:

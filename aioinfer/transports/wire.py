@@ -31,6 +31,7 @@ __all__ = [
     "accept",
     "frame",
     "unix_socket",
+    "wait_for_any",
     "word",
 ]
 
@@ -158,18 +159,17 @@ class Wire:
         except OSError:  # the other end is gone: so much for the data; who receives is told
             return len(data)
 
+    def readable(self) -> bool:
+        """Whether something has arrived, if only the other end's end."""
+        return _poll([(self, select.POLLIN)], 0)
+
     def wait(self, timeout: float | None) -> bool:
         """Block until something has arrived, or there is room for what was kept, or ``timeout`` seconds passed."""
-        return self._poll(select.POLLIN | (select.POLLOUT if self._unsent else 0), timeout)
+        return wait_for_any([self], timeout)
 
     def wait_for_room(self, timeout: float | None) -> bool:
         """Block until there is room for what was kept, or the other end is gone, or ``timeout`` seconds passed."""
-        return self._poll(select.POLLOUT, timeout)
-
-    def _poll(self, events: int, timeout: float | None) -> bool:
-        poll = select.poll()
-        poll.register(self._sock, events)
-        return bool(poll.poll(None if timeout is None else min(math.ceil(timeout * 1000), 2**31 - 1)))
+        return _poll([(self, select.POLLOUT)], timeout)
 
     # -- receiving -------------------------------------------------------------------------------------
 
@@ -237,6 +237,18 @@ class Wire:
     def close(self) -> None:
         """Hang up. Idempotent."""
         self._sock.close()
+
+
+def wait_for_any(wires: Sequence[Wire], timeout: float | None) -> bool:
+    """Do as :meth:`Wire.wait`, for several of them."""
+    return _poll([(wire, select.POLLIN | (select.POLLOUT if wire.unsent else 0)) for wire in wires], timeout)
+
+
+def _poll(wires: Sequence[tuple[Wire, int]], timeout: float | None) -> bool:
+    poll = select.poll()
+    for wire, events in wires:
+        poll.register(wire, events)
+    return bool(poll.poll(None if timeout is None else min(math.ceil(timeout * 1000), 2**31 - 1)))
 
 
 _DONT_WAIT = socket.MSG_DONTWAIT
