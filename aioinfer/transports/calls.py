@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import repeat
 from typing import Any, TypeAlias
 
 from aioinfer.errors import own_error
@@ -18,15 +19,13 @@ class Calls(dict[int, tuple[Any, Outlet]]):
 
     def hand_out(self, numbers: Sequence[int], payloads: Iterable[bytes | None], unload: Unload) -> None:
         """Settle what has come, with what ``unload`` makes of it; what was given up is dropped."""
-        take = self.pop
-        calls = [take(number, None) for number in numbers]
-        if None in calls:  # some were given up
+        calls = list(map(self.pop, numbers, repeat(None)))
+        if not all(calls):  # some were given up
             found = [one for one in zip(calls, numbers, payloads, strict=False) if one[0] is not None]
-            calls, numbers, payloads = [one[0] for one in found], [one[1] for one in found], [one[2] for one in found]
             if not found:
                 return
-        receivers = [call[0] for call in calls if call is not None]
-        outlets = [call[1] for call in calls if call is not None]
+            calls, numbers, payloads = [list(part) for part in zip(*found, strict=True)]
+        receivers, outlets = zip(*calls, strict=True)
         try:
             replies = unload(numbers, payloads)
         except BaseException as error:  # also of a thread that is interrupted while it reads for others
@@ -48,15 +47,11 @@ class Calls(dict[int, tuple[Any, Outlet]]):
 
 def _settle(receivers: Sequence[Any], outlets: Sequence[Outlet], replies: Sequence[Any]) -> None:
     first = outlets[0]
-    if not any([outlet is not first for outlet in outlets]) and not any(map(_is_error, replies)):  # noqa: C419
+    if outlets.count(first) == len(outlets) and not any(map(isinstance, replies, repeat(Exception))):
         first.deliver(receivers, replies)
         return
     for receiver, outlet, reply in zip(receivers, outlets, replies, strict=True):
-        if _is_error(reply):
+        if isinstance(reply, Exception):
             outlet.fail([receiver], [reply])
         else:
             outlet.deliver([receiver], [reply])
-
-
-def _is_error(reply: Any) -> bool:
-    return isinstance(reply, Exception)

@@ -114,13 +114,14 @@ class JoinedTransport(InferenceTransport):
         return sum(transport.pending() for transport in self.transports)
 
     def wait_for_pending(self, at_least: int, enough: int, timeout: float | None) -> int:
+        if self.waited():  # it may not block, and so not look itself for what was cancelled meanwhile
+            self._poller.look()
         return self._family[0].wait(at_least, enough, timeout)
 
     def waited(self) -> float:
         return max(transport.waited() for transport in self.transports)
 
     def take(self, max_items: int) -> list[Request]:
-        self._poller.look()
         taken: list[Request] = []
         for queue in sorted(self._family, key=PendingQueue.waited, reverse=True):
             if len(taken) < max_items:

@@ -21,7 +21,6 @@ from aioinfer.transports.line import Board, Line
 from aioinfer.transports.pending import PendingQueue
 from aioinfer.transports.poller import Poller
 from aioinfer.transports.queued import QueuedTransport
-from aioinfer.transports.requests import Request
 from aioinfer.transports.switchboard import Switchboard
 from aioinfer.transports.tickets import Ticket
 from aioinfer.transports.wire import Wire
@@ -183,9 +182,10 @@ class ProcessTransport(QueuedTransport):
         self.look()
         return super().pending()
 
-    def take(self, max_items: int) -> list[Request]:
-        self._board.poller.look()  # also for requests that were cancelled meanwhile
-        return super().take(max_items)
+    def wait_for_pending(self, at_least: int, enough: int, timeout: float | None) -> int:
+        if self._queue.waited():  # it may not block, and so not look itself for what was cancelled meanwhile
+            self._board.poller.look()
+        return super().wait_for_pending(at_least, enough, timeout)
 
 
 class GivenTransport:

@@ -106,6 +106,7 @@ class LoopDesk:
         self._station = weakref.ref(station)
         self._kept: _Station | None = None
         self._asked: list[Asked] = []
+        self._given_up = False
         self._waits_for_room = False
         loop.add_reader(self._fd, self._read)
 
@@ -122,9 +123,9 @@ class LoopDesk:
 
     def _post(self, station: _Station) -> None:
         asked, self._asked = self._asked, []
-        calls = station.calls
-        if any([number not in calls for number, _, _ in asked]):  # noqa: C419 - faster; given up before it was posted
-            asked = [one for one in asked if one[0] in calls]
+        if self._given_up:  # perhaps before it was posted
+            self._given_up = False
+            asked = [one for one in asked if one[0] in station.calls]
         station.post(asked)
         self._look_out()
         self.rest()
@@ -160,6 +161,7 @@ class LoopDesk:
         self._settle(asyncio.Future.set_exception, receivers, errors)
 
     def drop(self, receiver: asyncio.Future[TensorDictBase]) -> None:
+        self._given_up = True
         self.rest()
 
     def _settle(self, settle: Any, receivers: Sequence[Any], outcomes: Sequence[Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Sequence, Set
 from typing import Any, Protocol
 
 from tensordict import TensorDict, TensorDictBase
@@ -25,7 +25,7 @@ class SlotStore(Protocol):
         self,
         requests: Sequence[Any],
         output: TensorDictBase,
-        keys: Container[str] | None,
+        keys: Set[str] | None,
         version: int,
     ) -> None:
         """Copy the rows of an output ``[B, ...]`` to where the replies belong.

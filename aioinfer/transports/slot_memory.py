@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Sequence, Set
 from typing import Protocol
 
 import torch
@@ -19,7 +19,7 @@ __all__ = ["SlotMemory"]
 
 # Of so many sets of slots the index is kept: to make one takes 3 to 5 us, and callers tend to come back together.
 _KNOWN = 1024
-# Up to so many versions are written one by one.
+# Up to so many times or versions are written one by one.
 _FEW = 16
 
 
@@ -56,31 +56,41 @@ class SlotMemory:
         """When each slot's request was submitted, on the clock of ``time.perf_counter``."""
         self.versions = self.segment.view[pieces[1]].cast("q")
         """Which weights computed each slot's reply."""
+        self._time_column = self.segment.memory[pieces[0]].view(torch.float64)
         self._version_column = self.segment.memory[pieces[1]].view(torch.int64)
-        self.requests = Columns(request, count, self.segment.memory[pieces[2]])
-        self.replies = Columns(reply, count, self.segment.memory[pieces[3]])
+        self.requests = Columns(request, count, self.segment.memory[pieces[2]], self._index)
+        self.replies = Columns(reply, count, self.segment.memory[pieces[3]], self._index)
         self._indices: dict[tuple[int, ...], Tensor] = {}
         self._gathered: tuple[Sequence[_InSlot], Tensor] = ((), torch.empty(0))
+
+    def _index(self, slots: Sequence[int]) -> Tensor:
+        known = tuple(slots)
+        index = self._indices.get(known)
+        if index is None:
+            if len(self._indices) >= _KNOWN:
+                self._indices.clear()
+            index = self._indices[known] = torch.tensor(known)
+        return index
+
+    def note_times(self, slots: Sequence[int], now: float) -> None:
+        """Write when the requests of these slots were submitted."""
+        if len(slots) > _FEW:
+            self._time_column.index_fill_(0, self._index(slots), now)
+        else:
+            for slot in slots:
+                self.times[slot] = now
 
     # -- the server's side -----------------------------------------------------------------------------
 
     def _slots(self, requests: Sequence[_InSlot]) -> Tensor:
         if self._gathered[0] is not requests:
-            slots = tuple([request.slot for request in requests])
-            index = self._indices.get(slots)
-            if index is None:
-                if len(self._indices) == _KNOWN:
-                    self._indices.clear()
-                index = self._indices[slots] = torch.tensor(slots)
-            self._gathered = requests, index
+            self._gathered = requests, self._index([request.slot for request in requests])
         return self._gathered[1]
 
     def gather(self, requests: Sequence[_InSlot], allocate: Allocate | None) -> TensorDict:
         return self.requests.gather(self._slots(requests), allocate)
 
-    def scatter(
-        self, requests: Sequence[_InSlot], output: TensorDictBase, keys: Container[str] | None, version: int
-    ) -> None:
+    def scatter(self, requests: Sequence[_InSlot], output: TensorDictBase, keys: Set[str] | None, version: int) -> None:
         slots = self._slots(requests)
         self.replies.scatter(slots, self.replies.layout.batch_values(output, keys))
         if len(requests) > _FEW:

@@ -81,11 +81,11 @@ class _SlotStation(Station):
             memory.times[slot] = now
             memory.requests.write_one(slot, values)
             return text.to_bytes(8, sys.byteorder)
-        slots = [self._slots[number & _PLACE] for number, _, _ in asked]
-        for slot in slots:
-            memory.times[slot] = now
-        memory.requests.write(slots, [values for _, _, values in asked])
-        return array("Q", [text for _, text, _ in asked]).tobytes()
+        numbers, texts, requests = zip(*asked, strict=True)
+        slots = [self._slots[number & _PLACE] for number in numbers]
+        memory.note_times(slots, now)
+        memory.requests.write(slots, requests)
+        return array("Q", texts).tobytes()
 
     def _unload(self, numbers: Sequence[int], payloads: Iterable[bytes | None]) -> Sequence[TensorDictBase]:
         memory, control = self._memory, self.control
@@ -93,10 +93,7 @@ class _SlotStation(Station):
         assert control is not None
         slots = [self._slots[number & _PLACE] for number in numbers]
         sources: Sequence[dict[str, Any]]
-        if not self._copies:
-            sources = [memory.replies.lend(slot) for slot in slots]
-        else:
-            sources = list(memory.replies.read_many(slots))
+        sources = [memory.replies.lend(slot) for slot in slots] if not self._copies else memory.replies.read_many(slots)
         size = self._reply_size
         key = control.version_key()
         if key:

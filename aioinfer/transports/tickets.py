@@ -58,11 +58,12 @@ class Ticket(ABC):
 
     def _reset(self) -> None:
         self._lock = threading.Lock()
-        self._station: Station | None = None
+        self.connection: Station | None = None
+        """That of this process, which may be dead by now."""
         _tickets.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_lock", "_station")}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_lock", "connection")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -80,26 +81,22 @@ class Ticket(ABC):
         """
 
     def station(self) -> Station:
-        """This process's connection.
+        """Connect this process, unless it has a connection that works.
 
         Raises:
             ServerClosedError: the server is shut down.
             PeerDiedError: its process is gone.
         """
-        station = self._station
-        return self._reconnect() if station is None or station.dead is not None else station
-
-    def _reconnect(self) -> Station:
         with self._lock:
-            dead = None if self._station is None else self._station.dead
-            if self._station is None or dead is not None:
+            dead = None if self.connection is None else self.connection.dead
+            if self.connection is None or dead is not None:
                 try:
-                    self._station = self._connect()
+                    self.connection = self._connect()
                 except ServerClosedError as error:
                     if isinstance(dead, PeerDiedError):
                         raise PeerDiedError("the server's process is gone") from error
                     raise
-            return self._station
+            return self.connection
 
     def clients(self) -> list[InferenceClient]:
         """The clients, for threads that block."""
@@ -139,7 +136,9 @@ class _Place:
     def _checked(self, td: TensorDictBase) -> tuple[Station, Any]:
         """The connection, and the cargo of a request; the server counts one that is refused."""
         ticket = self._ticket
-        station = ticket.station()
+        station = ticket.connection
+        if station is None or station.dead is not None:
+            station = ticket.station()
         try:
             cargo = ticket.cargo(td)
         except InvalidRequestError:
@@ -172,7 +171,7 @@ class _Client(_Place, InferenceClient):
             station.post([asked])
             station.wait(asked[0], waiter, timeout)
         finally:
-            unanswered = station.withdraw(asked[0])
+            unanswered = not waiter.done and station.withdraw(asked[0])
         if unanswered:
             raise (
                 TimeoutError(f"no reply within {timeout} seconds") if station.dead is None else own_error(station.dead)
