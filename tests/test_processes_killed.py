@@ -27,6 +27,7 @@ from aioinfer import (
     PeerDiedError,
     ProcessSlotTransport,
     ServerClosedError,
+    ServerPausedError,
 )
 from aioinfer.testing import double, eventually, request
 from tests.process_workers import HANG, METHODS, Child, answer, ask_always, clients_of
@@ -128,16 +129,23 @@ def test_a_worker_that_stands_still_while_20_megabytes_come_for_it_costs_the_oth
 # -- the server --------------------------------------------------------------------------------------------
 
 
-def serve(line: Connection[Any, Any], given: Any) -> None:
-    """Serve, but stand still at a request of less than 0 until killed."""
+def serve(line: Connection[Any, Any], given: Any, refusing: bool) -> None:
+    """Serve, but stand still at a request of less than 0 until killed, ``refusing`` what comes meanwhile."""
+
+    def pause() -> None:
+        with server.paused(pending="reject"):
+            pass
 
     def model(td: TensorDictBase) -> TensorDictBase:
         if (td["observation"] < 0).any():
+            if refusing:
+                threading.Thread(target=pause).start()
+                eventually(lambda: server._admission.refusing)
             line.send("stands still")
             threading.Event().wait()
         return double(td)
 
-    with InferenceServer(model, given.take()):
+    with InferenceServer(model, given.take(), max_batch_size=6) as server:
         line.send("serves")
         threading.Event().wait()
 
@@ -180,14 +188,16 @@ def call_until_it_fails(line: Connection[Any, Any], clients: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["mp", "process-slots"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "refusing"), [*[(method, False) for method in METHODS], ("fork", True)], ids=[*METHODS, "refusing"]
+)
 def test_a_server_that_is_killed_ends_every_call_at_once(
-    method: str, kind: str, record_property: Callable[[str, object], None]
+    method: str, refusing: bool, kind: str, record_property: Callable[[str, object], None]
 ) -> None:
     transport = transport_of(kind, slots=6)
     blocking, awaiting = clients_of(transport, 3, blocking=True), clients_of(transport, 3, blocking=False)
     given = transport.give_away()
-    with Child(method, serve, given) as server:
+    with Child(method, serve, given, refusing) as server:
         given.close()
         assert server.hear() == "serves"
         with (
@@ -202,15 +212,19 @@ def test_a_server_that_is_killed_ends_every_call_at_once(
             assert server.hear() == "stands still"
             killed_at = time.monotonic()
             server.kill()
-            for child in children:
-                ended = child.hear()
-                assert [name for name, _ in ended] == [PeerDiedError.__name__] * 3
+            ends = [child.hear() for child in children]
+            names = [name for ended in ends for name, _ in ended]
+            assert PeerDiedError.__name__ in names
+            assert refusing or set(names) == {PeerDiedError.__name__}
+            assert set(names) <= {PeerDiedError.__name__, ServerPausedError.__name__}  # of calls that came later
+            for child, ended in zip(children, ends, strict=True):
                 latest = max(at for _, at in ended) - killed_at
                 record_property("seconds", latest)
                 print(f"the last call ended {1000 * latest:.1f} ms after the kill")
                 assert latest < 2
-                # Whoever dials while the process is being taken down may still find it.
-                assert {name for name, _ in child.hear()} <= {PeerDiedError.__name__, ServerClosedError.__name__}
+                # Whoever dials while the process is being taken down may still find it; a refused call came before.
+                gone = {PeerDiedError.__name__, ServerClosedError.__name__}
+                assert {name for name, _ in child.hear()} <= gone | ({ServerPausedError.__name__} & set(names))
 
 
 # -- a program ---------------------------------------------------------------------------------------------

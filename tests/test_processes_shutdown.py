@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
 import pytest
+from tensordict import TensorDictBase
 
 from aioinfer import InferenceServer, MPTransport, PeerDiedError, ServerClosedError, ServerPausedError
-from aioinfer.testing import eventually, request
+from aioinfer.testing import double, eventually, request
+from aioinfer.transports.wire import Wire
 from tests.process_workers import HANG, KINDS, Child, answer, ask_always, client_of, clients_of, outcome
 from tests.transports import process_slots
 
@@ -144,3 +148,45 @@ def test_clients_that_come_while_a_pause_refuses_are_told_so_however_they_ask(ma
                     assert str(outcome(client, 1)).startswith("ServerPausedError: ")
         assert [outcome(client, 2) for client in clients] == [5, 5, 5]
         assert clients[2].submit(request(3)).result(HANG / 4)["action"][0] == 7
+
+
+@pytest.mark.parametrize("make", MAKES)
+def test_a_drained_server_answers_a_request_whose_client_is_told_of_the_end_while_it_still_posts(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closing, send = threading.Event(), Wire.send
+    here = threading.get_ident()
+
+    def send_and_stand_still(wire: Wire, data: bytes) -> bool:
+        sent = send(wire, data)
+        if threading.get_ident() == here:
+            assert closing.wait(HANG)
+        return sent
+
+    entered, gate = threading.Event(), threading.Event()
+
+    def model(td: TensorDictBase) -> TensorDictBase:
+        if (td["observation"] == 1).any():
+            entered.set()
+            assert gate.wait(HANG)
+        return double(td)
+
+    transport = make()
+    with InferenceServer(model, transport) as server, ThreadPoolExecutor(3) as pool:
+        client, other = transport.client(), transport.client()
+        assert client(request(0), HANG)["action"][0] == 0
+        first = pool.submit(other, request(1), HANG)
+        assert entered.wait(HANG)
+
+        def end() -> None:
+            eventually(lambda: server.stats().pending == 1)
+            pool.submit(server.shutdown, HANG, drain=True)
+            eventually(lambda: transport._queue.admission.closed is not None)
+            closing.set()
+            gate.set()
+
+        ending = pool.submit(end)
+        monkeypatch.setattr(Wire, "send", send_and_stand_still)
+        assert client(request(2), HANG)["action"][0] == 4
+        ending.result(HANG)
+        assert first.result(HANG)["action"][0] == 2

@@ -20,6 +20,9 @@ class State(IntEnum):
     OPEN = 0
     REFUSING = 1
     CLOSED = 2
+    """None is taken; what was sent is still read, and answered."""
+    ENDED = 3
+    """Nothing is read any more."""
 
 
 class Control:
@@ -27,7 +30,8 @@ class Control:
 
     A client looks at the state before it sends a request, and again afterwards. The server changes the state first and
     then reads what has been sent. So either the server finds the request, or the client the new state: the two
-    system calls are ordered by the socket that they are about, whatever the processor does.
+    system calls are ordered by the socket that they are about, whatever the processor does. A client that finds
+    ``REFUSING`` or ``ENDED`` fails its request itself.
 
     Args:
         segment: the page, in another process than the one that made it.

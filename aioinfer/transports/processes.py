@@ -45,6 +45,7 @@ class ProcessTransport(QueuedTransport):
         self._listen(Listener(address))
 
     def _listen(self, listener: Listener) -> None:
+        self._ended = False
         self._control = Control()
         self._board = Switchboard(self._make_line, listener, lambda: self._queue.admission.stats.reject())
         self._poller = self._board.poller
@@ -150,6 +151,7 @@ class ProcessTransport(QueuedTransport):
             raise RuntimeError("the transport was given to a server in another process")
         super().open(admission)
         self._control.set_version_key(admission.version_key)
+        self._ended = False
         admission.watch(lambda: self._publish(admission))
         self._board.open()
 
@@ -157,7 +159,7 @@ class ProcessTransport(QueuedTransport):
         if admission is not self._queue.admission:
             return
         if admission.closed is not None:
-            self._control.set_state(State.CLOSED, admission.closed)
+            self._control.set_state(State.ENDED if self._ended else State.CLOSED, admission.closed)
         else:
             self._control.set_state(State.REFUSING if admission.refusing else State.OPEN)
 
@@ -171,6 +173,9 @@ class ProcessTransport(QueuedTransport):
     def finish(self, error: ServerClosedError) -> None:
         self.close(error)
         self._board.finish()
+        self._ended = True
+        self._publish(self._queue.admission)
+        self._board.read_all()  # what was sent before that could be seen
 
     def look(self) -> None:
         """Take in who dials and what has been sent, whatever the model thread does."""

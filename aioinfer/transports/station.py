@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from itertools import repeat
 from typing import Any
 
-from aioinfer.errors import PeerDiedError, ServerClosedError
+from aioinfer.errors import PeerDiedError, ServerClosedError, own_error
 from aioinfer.interaction import caller_mode, number_of
 from aioinfer.transports.addresses import dial
 from aioinfer.transports.calls import Calls
@@ -95,9 +95,8 @@ class Station(ABC):
         """
         control = self.control
         if control is not None and (state := control.view[0]):
-            if state == State.CLOSED:
-                self.receive()  # perhaps it is gone, and another one listens there
-            raise self._refusal(control, state)
+            self.receive()  # perhaps it is gone, and another one listens there
+            raise self._refusal(control, state) if self.dead is None else own_error(self.dead)
         number = (next(self._numbers) & 0xFFFFFF) << 32 | place
         self.calls[number] = (receiver, outlet)
         return number, number | number_of(caller_mode()) << 56 | (_PATIENT if patient else 0), cargo
@@ -110,10 +109,13 @@ class Station(ABC):
                     self._early += asked
                     asked = ()
         control = self.control
-        if asked and (control is None or not control.view[0]):
+        taken = control is None or not control.view[0]
+        if asked and taken:
             self._wire.send(self._load(asked))
         state = 0 if control is None else control.view[0]
-        if control is not None and state:
+        if control is not None and state and not (taken and state == State.CLOSED):
+            if taken:
+                self.receive()  # it may have its answer
             for number, _, _ in asked:
                 self._refuse(number, control, state)
         if self.dead is not None:
@@ -209,15 +211,15 @@ class Station(ABC):
         control = self.control
         if early is not None:
             self.post([asked for asked in early if asked[0] in self.calls])
-        elif control is not None and (state := control.view[0]):  # which could not be seen before
-            for number in list(self.calls):
+        elif control is not None and (state := control.view[0]) not in (State.OPEN, State.CLOSED):
+            for number in list(self.calls):  # as if it had been seen when they were sent
                 self._refuse(number, control, state)
 
     def _die(self, error: Exception | None = None) -> None:
         """Fail everything: the other end is gone, or does not want this process."""
         if error is None and self.control is None:
             error = ServerClosedError("the server went away before it took this process in")
-        elif error is None and self.control is not None and self.control.view[0]:
+        elif error is None and self.control is not None and self.control.view[0] >= State.CLOSED:
             error = self.control.refusal(self.control.view[0])
         self.dead = error or PeerDiedError("the server's process is gone")
         self.calls.fail_all(self.dead)
