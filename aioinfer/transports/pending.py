@@ -195,6 +195,8 @@ class PendingQueue:
                 return
 
     def _waking(self) -> int:
+        if len(self._family) == 1:
+            return len(self.waking)
         return sum([len(queue.waking) for queue in self._family])
 
     def waited(self) -> float:
