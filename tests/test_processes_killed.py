@@ -240,7 +240,7 @@ from tests.test_processes_killed import call_until_it_fails, double, transport_o
 
 def model(td):
     if (td["observation"] < 0).any():
-        print("stands still", flush=True)
+        print("stands still\\n", end="", flush=True)  # at once: the other thread prints too
         threading.Event().wait()
     return double(td)
 
@@ -262,7 +262,7 @@ if __name__ == "__main__":
         assert [name for name, _ in line.recv()] == [""] * 3
     for line in children:
         line.send("once more")
-    print(transport.address, flush=True)
+    print(f"{transport.address}\\n", end="", flush=True)
     threading.Event().wait()
 """
 
