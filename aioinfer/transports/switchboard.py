@@ -146,5 +146,5 @@ class Switchboard:
                 known = self.lines.pop(line, None)
             if known is not None:
                 (self.poller if line.joined else self.door).forget(line.wire)
+                line.leave()  # first: whoever hears of the end may join anew at once
                 line.wire.close()
-                line.leave()
