@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
-import os
 import signal
 import subprocess
 import sys
@@ -15,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from aioinfer import InferenceServer, ThreadingTransport
-from aioinfer.testing import double, eventually, request
+from aioinfer.testing import double, request
 from aioinfer.weight_sync import MultiProcessWeightSyncScheme, SharedMemWeightSyncScheme
+from tests.leftovers import assert_no_descriptor_stays, needs_descriptors
 from tests.transports import TRANSPORTS
 from tests.weight_models import SCHEMES, policy
 
@@ -110,7 +109,7 @@ def test_an_idle_server_with_weight_sync_uses_no_measurable_processor_time(
     scheme.shutdown()
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
+@needs_descriptors
 def test_weights_leave_no_file_descriptor_and_no_memory_behind() -> None:
     def cycle() -> None:
         for kind in SCHEMES:
@@ -127,27 +126,15 @@ def test_weights_leave_no_file_descriptor_and_no_memory_behind() -> None:
     def mappings() -> int:
         return Path("/proc/self/maps").read_text().count("memfd:aioinfer")
 
-    cycle()
-    gc.collect()
-    before = len(os.listdir("/proc/self/fd"))
-    for _ in range(3):
-        cycle()
-    gc.collect()
-    eventually(lambda: len(os.listdir("/proc/self/fd")) <= before)
+    assert_no_descriptor_stays(cycle, 3)
     assert mappings() == 0
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
+@needs_descriptors
 def test_servers_leave_no_file_descriptor_behind() -> None:
     def cycle() -> None:
         for make in TRANSPORTS.values():
             with InferenceServer(double, make()) as server:
                 server.client()(request(1), 20)
 
-    cycle()
-    gc.collect()
-    before = len(os.listdir("/proc/self/fd"))
-    for _ in range(5):
-        cycle()
-    gc.collect()
-    eventually(lambda: len(os.listdir("/proc/self/fd")) <= before)
+    assert_no_descriptor_stays(cycle, 5)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import multiprocessing
 import os
 import select
 import signal
 import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +25,7 @@ from aioinfer.testing import eventually, request
 from aioinfer.testing.callers import is_double
 from tests import hosted
 from tests.hosted import HANG, Stuck, forked, freeze, hear, kill, make_double, make_policy, worker
+from tests.leftovers import assert_no_descriptor_stays, is_there, needs_descriptors, running, shared_memory
 from tests.weight_models import policy
 
 ROOT = Path(__file__).parent.parent
@@ -57,7 +56,7 @@ async def test_a_server_that_is_shut_down_again_and_again_says_so() -> None:
     server.shutdown()
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
+@needs_descriptors
 def test_servers_leave_no_descriptor_and_no_process_behind() -> None:
     def cycle() -> None:
         with forked(make_policy) as server:
@@ -66,13 +65,7 @@ def test_servers_leave_no_descriptor_and_no_process_behind() -> None:
         with pytest.raises(ServerStartError):
             forked(hosted.raise_error).start()
 
-    cycle()
-    gc.collect()
-    before = len(os.listdir("/proc/self/fd"))
-    for _ in range(5):
-        cycle()
-    gc.collect()
-    eventually(lambda: len(os.listdir("/proc/self/fd")) <= before)
+    assert_no_descriptor_stays(cycle, 5)
     assert not multiprocessing.active_children()
 
 
@@ -202,38 +195,18 @@ def test_a_program_that_ends_leaves_no_process_and_no_memory(end: str, tmp_path:
     method, state, ending = ENDS[end]
     program, note = tmp_path / "program.py", tmp_path / "note"
     program.write_text(PROGRAM.replace("METHOD", method).replace("STATE", state).replace("END", ending))
-    with subprocess.Popen(
-        [sys.executable, str(program), str(tmp_path / "entered"), str(note)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-        text=True,
-    ) as running:
-        assert running.stdout is not None
-        assert running.stderr is not None
-        said = running.stdout.readline().split()
-        assert said, running.stderr.read()
+    with running(program, str(tmp_path / "entered"), str(note), stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        said = process.stdout.readline().split()
+        assert said, process.stderr.read()
         server, stranger = map(int, said)
-        running.wait(HANG)
+        process.wait(HANG)
         eventually(lambda: not is_there(server))  # though a process that was forked meanwhile lives
         with suppress(ProcessLookupError):
             os.kill(stranger, signal.SIGKILL)
-        assert "aioinfer-server" not in running.stderr.read()  # which a traceback of it would begin with
-    eventually(lambda: not is_there(-running.pid))
+        assert "aioinfer-server" not in process.stderr.read()  # which a traceback of it would begin with
+    eventually(lambda: not is_there(-process.pid))
     if state == "stuck":  # a worker hears that it is a shutdown, and no death
         assert note.read_text() == "ServerClosedError"
     eventually(lambda: shared_memory() <= before)  # other programs of the machine may come and go
-
-
-def is_there(pid: int) -> bool:
-    """Whether a process, or with a negative number one of a group, is there."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def shared_memory() -> set[str]:
-    return set(os.listdir("/dev/shm")) if Path("/dev/shm").is_dir() else set()

@@ -18,6 +18,7 @@ import pytest
 
 from aioinfer import InferenceServer, MPTransport
 from aioinfer.testing import double, eventually
+from tests.leftovers import needs_descriptors
 from tests.process_workers import HANG, KINDS, Child, answer, ask_always, client_of, clients_of, outcome, use
 from tests.transports import process_slots
 
@@ -121,7 +122,7 @@ def test_a_fork_under_load_disturbs_nobody(make: Any) -> None:
             loaded.end()
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
+@needs_descriptors
 @pytest.mark.parametrize("make", MAKES)
 def test_workers_that_come_and_go_leave_no_descriptor_in_the_servers_process(make: Any) -> None:
     transport = make()

@@ -6,7 +6,6 @@ import asyncio
 import os
 import random
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -31,6 +30,7 @@ from aioinfer import (
 )
 from aioinfer.testing import double, eventually, request
 from aioinfer.transports.addresses import dial
+from tests.leftovers import is_there, running, shared_memory
 from tests.process_workers import HANG, METHODS, Child, answer, ask_always, clients_of
 
 pytestmark = [
@@ -273,39 +273,17 @@ def test_a_program_that_is_killed_leaves_no_process_and_no_memory(method: str, k
     before = shared_memory()
     program = tmp_path / "program.py"
     program.write_text(PROGRAM.replace("METHOD", method).replace("KIND", kind))
-    root = str(Path(__file__).parent.parent)
-    with subprocess.Popen(
-        [sys.executable, str(program)],
-        env={**os.environ, "PYTHONPATH": root},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-        text=True,
-    ) as running:
-        try:
-            assert running.stdout is not None
-            said = {running.stdout.readline().strip() for _ in range(2)}
-            (address,) = said - {"stands still"}
-            assert address.startswith("@aioinfer-") or sys.platform != "linux"
-            assert is_open(address)
-            assert any_process_of(running.pid)
-        finally:
-            running.kill()
-    eventually(lambda: not any_process_of(running.pid))
+    with running(program) as process:
+        assert process.stdout is not None
+        said = {process.stdout.readline().strip() for _ in range(2)}
+        (address,) = said - {"stands still"}
+        assert address.startswith("@aioinfer-") or sys.platform != "linux"
+        assert is_open(address)
+        assert is_there(-process.pid)
+        process.kill()
+    eventually(lambda: not is_there(-process.pid))
     assert not is_open(address)
     eventually(lambda: shared_memory() <= before)  # other programs of the machine may come and go
-
-
-def shared_memory() -> set[str]:
-    return set(os.listdir("/dev/shm")) if Path("/dev/shm").is_dir() else set()
-
-
-def any_process_of(session: int) -> bool:
-    try:
-        os.killpg(session, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def is_open(address: str) -> bool:

@@ -23,6 +23,7 @@ from aioinfer.testing.callers import is_double
 from aioinfer.transports.addresses import dial
 from aioinfer.transports.parcels import pack
 from aioinfer.transports.wire import FromClient, frame, word
+from tests.leftovers import needs_descriptors
 from tests.process_callers import Worker
 from tests.process_workers import HANG, clients_of, greeting
 from tests.test_exit import used_within
@@ -261,7 +262,7 @@ def sockets_until_there_are_none_left() -> Iterator[socket.socket]:
             yield socket.socket()
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
+@needs_descriptors
 def test_a_server_without_descriptors_left_waits_for_some_without_using_the_processor() -> None:
     transport = process_slots()
     join = greeting(transport)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
@@ -36,6 +37,22 @@ def askers(transport: Any, forgiven: tuple[type[Exception], ...], size: int = 3)
     ]
 
 
+def shut_down_again_and_again(
+    server: InferenceServer, children: Sequence[Child], end: Callable[[], None], turns: int = TURNS
+) -> None:
+    """Serve as long as it takes that every client has had a reply, and ``end``; at last let the workers end too."""
+    for _ in range(turns):
+        with server:
+            for child in children:
+                child.goes_on()
+            end()
+    with server:
+        for child in children:
+            child.goes_on()
+        for child in children:
+            child.end()
+
+
 @pytest.mark.parametrize("bounded", [False, True], ids=["unbounded", "bounded"])
 @pytest.mark.parametrize("make", MAKES)
 def test_calls_end_whenever_the_server_shuts_down_and_are_answered_when_it_serves_again(
@@ -47,17 +64,12 @@ def test_calls_end_whenever_the_server_shuts_down_and_are_answered_when_it_serve
     with ExitStack() as stack:
         children = [stack.enter_context(child) for child in askers(transport, (ServerClosedError, PeerDiedError))]
         server = InferenceServer(answer, transport, max_batch_size=5, max_pending=100 if bounded else None)
-        for _ in range(TURNS):
-            with server:
-                for child in children:
-                    child.goes_on()
-                time.sleep(chance.uniform(0, 0.02))  # orders nothing: any moment
-                server.shutdown(HANG, drain=chance.random() < 0.5)
-        with server:
-            for child in children:
-                child.goes_on()
-            for child in children:
-                child.end()
+
+        def end() -> None:
+            time.sleep(chance.uniform(0, 0.02))  # orders nothing: any moment
+            server.shutdown(HANG, drain=chance.random() < 0.5)
+
+        shut_down_again_and_again(server, children, end)
         assert server.stats().pending == 0
 
 
@@ -73,17 +85,13 @@ def test_calls_end_when_the_server_shuts_down_without_waiting_for_its_model(make
     with ExitStack() as stack:
         children = [stack.enter_context(child) for child in askers(transport, (ServerClosedError,))]
         server = InferenceServer(slow, transport, max_batch_size=5)
-        for _ in range(TURNS):
-            with server:
-                for child in children:
-                    child.goes_on()
-                time.sleep(chance.uniform(0, 0.01))  # orders nothing: any moment
-                server.shutdown(0)
-                eventually(lambda: not server.is_alive)
-        with server:
-            for child in children:
-                child.goes_on()
-                child.end()
+
+        def end() -> None:
+            time.sleep(chance.uniform(0, 0.01))  # orders nothing: any moment
+            server.shutdown(0)
+            eventually(lambda: not server.is_alive)
+
+        shut_down_again_and_again(server, children, end)
 
 
 @pytest.mark.parametrize("make", MAKES)
@@ -110,16 +118,12 @@ def test_requests_of_a_megabyte_end_whenever_the_server_shuts_down() -> None:
             stack.enter_context(child) for child in askers(transport, (ServerClosedError, PeerDiedError), size=250_000)
         ]
         server = InferenceServer(answer, transport, max_batch_size=5)
-        for _ in range(8):
-            with server:
-                for child in children:
-                    child.goes_on()
-                time.sleep(chance.uniform(0, 0.02))  # orders nothing: any moment
-                server.shutdown(HANG, drain=chance.random() < 0.5)
-        with server:
-            for child in children:
-                child.goes_on()
-                child.end()
+
+        def end() -> None:
+            time.sleep(chance.uniform(0, 0.02))  # orders nothing: any moment
+            server.shutdown(HANG, drain=chance.random() < 0.5)
+
+        shut_down_again_and_again(server, children, end, turns=8)
 
 
 @pytest.mark.parametrize("kind", ["blocking", "awaiting"])

@@ -6,8 +6,6 @@ import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +22,7 @@ import pytest
 from aioinfer import InferenceServer, ThreadingTransport, WeightSyncError
 from aioinfer.testing import eventually, request
 from aioinfer.weight_sync import MultiProcessWeightSyncScheme, SharedMemWeightSyncScheme
+from tests.leftovers import is_there, running, shared_memory
 from tests.weight_models import (
     SCHEMES,
     follow_always,
@@ -295,28 +294,9 @@ def test_a_program_that_ends_leaves_no_process_and_no_memory(end: str, method: s
     before = shared_memory()
     program = tmp_path / "program.py"
     program.write_text(PROGRAM.replace("METHOD", method).replace("END", ENDS[end]))
-    root = str(Path(__file__).parent.parent)
-    with subprocess.Popen(
-        [sys.executable, str(program)],
-        env={**os.environ, "PYTHONPATH": root},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    ) as running:
-        assert running.stdout is not None
-        assert running.stdout.read(), "it did not get that far"
-        running.wait(HANG)
-    eventually(lambda: not any_process_of(running.pid))
+    with running(program) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(), "it did not get that far"
+        process.wait(HANG)
+    eventually(lambda: not is_there(-process.pid))
     eventually(lambda: shared_memory() <= before)  # other programs of the machine may come and go
-
-
-def shared_memory() -> set[str]:
-    return set(os.listdir("/dev/shm")) if Path("/dev/shm").is_dir() else set()
-
-
-def any_process_of(session: int) -> bool:
-    try:
-        os.killpg(session, 0)
-    except ProcessLookupError:
-        return False
-    return True

@@ -89,10 +89,8 @@ def _hurry() -> None:
 
 
 def _flush(wire: Wire) -> None:
-    poll = select.poll()
-    poll.register(wire, select.POLLOUT)
     while wire.unsent:
-        poll.poll()
+        wire.wait_for_room(None)
         wire.flush()
 
 

@@ -27,8 +27,6 @@ class _Station(Protocol):
 
     def receive(self) -> None: ...
 
-    def flush(self) -> None: ...
-
 
 class Waiter:
     """A thread that blocks for one answer. Whoever reads it settles it."""
@@ -142,10 +140,8 @@ class LoopDesk:
             self.loop.add_writer(self._fd, self._write)
 
     def _write(self) -> None:
-        station = self._station()
-        if station is not None:
-            station.flush()
-        if station is None or not self._wire.unsent:
+        self._wire.flush()
+        if not self._wire.unsent:
             self._waits_for_room = False
             self.loop.remove_writer(self._fd)
 

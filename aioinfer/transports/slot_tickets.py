@@ -92,8 +92,7 @@ class _SlotStation(Station):
         assert memory is not None
         assert control is not None
         slots = [self._slots[number & _PLACE] for number in numbers]
-        sources: Sequence[dict[str, Any]]
-        sources = [memory.replies.lend(slot) for slot in slots] if not self._copies else memory.replies.read_many(slots)
+        sources = memory.replies.read_many(slots) if self._copies else [memory.replies.lend(slot) for slot in slots]
         size = self._reply_size
         key = control.version_key()
         if key:

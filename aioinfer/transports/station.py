@@ -112,8 +112,7 @@ class Station(ABC):
         taken = control is None or not control.view[0]
         if asked and taken:
             self._wire.send(self._load(asked))
-        state = 0 if control is None else control.view[0]
-        if control is not None and state and not (taken and state == State.CLOSED):
+        if control is not None and (state := control.view[0]) and not (taken and state == State.CLOSED):
             if taken:
                 self.receive()  # it may have its answer
             for number, _, _ in asked:
@@ -125,7 +124,7 @@ class Station(ABC):
         """Fail a request that the server may have got, or not, as it does not take any now."""
         call = self.calls.pop(number, None)
         if call is not None:
-            self._wire.send(word(FromClient.CANCEL, number).to_bytes(8, sys.byteorder))
+            self._say(FromClient.CANCEL, number)
             call[1].fail([call[0]], [control.refusal(state)])  # the server counts it, refused or cancelled
 
     def _refusal(self, control: Control, state: int) -> Exception:
@@ -139,12 +138,15 @@ class Station(ABC):
         if call is None:
             return False
         call[1].drop(call[0])
-        self._wire.send(word(FromClient.CANCEL, number).to_bytes(8, sys.byteorder))
+        self._say(FromClient.CANCEL, number)
         return True
 
     def count_refusal(self) -> None:
         """Tell the server that a request was refused here."""
-        self._wire.send(word(FromClient.REFUSED).to_bytes(8, sys.byteorder))
+        self._say(FromClient.REFUSED)
+
+    def _say(self, kind: FromClient, number: int = 0) -> None:
+        self._wire.send(word(kind, number).to_bytes(8, sys.byteorder))
 
     # -- answers ---------------------------------------------------------------------------------------
 
@@ -160,11 +162,7 @@ class Station(ABC):
             finally:
                 self._receiving.release()
         if self._wire.unsent:
-            self.flush()
-
-    def flush(self) -> None:
-        """Send what is left to send, as far as there is room."""
-        self._wire.flush()
+            self._wire.flush()
 
     def _receive(self, waiter: Waiter | None, number: int = -1) -> None:
         """Under the lock: without it, another thread might read what ``waiter``, of a request, then waits for."""
@@ -250,7 +248,7 @@ class Station(ABC):
             left = None if deadline is None else deadline - time.monotonic()
             if (left is not None and left <= 0) or not self._wire.wait_for_room(left):
                 return
-            self.flush()
+            self._wire.flush()
 
     def _can_block(self) -> bool:
         return self.control is not None and not self._wire.unsent
