@@ -30,11 +30,15 @@ And the way of new weights, from a trainer in another process, or (``server.upda
 from aioinfer.batching import DispatchReason
 from aioinfer.client import AsyncInferenceClient, InferenceClient
 from aioinfer.errors import (
+    ClientBusyError,
+    ClientClosedError,
     InferenceError,
     InvalidRequestError,
     ModelError,
+    NoFreeSlotError,
     PeerDiedError,
     ServerClosedError,
+    ServerNotRunningError,
     ServerOverloadedError,
     ServerPausedError,
     ServerStartError,
@@ -56,6 +60,8 @@ from aioinfer.transports import (
 
 __all__ = [
     "AsyncInferenceClient",
+    "ClientBusyError",
+    "ClientClosedError",
     "DispatchReason",
     "Health",
     "InferenceClient",
@@ -65,6 +71,7 @@ __all__ = [
     "InvalidRequestError",
     "MPTransport",
     "ModelError",
+    "NoFreeSlotError",
     "PeerDiedError",
     "Percentiles",
     "PolicyClientModule",
@@ -72,6 +79,7 @@ __all__ = [
     "ProcessSlotTransport",
     "Remote",
     "ServerClosedError",
+    "ServerNotRunningError",
     "ServerOverloadedError",
     "ServerPausedError",
     "ServerStartError",

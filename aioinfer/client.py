@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import ABCMeta, abstractmethod
 from asyncio import Future as AsyncFuture
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     from tensordict import TensorDictBase
@@ -13,21 +13,51 @@ if TYPE_CHECKING:
 __all__ = ["AsyncInferenceClient", "InferenceClient"]
 
 
-class _Handle:
+class _ClientType(ABCMeta):
+    """Lets ``InferenceClient(transport)`` mean ``transport.client()``, as torchrl's users know it."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        if cls is InferenceClient:
+            return _only(*args, **kwargs).client()
+        if cls is AsyncInferenceClient:
+            return _only(*args, **kwargs).async_client()
+        return super().__call__(*args, **kwargs)
+
+
+def _only(transport: Any) -> Any:
+    return transport
+
+
+class _Handle(metaclass=_ClientType):
     """A client is a handle on its transport: copying it gives the same handle, as with a file."""
 
-    def __copy__(self) -> Any:
+    def __copy__(self) -> Self:
         return self
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
 
+    def close(self) -> None:
+        """Give back what the client has: its slot, its connection, its shared memory. Idempotent; any thread.
 
-class InferenceClient(_Handle, ABC):
+        The client takes no request from then on: :class:`ClientClosedError`. A request that is under way ends with
+        this error too, if the client has a slot or a connection; clients that have neither let it be answered.
+        A connection that several clients share is closed with the last of them.
+        """
+
+
+class InferenceClient(_Handle):
     """Sends requests from plain threads. Made by ``transport.client()`` or ``server.client()``.
 
-    Carries no right to start or stop the server.
+    Carries no right to start or stop the server. ``InferenceClient(transport)`` is ``transport.client()``. Use it as a
+    context manager to close it.
     """
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @abstractmethod
     def submit(self, td: TensorDictBase) -> Future[TensorDictBase]:
@@ -41,10 +71,17 @@ class InferenceClient(_Handle, ABC):
             A future of the standard library that resolves to the reply. Cancelling it before its batch
             left keeps the request from being computed; later, its reply is thrown away.
 
+        Where the server refuses the request, the future fails with :class:`ServerOverloadedError`,
+        :class:`ServerPausedError`, :class:`ServerClosedError`, or, where it lives in another process,
+        :class:`PeerDiedError` or :class:`NoFreeSlotError`.
+
+        Its callbacks run on a thread that serves other callers too. They must not block, and so must not call
+        a client that blocks: hand what takes long to another thread.
+
         Raises:
             InvalidRequestError: ``td`` is no TensorDict, or not of the layout that the server takes.
-            ServerOverloadedError: ``max_pending`` requests wait already.
-            ServerClosedError: the server is shut down.
+            ClientBusyError: the client has a slot, and a request under way.
+            ClientClosedError: the client was closed.
         """
 
     @abstractmethod
@@ -61,15 +98,22 @@ class InferenceClient(_Handle, ABC):
 
         Raises:
             TimeoutError: no reply within ``timeout``. The request is withdrawn and the client usable at once.
-            Exception: what :meth:`submit` raises, and the error that the model raised on this request.
+            Exception: what :meth:`submit` raises or its future fails with: the server's refusal, or the error that
+                the model raised on this request.
         """
 
 
-class AsyncInferenceClient(_Handle, ABC):
+class AsyncInferenceClient(_Handle):
     """Sends requests from coroutines, on whatever asyncio event loop runs them.
 
-    Made by ``transport.async_client()`` or ``server.async_client()``.
+    Made by ``transport.async_client()`` or ``server.async_client()``. Use it as an async context manager to close it.
     """
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.close()
 
     @abstractmethod
     def submit(self, td: TensorDictBase) -> AsyncFuture[TensorDictBase]:
@@ -81,7 +125,8 @@ class AsyncInferenceClient(_Handle, ABC):
             td: as for :meth:`InferenceClient.submit`.
 
         Returns:
-            A future of the running loop: await it, gather it, cancel it.
+            A future of the running loop: await it, gather it, cancel it. It fails as that of
+            :meth:`InferenceClient.submit`.
 
         Raises:
             Exception: as for :meth:`InferenceClient.submit`.
@@ -102,5 +147,5 @@ class AsyncInferenceClient(_Handle, ABC):
             The reply, which the caller owns.
 
         Raises:
-            Exception: as for :meth:`InferenceClient.submit`, and the error that the model raised on this request.
+            Exception: as for :meth:`InferenceClient.__call__`.
         """

@@ -6,11 +6,15 @@ import copy
 from collections.abc import Mapping
 
 __all__ = [
+    "ClientBusyError",
+    "ClientClosedError",
     "InferenceError",
     "InvalidRequestError",
     "ModelError",
+    "NoFreeSlotError",
     "PeerDiedError",
     "ServerClosedError",
+    "ServerNotRunningError",
     "ServerOverloadedError",
     "ServerPausedError",
     "ServerStartError",
@@ -23,7 +27,11 @@ class InferenceError(Exception):
     """Base class of every error that aioinfer raises itself."""
 
 
-class ServerClosedError(InferenceError):
+class ServerNotRunningError(InferenceError, RuntimeError):
+    """The call needs a running server, and this one was not started, or has ended."""
+
+
+class ServerClosedError(InferenceError, RuntimeError):
     """The server is shut down, or its worker died; the request was not answered."""
 
 
@@ -35,15 +43,27 @@ class ServerPausedError(InferenceError):
     """The server is paused and refuses requests (``paused(pending="reject")``); it takes them again soon."""
 
 
-class ServerStartError(InferenceError):
+class ServerStartError(InferenceError, RuntimeError):
     """A server in a process of its own did not start; the message has that process's traceback, or how it ended.
 
     What was raised there is the ``__cause__``, where it can be had in this process.
     """
 
 
-class PeerDiedError(InferenceError):
+class PeerDiedError(InferenceError, RuntimeError):
     """The process at the other end of a transport is gone."""
+
+
+class NoFreeSlotError(InferenceError, RuntimeError):
+    """Every slot of the transport is taken; close a client, or make a transport with more slots."""
+
+
+class ClientBusyError(InferenceError, RuntimeError):
+    """The client has a request under way, and serves one caller at a time; make a client for each caller."""
+
+
+class ClientClosedError(InferenceError, RuntimeError):
+    """The client was closed (``client.close()``); make another one."""
 
 
 class InvalidRequestError(InferenceError, ValueError):
@@ -93,7 +113,7 @@ def own_error(original: BaseException) -> Exception:
 def _text_of(error: BaseException) -> str:
     try:
         return str(error)
-    except Exception:  # a class of the user's may raise anything here
+    except BaseException:  # a class of the user's may raise anything here
         return "(its message can't be shown)"
 
 
@@ -105,7 +125,7 @@ def _twin(original: BaseException) -> Exception | None:
             twin = make(original)
             if type(twin) is type(original) and twin is not original and str(twin) == str(original):
                 return twin
-        except Exception:  # a class of the user's may raise anything here
+        except BaseException:  # a class of the user's may raise anything here
             continue
     return None
 
