@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import anyio.to_thread
 
 from aioinfer.errors import own_error
-from aioinfer.hosting.health import Health
+from aioinfer.health import Health
 from aioinfer.hosting.orders import FromChild, FromParent, Order
 from aioinfer.server import InferenceServer
 from aioinfer.stats import ServerStats
@@ -199,6 +199,6 @@ class _Desk:
             ready=ready,
             pid=os.getpid(),
             policy_version=self._server.policy_version,
-            pending=self._server.transport.pending(),
+            pending=self._server._transport.pending(),
             reason="" if ready else str(closed or "the server's worker has ended"),
         )

@@ -13,7 +13,7 @@ from typing import Any
 from aioinfer.client import AsyncInferenceClient, InferenceClient
 from aioinfer.devices import Model
 from aioinfer.errors import InferenceError
-from aioinfer.hosting.health import Health
+from aioinfer.health import Health
 from aioinfer.hosting.life import ProcessLife
 from aioinfer.hosting.orders import FromParent
 from aioinfer.stats import ServerStats

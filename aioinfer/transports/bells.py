@@ -62,7 +62,7 @@ class _EventBell:
     def wait(self, timeout: float | None) -> bool:
         if timeout is not None and not self._poll.poll(min(math.ceil(max(timeout, 0) * 1000), 2**31 - 1)):
             return False
-        os.eventfd_read(self._fd)
+        os.read(self._fd, 8)  # not os.eventfd_read, which raises InterruptedError after a signal
         return True
 
     def __del__(self) -> None:

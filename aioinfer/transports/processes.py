@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from multiprocessing.reduction import DupFd
 from typing import Any, NoReturn, Self
@@ -130,9 +131,9 @@ class ProcessTransport(QueuedTransport):
 
     # -- the server's side -----------------------------------------------------------------------------
 
-    def join(self, family: list[PendingQueue], poller: Poller) -> None:
+    def join(self, family: Sequence[PendingQueue], poller: Poller, lock: threading.RLock) -> None:
         self._board.move_to(poller)
-        super().join(family, poller)
+        super().join(family, poller, lock)
 
     def _leave(self) -> None:
         self._board.move_to(self._poller)

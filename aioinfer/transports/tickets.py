@@ -8,7 +8,6 @@ import secrets
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from concurrent.futures import Future
 from copy import copy as copy_of
 from functools import partial
 from typing import Any, Self
@@ -17,6 +16,7 @@ from tensordict import TensorDictBase
 
 from aioinfer.client import AsyncInferenceClient, InferenceClient
 from aioinfer.errors import InvalidRequestError, PeerDiedError, ServerClosedError, own_error
+from aioinfer.transports.futures import Future
 from aioinfer.transports.outlets import FUTURES
 from aioinfer.transports.receivers import WAITERS, LoopDesk, Waiter
 from aioinfer.transports.station import Station
