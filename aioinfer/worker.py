@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from aioinfer.batching import BatchRule, DispatchReason
-from aioinfer.errors import ModelError, ServerClosedError, describe, own_error
+from aioinfer.errors import ServerClosedError, describe, own_error
 from aioinfer.executor import ModelThread
 from aioinfer.forward import ForwardPass, Outcome
 from aioinfer.pause import PendingPolicy
@@ -211,8 +211,7 @@ class Worker:
                 if self._by_turns:
                     self._pass_alone = outcome.seconds
                 if self._claim(outcome):
-                    self._record(outcome, reason, taken_at)
-                    self._settle(outcome)
+                    self._settle(outcome, reason, taken_at)
         except BaseException as error:  # nothing of the model's: it must not end the server all the same
             _log.exception("a batch could not be served")
             with self._lock:
@@ -243,15 +242,18 @@ class Worker:
             cancelled=sum([request.receiver.done() for request in outcome.requests if request.outlet is not None]),
         )
 
-    def _settle(self, outcome: Outcome) -> None:
-        if outcome.replies is None:
-            self._fail(outcome.requests, outcome.error or ModelError("the model returned nothing"))
-            return
+    def _settle(self, outcome: Outcome, reason: DispatchReason, taken_at: float) -> None:
+        """Settle requests that are claimed of those that are unsettled."""
+        failure = outcome.error
         try:
-            self._transport.resolve_batch(outcome.requests, outcome.replies)
+            self._record(outcome, reason, taken_at)
+            if outcome.replies is not None:
+                self._transport.resolve_batch(outcome.requests, outcome.replies)
         except BaseException as error:
-            _log.exception("the transport could not hand replies over")
-            self._fail(outcome.requests, error)
+            _log.exception("replies could not be handed over")
+            failure = failure or error
+        if failure is not None:
+            self._fail(outcome.requests, failure)
 
     def _fail(self, requests: Sequence[Request], error: BaseException) -> None:
         if requests:

@@ -234,6 +234,8 @@ class PendingQueue:
         if timeout != 0 and pending < enough and self._waking():
             self._hold_back(_MOST_HOLD_BACK if timeout is None else min(timeout, _MOST_HOLD_BACK))
         elif pending < at_least:
+            for queue in family:
+                queue.sleepers.wake_all()  # nobody is on the way who would
             self.bell.wait(timeout)
         for queue in family:
             queue._wanted = 0

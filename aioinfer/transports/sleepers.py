@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
@@ -31,14 +32,19 @@ class Waiter:
         bell: wakes the thread.
     """
 
-    __slots__ = ("_bell", "_gone", "_outcome", "_sleepers", "_ticket")
+    __slots__ = ("_bell", "_gone", "_outcome", "_resumed", "_sleepers", "_ticket")
 
     def __init__(self, sleepers: Sleepers, bell: Bell) -> None:
         self._sleepers = sleepers
         self._bell = bell
         self._ticket = [True]
         self._gone = False
+        self._resumed = False
         self._outcome: Outcome | None = None
+
+    def is_unread(self) -> bool:
+        """Whether the outcome is there, and the thread has not read it."""
+        return self._outcome is not None
 
     def settle(self, reply: TensorDictBase | None, error: Exception | None) -> bool:
         """Model thread: leave the outcome, and say whether somebody is there to be woken for it."""
@@ -65,15 +71,19 @@ class Waiter:
         Raises:
             TimeoutError: nothing came within ``timeout`` seconds.
         """
+        deadline = None if timeout is None else time.monotonic() + timeout
         woken = self._bell.wait(timeout)
+        while woken and self._outcome is None:  # released once more for the outcome before this one
+            woken = self._bell.wait(None if deadline is None else deadline - time.monotonic())
         if not woken:
             self._gone = True
         if woken or not self._leave():
-            self._sleepers.resumed()
+            self._resume()
         outcome, self._outcome = self._outcome, None
         if outcome is None:
             raise TimeoutError(f"no reply within {timeout} seconds")
         if woken:
+            self._resumed = False
             self._ticket.append(True)
         return outcome
 
@@ -81,8 +91,12 @@ class Waiter:
         """Leave without a reply, wherever the call was interrupted: what still comes is thrown away. Idempotent."""
         if not self._gone:
             self._gone = True
-            if not self._leave():  # it was this thread's turn to wake the next one
-                self._sleepers.resumed()
+            if not self._leave() and not self._resumed:  # it is this thread's turn to wake the next one
+                self._resume()
+
+    def _resume(self) -> None:
+        self._resumed = True  # first: an interrupted thread must not do it twice
+        self._sleepers.resumed()
 
     def _leave(self) -> bool:
         """Whether the thread left before the model thread settled."""
@@ -111,7 +125,8 @@ class Sleepers:
     run yet, the next batch is held back, so that the requests which they are about to make get into it.
 
     Model thread: ``deliver``, ``fail``, ``drop``, ``wake_all``. Woken threads: ``resumed``. The deque and the
-    list are shared without a lock, which their ``append`` and ``pop`` allow.
+    list are shared without a lock, which their ``append`` and ``pop`` allow. A woken thread that a signal interrupts
+    may take the next one out of the deque and not wake it: ``wake_all`` does not rely on the deque.
 
     Args:
         waking: gets an element for each thread that is settled, and loses one when it runs.
@@ -122,6 +137,7 @@ class Sleepers:
         self._waking = waking
         self._ring = ring
         self._asleep: deque[Waiter] = deque()
+        self._unread: list[Waiter] = []  # those that sleep, and some that don't any more
 
     def deliver(self, receivers: Sequence[Waiter], replies: Sequence[TensorDictBase]) -> None:
         self._wake([w for w, reply in zip(receivers, replies, strict=True) if w.settle(reply, None)])
@@ -133,6 +149,7 @@ class Sleepers:
         pass
 
     def _wake(self, waiters: Sequence[Waiter]) -> None:
+        self._unread = [*filter(Waiter.is_unread, self._unread), *waiters]
         self._waking.extend([True] * len(waiters))
         self._asleep.extend(waiters)
         for _ in range(min(_WAKE_WIDTH, len(waiters))):
@@ -157,5 +174,8 @@ class Sleepers:
 
     def wake_all(self) -> None:
         """Wake all that are left: the chain takes long, or broke with a thread that was interrupted."""
-        while self._asleep:
-            self._wake_next()
+        self._asleep.clear()
+        for waiter in self._unread:
+            if waiter.is_unread():
+                waiter.release()
+        self._unread = []

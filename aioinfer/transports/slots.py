@@ -110,7 +110,8 @@ class _Slot:
         self._index = index
         self._lock = threading.RLock()
         self._closed = False
-        self._holder: _Call | Future[Any] | asyncio.Future[Any] | None = None
+        self.holder: _Call | Future[Any] | asyncio.Future[Any] | None = None
+        """Who has the slot, until it is done, or sets this to ``None``."""
         self._way_back: tuple[Outlet, Receiver] | None = None
 
     def put(
@@ -120,33 +121,24 @@ class _Slot:
         receiver: Receiver,
         outlet: Outlet,
     ) -> None:
-        """Take the slot for ``holder``, until it is done or ``free`` is called, and queue its request.
+        """Take the slot for ``holder``, and queue its request.
 
         Whatever is raised: the request may be in the queue, and whoever calls ends the holder and the receiver.
         """
         with self._lock:
             if self._closed:
                 raise ClientClosedError("the client was closed; make another one")
-            if self._holder not in (None, holder) and not self._holder.done():
+            if self.holder not in (None, holder) and not self.holder.done():
                 raise ClientBusyError(
                     f"slot {self._index} has a request under way; "
                     "wait for its reply, cancel it, or make a client for each caller"
                 )
-            self._holder, self._way_back = holder, (outlet, receiver)
+            self.holder, self._way_back = holder, (outlet, receiver)
         buffer = self.transport._buffer
         if buffer is not None:
             self.queue.admission.check(td)
             td = buffer.write(self._index, td)
         self.queue.put(td, receiver, outlet)
-
-    def is_held_by(self, holder: object) -> bool:
-        """Whether ``put`` has taken the slot for ``holder``."""
-        return self._holder is holder
-
-    def free(self, holder: object) -> None:
-        """Give the slot back, if ``holder`` has it."""
-        if self._holder is holder:
-            self._holder = None
 
     def close(self) -> None:
         """Give the slot to whoever asks for a client next; idempotent."""
@@ -154,7 +146,7 @@ class _Slot:
             if self._closed:
                 return
             self._closed = True
-            holder, way_back = self._holder, self._way_back
+            holder, way_back = self.holder, self._way_back
         if holder is not None and way_back is not None:
             outlet, receiver = way_back
             if not receiver.done():
@@ -165,10 +157,7 @@ class _Slot:
 class _SlotClient(InProcessClient):
     def __init__(self, slot: _Slot) -> None:
         self._slot = slot
-        self._waiter = self._make_waiter()
-
-    def _make_waiter(self) -> Waiter:
-        return Waiter(self._slot.queue.sleepers, cheapest_bell())
+        self._waiter: Waiter | None = None
 
     def close(self) -> None:
         self._slot.close()
@@ -187,7 +176,8 @@ class _SlotClient(InProcessClient):
         return future
 
     def __call__(self, td: TensorDictBase, timeout: float | None = None, *, wait: bool = False) -> TensorDictBase:
-        slot, waiter, call = self._slot, self._waiter, _Call()
+        slot, call = self._slot, _Call()
+        waiter = self._waiter or Waiter(slot.queue.sleepers, cheapest_bell())
         try:
             if wait:
                 put = partial(slot.put, td, call, waiter, slot.queue.sleepers)
@@ -198,13 +188,15 @@ class _SlotClient(InProcessClient):
                 slot.put(td, call, waiter, slot.queue.sleepers)
             slot.queue.ring()
             outcome = waiter.wait(timeout)
+            self._waiter = waiter
         except BaseException:
-            if slot.is_held_by(call):
+            if slot.holder is call:
+                self._waiter = None  # what still comes for the old one is thrown away
                 waiter.abandon()
-                self._waiter = self._make_waiter()
             raise
-        finally:
-            slot.free(call)
+        finally:  # no call is made here, which a signal handler could keep from happening
+            if slot.holder is call:
+                slot.holder = None
         return unwrap(*outcome)
 
 
