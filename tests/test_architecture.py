@@ -15,7 +15,7 @@ import aioinfer
 ROOT = Path(aioinfer.__file__).parent
 # Each line may import from the lines above it.
 FLOORS = (
-    {"errors", "interaction", "batching", "modes"},
+    {"errors", "interaction", "interrupts", "batching", "modes"},
     {"segments", "tensors", "stamps", "stats", "client", "executor"},
     {"columns", "transports.admission", "transports.bells", "transports.poller"},
     {"devices", "transports.room", "transports.outlets", "transports.sleepers", "transports.wire"},
