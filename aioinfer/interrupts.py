@@ -33,7 +33,8 @@ def ending_at_interrupt() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        if signal.getsignal(signal.SIGINT) is _end:
+            signal.signal(signal.SIGINT, before)
 
 
 def _end(*_: object) -> None:
