@@ -15,7 +15,7 @@ import aioinfer
 ROOT = Path(aioinfer.__file__).parent
 # Each line may import from the lines above it.
 FLOORS = (
-    {"errors", "interaction", "batching", "modes", "health"},
+    {"errors", "interaction", "interrupts", "batching", "modes", "health"},
     {"segments", "tensors", "stats", "client"},
     {"columns", "stamps", "transports.admission", "transports.bells", "transports.poller"},
     {"devices", "transports.room", "transports.futures", "transports.sleepers", "transports.wire"},

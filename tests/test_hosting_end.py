@@ -25,7 +25,14 @@ from aioinfer.testing import eventually, request
 from aioinfer.testing.callers import is_double
 from tests import hosted
 from tests.hosted import HANG, Stuck, forked, freeze, hear, kill, make_double, make_policy, worker
-from tests.leftovers import assert_no_descriptor_stays, is_there, needs_descriptors, running, shared_memory
+from tests.leftovers import (
+    assert_no_descriptor_stays,
+    assert_no_memory_stays,
+    go_on,
+    is_there,
+    needs_descriptors,
+    running,
+)
 from tests.weight_models import policy
 
 ROOT = Path(__file__).parent.parent
@@ -176,6 +183,7 @@ if __name__ == "__main__":
     stranger = multiprocessing.get_context("fork").Process(target=time.sleep, args=(1000,), daemon=True)
     stranger.start()
     print(server.pid, stranger.pid, flush=True)
+    sys.stdin.readline()
     END
 """
 
@@ -191,7 +199,6 @@ ENDS = {
 
 @pytest.mark.parametrize("end", ENDS)
 def test_a_program_that_ends_leaves_no_process_and_no_memory(end: str, tmp_path: Path) -> None:
-    before = shared_memory()
     method, state, ending = ENDS[end]
     program, note = tmp_path / "program.py", tmp_path / "note"
     program.write_text(PROGRAM.replace("METHOD", method).replace("STATE", state).replace("END", ending))
@@ -201,6 +208,7 @@ def test_a_program_that_ends_leaves_no_process_and_no_memory(end: str, tmp_path:
         said = process.stdout.readline().split()
         assert said, process.stderr.read()
         server, stranger = map(int, said)
+        memory = go_on(process)
         process.wait(HANG)
         eventually(lambda: not is_there(server))  # though a process that was forked meanwhile lives
         with suppress(ProcessLookupError):
@@ -209,4 +217,4 @@ def test_a_program_that_ends_leaves_no_process_and_no_memory(end: str, tmp_path:
     eventually(lambda: not is_there(-process.pid))
     if state == "stuck":  # a worker hears that it is a shutdown, and no death
         assert note.read_text() == "ServerClosedError"
-    eventually(lambda: shared_memory() <= before)  # other programs of the machine may come and go
+    assert_no_memory_stays(memory)

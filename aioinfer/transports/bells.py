@@ -33,10 +33,11 @@ class LockBell:
         self._lock.acquire()
 
     def ring(self) -> None:
-        try:
-            self._lock.release()
-        except RuntimeError:  # it is ringing already
-            pass
+        if self._lock.locked():
+            try:
+                self._lock.release()
+            except RuntimeError:  # another thread was quicker
+                pass
 
     def wait(self, timeout: float | None) -> bool:
         return self._lock.acquire(timeout=-1 if timeout is None else min(max(timeout, 0), threading.TIMEOUT_MAX))

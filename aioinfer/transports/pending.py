@@ -53,7 +53,7 @@ class PendingQueue:
         self._requests: deque[Request] = deque()
         self._patient: deque[Request] = deque()  # those of other processes that wait for room
         self._closed: ServerClosedError | None = None
-        self._wanted = self._enough = 0  # what the model thread sleeps for, see wait; 0: it does not sleep
+        self._wanted = self._enough = 0  # model thread: what it sleeps for, see wait; 0: it does not sleep
         self.room = RoomQueue(self._full)
         self.waking: list[bool] = []
         self.sleepers = Sleepers(self.waking, self.ring)
@@ -206,7 +206,6 @@ class PendingQueue:
 
     def wake(self) -> None:
         """Make the running ``wait``, or else the next one, return."""
-        self._wanted = 0
         self.bell.ring()
 
     def _full(self) -> bool:

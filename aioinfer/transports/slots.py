@@ -166,13 +166,12 @@ class _SlotClient(InProcessClient):
         future: Future[TensorDictBase] = Future()
         try:
             self._slot.put(td, future, future, FUTURES)
+            self._slot.queue.ring()
         except REFUSALS as error:
             future.set_exception(error.with_traceback(None))
         except BaseException:
             future.cancel()
             raise
-        else:
-            self._slot.queue.ring()
         return future
 
     def __call__(self, td: TensorDictBase, timeout: float | None = None, *, wait: bool = False) -> TensorDictBase:

@@ -27,10 +27,12 @@ class ThreadingTransport(InProcessTransport):
         future: Future[TensorDictBase] = Future()
         try:
             self._queue.put(td, future, FUTURES)
+            self._queue.ring()
         except REFUSALS as error:
             future.set_exception(error.with_traceback(None))
-        else:
-            self._queue.ring()
+        except BaseException:
+            future.cancel()
+            raise
         return future
 
     def client(self, *, copy: bool = True) -> InferenceClient:
