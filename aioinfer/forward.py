@@ -103,7 +103,7 @@ class ForwardPass:
         groups = ([request for request in requests if request.mode is mode] for mode in modes)
         return chain.from_iterable(map(self._outcomes, groups))
 
-    def _outcomes(self, requests: Sequence[Request]) -> Iterator[Outcome]:
+    def _outcomes(self, requests: Sequence[Request], *, again: bool = False) -> Iterator[Outcome]:
         started = time.perf_counter()
         try:
             replies = self._replies(requests)
@@ -119,10 +119,10 @@ class ForwardPass:
             yield Outcome([request for request in requests if id(request) not in again], None, failure, seconds)
         served = True
         for part in parts:
-            for outcome in self._outcomes(part):
+            for outcome in self._outcomes(part, again=again or not isinstance(failure, UnlikeRequestsError)):
                 served &= outcome.error is None or not outcome.requests
                 yield outcome
-        if len(parts) > 1 and served and not isinstance(failure, UnlikeRequestsError):
+        if len(parts) > 1 and served and not again and not isinstance(failure, UnlikeRequestsError):
             self._warn(failure, len(requests))
 
     def _parts(self, requests: Sequence[Request], failure: BaseException) -> list[Sequence[Request]]:

@@ -79,7 +79,8 @@ def test_a_module_of_tensors_says_how_to_wrap_it_when_it_is_called() -> None:
         pytest.raises(ModelError, match=r"Net seems to take tensors; wrap it") as raised,
     ):
         server.client()(request(1), HANG)
-    assert isinstance(raised.value.__cause__, TypeError)
+    assert isinstance(raised.value.__cause__, ModelError)
+    assert isinstance(raised.value.__cause__.__cause__, TypeError)
 
 
 def test_a_model_that_cannot_batch_is_counted_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
