@@ -1,4 +1,4 @@
-"""How a server in a process of its own is."""
+"""How a server is."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ __all__ = ["Health"]
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """How a server in a process of its own is: ``alive`` is about the process, ``ready`` about what it does.
+    """How a server is: ``alive`` is about what runs it, ``ready`` about whether requests are served.
 
     Attributes:
-        alive: whether the process runs.
+        alive: whether the process of the server runs; of a server in this process, its worker.
         ready: whether it serves requests.
         pid: of the process; ``None`` before the start.
         policy_version: of the weights in use; ``None`` if the process did not say.
