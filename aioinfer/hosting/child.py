@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import anyio
 import anyio.to_thread
 
-from aioinfer.errors import WeightSyncError, own_error
+from aioinfer.errors import ServerClosedError, WeightSyncError, own_error
 from aioinfer.hosting.health import Health
 from aioinfer.hosting.orders import FromChild, FromParent, Order, VersionPage
 from aioinfer.pause import PendingPolicy
@@ -192,9 +192,10 @@ class _Desk:
         try:
             answer = pack(await self._do(command, *arguments))
         except BaseException as error:  # also what a module raises that is given its extra state
-            if isinstance(error, asyncio.CancelledError) and self._end.done():
+            if self._end.done() and isinstance(error, asyncio.CancelledError):
                 raise  # the event loop goes down
-            self._fail(number, error)
+            late = self._end.done() and not self._server.is_alive
+            self._fail(number, ServerClosedError("the server was shut down meanwhile") if late else error)
         else:
             self._send(FromChild.ANSWER, number, answer)
 
