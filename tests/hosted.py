@@ -19,7 +19,7 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 
 from aioinfer import AsyncInferenceClient, MPTransport, ProcessInferenceServer, ProcessSlotTransport, connect
-from aioinfer.testing import double, request
+from aioinfer.testing import double, eventually, request
 from tests.weight_models import mark_of, policy
 
 HANG = 20.0
@@ -44,6 +44,22 @@ class Stuck(nn.Module):
         self.entered.touch()
         time.sleep(1000)
         return td
+
+
+class Gated:
+    """A model that says that it was called, and goes on when its gate is there; and the factory that makes it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.entered = directory / "entered"
+        self.gate = directory / "gate"
+
+    def __call__(self) -> Model:
+        return self.run
+
+    def run(self, td: TensorDictBase) -> TensorDictBase:
+        self.entered.touch()
+        eventually(self.gate.exists)
+        return double(td)
 
 
 def make_double() -> Model:

@@ -72,10 +72,11 @@ def is_served(server: ProcessInferenceServer) -> bool:
         return False
 
 
+WEIGHTS = policy(1.0)
 VERBS: dict[str, Callable[[ProcessInferenceServer], object]] = {
     "health": lambda server: server.health(HANG),
     "stats": lambda server: server.stats(),
-    "update_weights": lambda server, weights=policy(1.0): server.update_weights(weights),  # type: ignore[misc]
+    "update_weights": lambda server: server.update_weights(WEIGHTS),
     "paused": pause,
 }
 

@@ -103,9 +103,14 @@ class Hotline:
 
     # -- start and end ---------------------------------------------------------------------------------
 
+    @property
+    def is_here(self) -> bool:
+        """Whether this is the process that made the server, and no forked child of it."""
+        return self._owner == os.getpid()
+
     def check_process(self) -> None:
-        """Raise :class:`ServerNotRunningError` in a process that was forked from the one that made the server."""
-        if self._owner != os.getpid():
+        """Raise :class:`ServerNotRunningError` in a forked child of the process that made the server."""
+        if not self.is_here:
             raise ServerNotRunningError(
                 f"process {self._owner} has made the server, this is process {os.getpid()}; hand clients over"
             )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import logging
-import os
 import socket
 import threading
 from collections import deque
@@ -65,7 +64,6 @@ class ProcessLife:
         self._factory = policy_factory
         self._options = options
         self._context = context
-        self._process = os.getpid()
         self._starters: deque[object] = deque()  # the first one is whose start it is
         self._hotline = Hotline(self._launch, self._decline, self._release)
         self._deliveries: Deliveries | None = None
@@ -158,7 +156,7 @@ class ProcessLife:
             drain: serve the pending requests first, as far as ``timeout`` allows; by default they fail with
                 :class:`ServerClosedError` at once.
         """
-        if self._process != os.getpid():
+        if not self._hotline.is_here:
             return
         self._hotline.close(timeout, drain=drain)
         if not self._hotline.began:
@@ -170,7 +168,7 @@ class ProcessLife:
 
         If it is cancelled, the server shuts down all the same and nobody waits for it.
         """
-        if self._process != os.getpid():
+        if not self._hotline.is_here:
             return
         self._hotline.close(timeout, drain=drain)
         if not self._hotline.began and not self._hotline.ended.done:

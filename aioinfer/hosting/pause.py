@@ -65,7 +65,7 @@ class ProcessPause:
             await resumed.await_done()
 
     def __del__(self) -> None:
-        while self._begun:
+        while hasattr(self, "_begun") and self._begun:
             self._end()
 
     def _begin(self) -> Call:

@@ -132,8 +132,9 @@ class ProcessInferenceServer(ProcessLife):
 
     @property
     def is_alive(self) -> bool:
-        """Whether the process runs; :meth:`health` says whether it serves."""
-        return self._hotline.pid is not None and not self._hotline.ended.done
+        """Whether the process runs; :meth:`health` says whether it serves. A forked child does not know: ``False``."""
+        hotline = self._hotline
+        return hotline.is_here and hotline.pid is not None and not hotline.ended.done
 
     @property
     def pid(self) -> int | None:
