@@ -122,6 +122,76 @@ def take_for_ever(begun: Path) -> Any:
     time.sleep(1000)
 
 
+class Mute(BaseException):
+    """Nobody can show it."""
+
+    def __str__(self) -> str:
+        raise SystemExit("don't look")
+
+
+class Raises:
+    """A factory that raises."""
+
+    def __init__(self, kind: type[BaseException]) -> None:
+        self.kind = kind
+
+    def __call__(self) -> Any:
+        raise self.kind("enough")
+
+
+class Rude:
+    """A factory that leaves Python where it is pickled (``"closed"``), or unpickled (``"opened"``)."""
+
+    def __init__(self, when: str) -> None:
+        self.when = when
+
+    def __call__(self) -> Any:
+        return double
+
+    def __reduce__(self) -> Any:
+        if self.when == "closed":
+            raise SystemExit("not this way")
+        return _leave, ()
+
+
+def _leave() -> None:
+    raise SystemExit("not that way")
+
+
+class Opened(Exception):
+    """It leaves Python where it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return _leave, ()
+
+
+class Closed(Exception):
+    """It leaves Python where it is pickled."""
+
+    def __reduce__(self) -> Any:
+        raise SystemExit("not this way")
+
+
+class Touchy(nn.Module):
+    """A model, and a factory of it, that raises what its state says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, td: TensorDictBase) -> TensorDictBase:
+        return double(td)
+
+    def get_extra_state(self) -> Any:
+        return "fine"
+
+    def set_extra_state(self, state: Any) -> None:
+        kinds = (SystemExit, KeyboardInterrupt, asyncio.CancelledError, Mute, Opened, Closed)
+        for kind in kinds:
+            if kind.__name__ == state:
+                raise kind("it hurts")
+
+
 class Unreadable:
     """A factory that can't be unpickled."""
 

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import anyio
 import anyio.to_thread
 
-from aioinfer.errors import ServerClosedError, WeightSyncError, own_error
+from aioinfer.errors import ModelError, ServerClosedError, WeightSyncError, own_error
 from aioinfer.hosting.health import Health
 from aioinfer.hosting.orders import FromChild, FromParent, Order, VersionPage
 from aioinfer.pause import PendingPolicy
@@ -200,7 +200,11 @@ class _Desk:
             self._send(FromChild.ANSWER, number, answer)
 
     def _fail(self, number: int, error: BaseException) -> None:
-        self._send(FromChild.ERROR, number, pack_error(own_error(error)))
+        try:
+            payload = pack_error(own_error(error))
+        except BaseException:  # an exception of the user's may do anything where it is shown
+            payload = pack_error(ModelError(f"{type(error).__qualname__}: (its message can't be shown)"))
+        self._send(FromChild.ERROR, number, payload)
 
     async def _do(self, command: FromParent, *arguments: Any) -> Health | ServerStats | None:
         if command is FromParent.STATS:

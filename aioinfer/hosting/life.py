@@ -217,9 +217,7 @@ class ProcessLife:
     def _decline(self, error: ServerClosedError) -> None:
         """Fail the requests that wait, and those to come, on transports that were not given to the process."""
         for transport in self.transports:
-            try:
-                transport.check_unused()
-            except RuntimeError:
+            if transport.is_served:
                 continue
             try:
                 transport.finish(error)

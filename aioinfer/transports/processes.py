@@ -51,9 +51,14 @@ class ProcessTransport(QueuedTransport):
         self._poller = self._board.poller
         self._queue.bell = self._poller
 
+    @property
+    def is_served(self) -> bool:
+        """Whether a server runs on it, or it was given to one in another process."""
+        return self._given_away or self._queue.admission.serving
+
     def check_unused(self) -> None:
-        """Raise :class:`RuntimeError` if the transport is being served, or was given away."""
-        if self._given_away or self._board.lines or self._queue.admission.serving:
+        """Raise :class:`RuntimeError` if it can't be given away, since it is served, or has connections already."""
+        if self.is_served or self._board.lines:
             raise RuntimeError("the transport is in use already, or was given away")
 
     def give_away(self) -> GivenTransport:
@@ -64,6 +69,7 @@ class ProcessTransport(QueuedTransport):
             OSError: no descriptor is left; the transport was not given away.
         """
         self.check_unused()
+        self._board.listener.open()  # it is closed if a server was shut down meanwhile
         given = GivenTransport(type(self), self._estate(), self.address, self._board.give_away())
         self._given_away = True
         return given
