@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import multiprocessing
 import os
+import resource
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 
 from aioinfer import AsyncInferenceClient, MPTransport, ProcessInferenceServer, ProcessSlotTransport, connect
+from aioinfer.hosting.child import _Desk
 from aioinfer.testing import double, eventually, request
 from tests.weight_models import mark_of, policy
 
@@ -190,6 +194,45 @@ class Touchy(nn.Module):
         for kind in kinds:
             if kind.__name__ == state:
                 raise kind("it hurts")
+
+
+class Exhausted(nn.Module):
+    """A model, and a factory of it, that takes all descriptors of its process, and at the next request frees them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.taken: list[int] = []
+
+    def forward(self, td: TensorDictBase) -> TensorDictBase:
+        freed = bool(self.taken)
+        while self.taken:
+            os.close(self.taken.pop())
+        if not freed:
+            _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (256, most))
+            with suppress(OSError):
+                while True:
+                    self.taken.append(os.open(os.devnull, os.O_RDONLY))
+        return TensorDict({"freed": torch.full(td.batch_size, freed)}, td.batch_size)
+
+
+class Babbler:
+    """A factory of a model that says something to the parent on the server's behalf, or closes the connection."""
+
+    def __init__(self, nonsense: bytes) -> None:
+        self.nonsense = nonsense
+
+    def __call__(self) -> Model:
+        return self.run
+
+    def run(self, td: TensorDictBase) -> TensorDictBase:
+        (desk,) = [thing for thing in gc.get_objects() if type(thing) is _Desk]
+        if self.nonsense:
+            desk._wire._sock.send(self.nonsense)
+        else:
+            desk._wire._sock.shutdown(socket.SHUT_RDWR)
+        return double(td)
 
 
 class Unreadable:
