@@ -101,7 +101,8 @@ def test_a_start_that_runs_out_of_descriptors_leaves_none_and_tells_its_callers(
     left = 0
     while not attempt(left):
         left += 1
-    assert left > 10
+        gc.collect()  # else what the last one left would be freed while the next one looks for descriptors
+    assert left > 3
     eventually(lambda: open_descriptors() <= before)
 
 
