@@ -66,6 +66,18 @@ class Gated:
         return double(td)
 
 
+class GatedWeights(nn.Module):
+    """A :class:`Gated` model that has weights."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.run = Gated(directory).run
+
+    def forward(self, td: TensorDictBase) -> TensorDictBase:
+        return self.run(td)
+
+
 def make_double() -> Model:
     return double
 

@@ -7,6 +7,8 @@ import multiprocessing
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import anyio.to_thread
@@ -17,6 +19,7 @@ from tensordict import TensorDict
 from aioinfer import (
     InferenceServer,
     MPTransport,
+    PeerDiedError,
     ProcessInferenceServer,
     ProcessSlotTransport,
     ServerClosedError,
@@ -268,6 +271,17 @@ def test_weights_that_do_not_reach_the_queue_leave_the_way_free_for_others(monke
                     server.update_weights(policy(1.0))
         server.update_weights(policy(2.0))
         assert mark_of(server.client()(request(0), HANG)) == 2
+
+
+async def test_updates_that_wait_for_a_process_that_dies_all_hear_of_its_death(tmp_path: Path) -> None:
+    async with forked(partial(hosted.GatedWeights, tmp_path)) as server:
+        asked = server.async_client().submit(request(0))
+        await asyncio.to_thread(eventually, (tmp_path / "entered").exists)
+        updates = [asyncio.ensure_future(server.aupdate_weights({"weight": torch.ones(1)})) for _ in range(100)]
+        await server.ahealth(HANG)
+        hosted.kill(server)
+        await asyncio.wait([asked, *updates], timeout=HANG)
+        assert {type(future.exception()) for future in (asked, *updates)} == {PeerDiedError}
 
 
 def refuse(message: object) -> None:

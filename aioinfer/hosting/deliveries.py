@@ -75,25 +75,28 @@ class Deliveries:
     def _go_on(self) -> None:
         while self._waiting and not self._under_way:
             delivery = self._waiting.popleft()
-            call = self._hotline.new_call()
-            call.then = partial(self._answered, delivery)
+            if self._hotline.refusal is not None:
+                self._finish(delivery, own_error(self._hotline.refusal))
+                continue
             try:
                 self._queue.put(delivery.publication)
             except Exception as error:
-                call.fail(WeightSyncError(f"the weights could not be sent: {type(error).__qualname__}: {error}"))
-                self._finish(delivery, call)
-            else:
-                self._under_way = True
-                self._hotline.send(call, FromParent.UPDATE, pack((delivery.cast,)))
+                what = f"{type(error).__qualname__}: {error}"
+                self._finish(delivery, WeightSyncError(f"the weights could not be sent: {what}"))
+                continue
+            self._under_way = True
+            call = self._hotline.new_call()
+            call.then = partial(self._answered, delivery)
+            self._hotline.send(call, FromParent.UPDATE, pack((delivery.cast,)))
 
     def _answered(self, delivery: _Delivery, call: Call) -> None:
         self._under_way = False
-        self._finish(delivery, call)
+        self._finish(delivery, call.error)
         self._go_on()
 
-    def _finish(self, delivery: _Delivery, call: Call) -> None:
+    def _finish(self, delivery: _Delivery, error: BaseException | None) -> None:
         delivery.stored.readers -= 1
-        if call.error is None:
+        if error is None:
             delivery.done.succeed(None)
         else:
-            delivery.done.fail(call.error)
+            delivery.done.fail(error)

@@ -308,7 +308,11 @@ class Hotline:
         self.refusal = self.refusal or PeerDiedError(f"the server's process {what}")
 
     def _finish(self) -> None:
-        code = self._process.reap()
+        code = None
+        try:
+            code = self._process.reap()
+        except Exception:  # who waits must hear of the end in any case
+            _log.exception("the exit code of the server's process %d is lost", self.pid)
         self._refuse(f"is gone: {_described(code)}")
         error = self.refusal
         assert error is not None

@@ -81,7 +81,10 @@ class ChildProcess:
         with suppress(ValueError):
             self._process.close()
         if self._descriptor is not None:
-            os.close(self._descriptor)
+            with suppress(
+                OSError
+            ):  # a program that closes all of its descriptors must not keep us from saying how it was
+                os.close(self._descriptor)
         return code
 
 
