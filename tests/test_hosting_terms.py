@@ -280,8 +280,9 @@ async def test_updates_that_wait_for_a_process_that_dies_all_hear_of_its_death(t
         updates = [asyncio.ensure_future(server.aupdate_weights({"weight": torch.ones(1)})) for _ in range(100)]
         await server.ahealth(HANG)
         hosted.kill(server)
-        await asyncio.wait([asked, *updates], timeout=HANG)
-        assert {type(future.exception()) for future in (asked, *updates)} == {PeerDiedError}
+        futures: list[asyncio.Future[Any]] = [asked, *updates]
+        await asyncio.wait(futures, timeout=HANG)
+        assert {type(future.exception()) for future in futures} == {PeerDiedError}
 
 
 def refuse(message: object) -> None:
