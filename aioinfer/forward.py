@@ -115,8 +115,8 @@ class ForwardPass:
         seconds = time.perf_counter() - started
         parts = self._parts(requests, failure)
         if not isinstance(failure, UnlikeRequestsError) or not parts:
-            again = set(map(id, chain.from_iterable(parts)))
-            yield Outcome([request for request in requests if id(request) not in again], None, failure, seconds)
+            rerun = set(map(id, chain.from_iterable(parts)))
+            yield Outcome([request for request in requests if id(request) not in rerun], None, failure, seconds)
         served = True
         for part in parts:
             for outcome in self._outcomes(part, again=again or not isinstance(failure, UnlikeRequestsError)):

@@ -19,7 +19,7 @@ import anyio
 import pytest
 import torch
 
-from aioinfer import PeerDiedError, ProcessInferenceServer, ServerClosedError, ServerStartError
+from aioinfer import PeerDiedError, ProcessInferenceServer, ServerClosedError, ServerNotRunningError, ServerStartError
 from aioinfer.hosting.process import handed_over
 from aioinfer.testing import eventually, request
 from aioinfer.testing.callers import is_double
@@ -41,16 +41,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:Deprecati
 
 
 async def test_a_server_that_is_shut_down_again_and_again_says_so() -> None:
-    server = forked(make_double)
-    server.shutdown()  # there is nothing to shut down, and it may start all the same
+    server = forked(make_double, policy_version=7)
     async with server:
         assert is_double(await server.async_client()(request(3)), 3)
     server.shutdown()
     await server.aclose()
     health = server.health()
     assert (health.alive, health.exit_code, health.reason) == (False, 0, "the server is shut down")
-    for ask in (server.stats, lambda: server.update_weights(policy()), lambda: server.policy_version):
-        with pytest.raises(ServerClosedError):
+    assert server.policy_version == 7
+    for ask in (server.stats, lambda: server.update_weights(policy()), server.paused):
+        with pytest.raises(ServerNotRunningError, match="the server is shut down"):
             ask()
     with pytest.raises(ServerClosedError):
         server.client()(request(1), HANG)

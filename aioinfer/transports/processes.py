@@ -52,16 +52,28 @@ class ProcessTransport(QueuedTransport):
         self._poller = self._board.poller
         self._queue.bell = self._poller
 
+    @property
+    def is_served(self) -> bool:
+        """Whether a server runs on it, or it was given to one in another process."""
+        return self._given_away or self._queue.admission.serving
+
+    def check_unused(self) -> None:
+        """Raise :class:`RuntimeError` if it can't be given away, since it is served, or has connections already."""
+        if self.is_served or self._board.lines:
+            raise RuntimeError("the transport is in use already, or was given away")
+
     def give_away(self) -> GivenTransport:
         """Let another process serve: it listens at the same address, for the clients that were made here too.
 
         Raises:
             RuntimeError: a server has been made for the transport, or it was given away before.
+            OSError: no descriptor is left; the transport was not given away.
         """
-        if self._given_away or self._board.lines or self._queue.admission.serving:
-            raise RuntimeError("the transport is in use already, or was given away")
+        self.check_unused()
+        self._board.listener.open()  # it is closed if a server was shut down meanwhile
+        given = GivenTransport(type(self), self._estate(), self.address, self._board.give_away())
         self._given_away = True
-        return GivenTransport(type(self), self._estate(), self.address, self._board.give_away())
+        return given
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
@@ -86,7 +98,7 @@ class ProcessTransport(QueuedTransport):
     def _make_line(self, wire: Wire, board: Board) -> Line: ...
 
     @abstractmethod
-    def _lease(self, count: int) -> Ticket:
+    def _lease(self, count: int, copy: bool) -> Ticket:
         """What a process needs to make ``count`` clients."""
 
     @property
@@ -106,28 +118,32 @@ class ProcessTransport(QueuedTransport):
             f"a {type(self).__qualname__} takes requests through its clients only; make one with client()"
         )
 
-    def client(self) -> InferenceClient:
-        """Make a blocking client. Hand it to a process, or use it in this one."""
-        return self.clients(1)[0]
+    def client(self, *, copy: bool = True) -> InferenceClient:
+        """Make a blocking client. Hand it to a process, or use it in this one.
 
-    def async_client(self) -> AsyncInferenceClient:
-        """Make an awaitable client. Hand it to a process, or use it in this one."""
-        return self.async_clients(1)[0]
+        Args:
+            copy: ``False`` lends the caller a view of each reply, where the transport has slots.
+        """
+        return self.clients(1, copy=copy)[0]
 
-    def clients(self, count: int) -> list[InferenceClient]:
+    def async_client(self, *, copy: bool = True) -> AsyncInferenceClient:
+        """Make an awaitable client; see :meth:`client`."""
+        return self.async_clients(1, copy=copy)[0]
+
+    def clients(self, count: int, *, copy: bool = True) -> list[InferenceClient]:
         """Make blocking clients for the threads of one process, which has one connection for all of them.
 
         Hand them over together, as one object.
         """
-        return self._lease(count).clients()
+        return self._lease(count, copy).clients()
 
-    def async_clients(self, count: int) -> list[AsyncInferenceClient]:
+    def async_clients(self, count: int, *, copy: bool = True) -> list[AsyncInferenceClient]:
         """Make awaitable clients for the tasks of one process, which has one connection for all of them.
 
         Hand them over together, as one object. Requests that are made in one tick of an event loop leave
         together.
         """
-        return self._lease(count).async_clients()
+        return self._lease(count, copy).async_clients()
 
     # -- the server's side -----------------------------------------------------------------------------
 
