@@ -44,7 +44,7 @@ class Waiter:
 
     def is_unread(self) -> bool:
         """Whether the outcome is there, and the thread has not read it."""
-        return self._outcome is not None
+        return self._outcome is not None and not self._gone
 
     def settle(self, reply: TensorDictBase | None, error: Exception | None) -> bool:
         """Model thread: leave the outcome, and say whether somebody is there to be woken for it."""
@@ -77,9 +77,10 @@ class Waiter:
             woken = self._bell.wait(None if deadline is None else deadline - time.monotonic())
         if not woken:
             self._gone = True
-        if woken or not self._leave():
-            self._resume()
+        settled = woken or not self._leave()
         outcome, self._outcome = self._outcome, None
+        if settled:
+            self._resume()
         if outcome is None:
             raise TimeoutError(f"no reply within {timeout} seconds")
         if woken:
@@ -137,7 +138,7 @@ class Sleepers:
         self._waking = waking
         self._ring = ring
         self._asleep: deque[Waiter] = deque()
-        self._unread: list[Waiter] = []  # those that sleep, and some that don't any more
+        self._unread: set[Waiter] = set()  # those that sleep, and some that don't any more
 
     def deliver(self, receivers: Sequence[Waiter], replies: Sequence[TensorDictBase]) -> None:
         self._wake([w for w, reply in zip(receivers, replies, strict=True) if w.settle(reply, None)])
@@ -149,7 +150,7 @@ class Sleepers:
         pass
 
     def _wake(self, waiters: Sequence[Waiter]) -> None:
-        self._unread = [*filter(Waiter.is_unread, self._unread), *waiters]
+        self._unread = {*filter(Waiter.is_unread, self._unread), *waiters}
         self._waking.extend([True] * len(waiters))
         self._asleep.extend(waiters)
         for _ in range(min(_WAKE_WIDTH, len(waiters))):
@@ -178,4 +179,4 @@ class Sleepers:
         for waiter in self._unread:
             if waiter.is_unread():
                 waiter.release()
-        self._unread = []
+        self._unread = set()
