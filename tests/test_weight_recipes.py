@@ -46,7 +46,7 @@ def test_other_strategies_and_numbers_of_workers_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 1"):
         MultiProcessWeightSyncScheme(num_workers=0)
     with pytest.raises(ValueError, match="one weight set for all workers"):
-        SharedMemWeightSyncScheme().init_on_sender(params_map={0: linear(1)})
+        SharedMemWeightSyncScheme().init_on_sender(params_map={0: linear(1), 1: linear(1)})
 
 
 def test_steps_out_of_order_are_errors(scheme: Scheme) -> None:

@@ -138,6 +138,8 @@ class QueuedWeightSyncScheme(WeightSyncScheme):
             workers = (worker_ids,) if isinstance(worker_ids, int) else tuple(worker_ids)
             if unknown := [worker for worker in workers if worker not in recipe.workers]:
                 raise ValueError(f"unknown workers {unknown}; there are {list(recipe.workers)}")
+            if len(set(workers)) < len(workers):
+                raise ValueError(f"worker_ids names a worker twice: {list(workers)}")
         parts = recipe.parts(weights, workers)
         in_turn = in_turn and not recipe.one_for_all
         named = worker_ids is not None
@@ -146,8 +148,8 @@ class QueuedWeightSyncScheme(WeightSyncScheme):
     def _wait(self, delivery: Delivery) -> None:
         self._trainer()[0].wait(delivery)
 
-    async def _async_wait(self, delivery: Delivery) -> None:
-        await self._trainer()[0].async_wait(delivery)
+    async def _await(self, delivery: Delivery) -> None:
+        await self._trainer()[0].await_(delivery)
 
     def _unawaited(self) -> list[Delivery]:
         self._trainer()
