@@ -66,6 +66,7 @@ class Peer:
         self._line: Line | None = None
         self._parting = False  # it has said farewell on this line
         self._absent = "has not connected"
+        self._unheard: str | None = None  # why it could not be listened to just now
         # By number of the publication: memory that the worker may still read, and who waits for its answer.
         self._reading: dict[tuple[bytes, int], Stored] = {}
         self._newest: tuple[str, Publication] | None = None  # the last one, until the worker has answered it
@@ -121,7 +122,9 @@ class Peer:
             return
         delivery.waiting.add(self.worker)
         self._unanswered[number] = delivery
-        if self._line is None and self._hello is not None and not delivery.patient:
+        if self._unheard is not None:
+            self._fail_unanswered(self._unheard)
+        elif self._line is None and self._hello is not None and not delivery.patient:
             self._fail_unanswered(self._absent)
 
     def _take_back(self) -> bool:
@@ -174,8 +177,10 @@ class Peer:
                         self._answer(hello)
                     self._channel.hellos.drop()
                 self._listen()
+            self._unheard = None
         except OSError as error:
-            self._fail_unanswered(f"can't be listened to: {error.strerror}")
+            self._unheard = f"can't be listened to: {error.strerror}"
+            self._fail_unanswered(self._unheard)
 
     def _answer(self, hello: Hello) -> None:
         if hello.line < 0:  # then the worker's end is closed too, and it leaves another one

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from aioinfer.errors import WeightSyncError
 from aioinfer.weight_sync.channels import Channel
 from aioinfer.weight_sync.peers import Delivery, Peer
 from aioinfer.weight_sync.publications import Shelf
@@ -84,7 +85,10 @@ class Sender:
         peers = [self._peers[worker] for worker in part.workers]
         for peer in peers:
             peer.settle()
-        publication, stored = self._shelf.publish(part.weights, version)  # may fail; what came before stays published
+        try:
+            publication, stored = self._shelf.publish(part.weights, version)
+        except OSError as error:  # what came before stays published
+            raise WeightSyncError(f"there is no memory for the weights: {error}") from error
         for peer in peers:
             device = part.devices.get(peer.worker)
             peer.deliver(publication, stored, model_id=self._model_id, device=device, delivery=delivery, named=named)
