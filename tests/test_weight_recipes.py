@@ -49,6 +49,19 @@ def test_other_strategies_and_numbers_of_workers_are_refused() -> None:
         SharedMemWeightSyncScheme().init_on_sender(params_map={0: linear(1), 1: linear(1)})
 
 
+def test_one_weight_set_for_all_may_be_said_worker_by_worker(scheme: Scheme) -> None:
+    source = linear(1)
+    scheme.init_on_sender(params_map={0: source, 1: source})
+    targets = [linear(0), linear(0)]
+    with following(scheme, 0, targets[0]), following(scheme, 1, targets[1]):
+        scheme.connect(timeout=HANG)
+        nn.init.constant_(source.weight, 2)
+        scheme.send()
+        assert [value_of(target) for target in targets] == [2, 2]
+        assert scheme._sender is not None
+        assert len(scheme._sender._shelf._stored) <= 2  # they read the same snapshot
+
+
 def test_steps_out_of_order_are_errors(scheme: Scheme) -> None:
     for step in (scheme.send, scheme.wait_async, scheme.connect):
         with pytest.raises(RuntimeError, match="comes"):
