@@ -179,6 +179,7 @@ class Reader:
         if key not in self._views:
             alive = {known: views for known, views in self._views.items() if known[0] in self._segments}
             self._views = {**alive, key: layout.views(segment.memory)}
-        extra_states = segment.read(*publication.extra_states)
+        if not publication.extra_states[1]:
+            return Weights(self._views[key], {})
         with long_lived():
-            return Weights(self._views[key], pickle.loads(extra_states) if extra_states else {})
+            return Weights(self._views[key], pickle.loads(segment.read(*publication.extra_states)))

@@ -110,9 +110,10 @@ def copy_tensors(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -
             torch._foreach_copy_([target for target, _ in once.values()], [source for _, source in once.values()])
 
 
-@long_lived()
 def snapshot(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copy tensors, each to where it is. Those that share memory go on sharing it."""
     names, _, _, owners = _describe(tensors)
-    copies = {names[owner]: tensors[names[owner]].detach().clone() for owner in set(owners)}
+    # A clone is where its original is, whatever the default device: without asking it each takes 2 us instead of 12.
+    with long_lived(), torch._C.DisableTorchFunction():
+        copies = {names[owner]: tensors[names[owner]].detach().clone() for owner in set(owners)}
     return {name: copies[names[owner]] for name, owner in zip(names, owners, strict=True)}
