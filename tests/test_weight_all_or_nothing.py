@@ -224,8 +224,9 @@ def test_spare_copies_follow_a_model_whose_layers_are_replaced(scheme: Scheme) -
     ]
     source, served = make(), make()
     scheme.init_on_sender(model=source)
-    with InferenceServer(served, ThreadingTransport(), weight_sync=scheme.for_worker(0), swap_weights=True) as server:
-        scheme.lends = False  # type: ignore[misc]
+    own = scheme.for_worker(0)
+    own.lends = False  # type: ignore[misc]
+    with InferenceServer(served, ThreadingTransport(), weight_sync=own, swap_weights=True) as server:
         scheme.connect(timeout=HANG)
         for change in [lambda model: None, *changes]:
             with server.paused():

@@ -25,6 +25,7 @@ __all__ = ["scheme"]
     [
         ({}, "needs weights, a model, a context"),
         ({"params_map": {}}, "empty"),
+        ({"model_id": "x" * 300, "model": linear(1)}, "256 characters, got 300"),
         ({"params_map": {0: linear(1)}, "model": linear(1)}, "can't be mixed with weights or model"),
         ({"params_map": {0: linear(1)}, "devices": ["cpu"]}, "can't be mixed with devices"),
         ({"params_map": {0: linear(1)}, "num_workers": 1}, "can't be mixed with num_workers"),
@@ -37,7 +38,7 @@ __all__ = ["scheme"]
 )
 def test_ways_to_say_who_gets_what_do_not_mix(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        MultiProcessWeightSyncScheme().init_on_sender(model_id="policy", **arguments)
+        MultiProcessWeightSyncScheme().init_on_sender(**{"model_id": "policy", **arguments})
 
 
 def test_other_strategies_and_numbers_of_workers_are_refused() -> None:

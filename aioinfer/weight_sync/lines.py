@@ -116,7 +116,7 @@ class Line:
             read = self._sock.send(data) == len(data)
         except BlockingIOError:
             read = False
-        except OSError:
+        except ConnectionError:
             return
         if not read:
             self.hang_up()
@@ -137,7 +137,7 @@ class Line:
                 self._received.extend(map(self._sock.recv, (_CHUNK,)))  # stored before a signal handler may raise
             except BlockingIOError:
                 return
-            except OSError as error:
+            except ConnectionError as error:
                 raise EOFError from error
             if not self._received[-1]:
                 raise EOFError

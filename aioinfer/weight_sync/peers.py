@@ -110,12 +110,12 @@ class Peer:
         self._newest = model_id, publication
         try:
             self._channel.transport.send_weights_async(publication, model_id)
-        except (queue.Full, OSError, ValueError) as error:
+        except (queue.Full, OSError) as error:
+            if isinstance(error, OSError) and error.errno is None:  # out of a signal handler
+                raise
             self._newest = before
             self._release(number)
-            delivery.fail(
-                self.worker, "has a full queue" if isinstance(error, queue.Full) else f"was sent nothing: {error}"
-            )
+            delivery.fail(self.worker, f"was sent nothing: {error}" if str(error) else "has a full queue")
             return
         self._take_back()
         if self._line is None and self._absent == _SHUT_DOWN and not named:
@@ -162,7 +162,7 @@ class Peer:
     def _put_newest(self) -> None:
         assert self._newest is not None
         model_id, publication = self._newest
-        with suppress(queue.Full, OSError):  # there was room a moment ago
+        with suppress(queue.Full):  # there was room a moment ago
             self._channel.transport.send_weights_async(publication, model_id)
 
     # -- from the worker -------------------------------------------------------------------------------
@@ -179,6 +179,8 @@ class Peer:
                 self._listen()
             self._unheard = None
         except OSError as error:
+            if error.errno is None:  # out of a signal handler
+                raise
             self._unheard = f"can't be listened to: {error.strerror}"
             self._fail_unanswered(self._unheard)
 

@@ -23,6 +23,9 @@ from aioinfer.weight_sync.worker import PlainWorker
 __all__ = ["QueuedWeightSyncScheme"]
 
 
+_LONGEST_NAME = 256  # of a model, in characters: it is in every message
+
+
 class QueuedWeightSyncScheme(WeightSyncScheme):
     """Base of the schemes over queues, which describe its arguments.
 
@@ -91,6 +94,8 @@ class QueuedWeightSyncScheme(WeightSyncScheme):
     ) -> None:
         del ctx  # the queues are made without one
         model_id = "policy" if model_id is None else model_id
+        if len(model_id) > _LONGEST_NAME:
+            raise ValueError(f"model_id may have {_LONGEST_NAME} characters, got {len(model_id)}")
         if weights is not None and model is not None:
             raise ValueError("weights and model both say what is published; give one of them")
         source = weights if model is None else model

@@ -76,7 +76,7 @@ class DescriptorQueue:
             raise ValueError(f"a message may have {_MOST_BYTES} bytes, this one has {len(data)}")
         try:
             socket.send_fds(self._writer, [data], descriptors)
-        except (BlockingIOError, InterruptedError):
+        except BlockingIOError:
             raise queue.Full from None
         except OSError as error:
             if error.errno in _NO_ROOM:
@@ -143,13 +143,13 @@ class DescriptorQueue:
         """
         try:
             return _unpickle(self._reader.recv(_MOST_BYTES, 0 if take else socket.MSG_PEEK), [])
-        except (BlockingIOError, InterruptedError):
+        except BlockingIOError:
             raise queue.Empty from None
 
     def _receive(self) -> None:
         try:
             self._datagrams.extend(map(self._reader.recvmsg, (_MOST_BYTES,), (_ANCILLARY,), (_RECEIVE_FLAGS,)))
-        except (BlockingIOError, InterruptedError):
+        except BlockingIOError:
             raise queue.Empty from None
 
     def fileno(self) -> int:
@@ -185,7 +185,11 @@ def _unpickle(data: bytes, descriptors: list[int]) -> Any:
     try:
         return _Unpickler(io.BytesIO(data), descriptors).load()
     except Exception as error:
-        raise ValueError(f"a message can't be unpickled: {type(error).__qualname__}: {error}") from error
+        try:
+            _Unpickler(io.BytesIO(data), descriptors).load()
+        except Exception:
+            raise ValueError(f"a message can't be unpickled: {type(error).__qualname__}: {error}") from error
+        raise  # out of a signal handler, and not for the message
 
 
 class _Pickler(ForkingPickler):

@@ -6,7 +6,6 @@ import queue
 import threading
 import time
 
-from aioinfer.errors import WeightSyncError
 from aioinfer.weight_sync.channels import Channel
 from aioinfer.weight_sync.lines import Ack, Line, Outcome, call, reason_of
 from aioinfer.weight_sync.publications import Publication, Reader, opened
@@ -143,16 +142,22 @@ class Receiver:
         if self._last is not None and publication.number == self._last.number:
             self._last.repeat(line)  # its memory may have been written again
             return None
+        if model_id != self._model_id:
+            reason = f'these are weights of "{model_id}", this worker serves "{self._model_id}"'
+            line.say(Ack(Outcome.REFUSED, publication.number, reason))
+            return None
         try:
-            if model_id != self._model_id:
-                raise WeightSyncError(f'these are weights of "{model_id}", this worker serves "{self._model_id}"')
             return Arrival(publication, self._reader.view(publication), line)
         except (
             Exception,
             SystemExit,
         ) as error:  # also what mapping memory, or unpickling an extra state, raises
-            line.say(Ack(Outcome.REFUSED, publication.number, reason_of(error)))
-            return None
+            try:
+                self._reader.view(publication)
+            except (Exception, SystemExit):
+                line.say(Ack(Outcome.REFUSED, publication.number, reason_of(error)))
+                return None
+            raise  # out of a signal handler, and not for the weights
 
     def _call_again_if_alone(self) -> None:
         """Leave a line for the next trainer if the one that had the last line is gone."""

@@ -88,6 +88,8 @@ class Sender:
         try:
             publication, stored = self._shelf.publish(part.weights, version)
         except OSError as error:  # what came before stays published
+            if error.errno is None:  # out of a signal handler
+                raise
             raise WeightSyncError(f"there is no memory for the weights: {error}") from error
         for peer in peers:
             device = part.devices.get(peer.worker)

@@ -22,10 +22,7 @@ class Source(Protocol):
 
 def wait_readable(sources: Sequence[Source], timeout: float | None) -> None:
     """Block until one of ``sources`` is readable, or ``timeout`` seconds passed; it may return early."""
-    try:
-        wait([source.fileno() for source in sources], _LONGEST if timeout is None else min(timeout, _LONGEST))
-    except (OSError, ValueError):  # one was closed in a forked child
-        pass
+    wait([source.fileno() for source in sources], _LONGEST if timeout is None else min(timeout, _LONGEST))
 
 
 # By event loop and descriptor: who waits for it. A loop has one reader for a descriptor. Each entry belongs to its
