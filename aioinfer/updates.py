@@ -171,9 +171,7 @@ class Updates:
             if self._swap:
                 try:
                     weights = await to_thread.run_sync(self._swappable, arrival, limiter=helper)
-                except asyncio.CancelledError:
-                    raise
-                except BaseException as error:  # whatever it is, the sender must not wait for an answer in vain
+                except (Exception, SystemExit) as error:  # the sender must not wait for an answer in vain
                     self._refuse(arrival, error)
                     continue
             await asyncio.wrap_future(submit(partial(self._apply, arrival, weights)))

@@ -320,3 +320,29 @@ def test_nothing_travels_by_the_scheme_that_does_nothing() -> None:
     scheme.wait_async()
     assert scheme.receive() is None
     scheme.shutdown()
+
+
+def test_the_newest_stays_though_the_worker_reads_what_is_taken_back(scheme: Scheme, monkeypatch: Any) -> None:
+    scheme.init_on_sender(model=linear(1))
+    updates = scheme._channels[0].updates
+    updates.put("somebody else's")
+    scheme.connect()  # takes it back
+    assert scheme._sender is not None
+    peer, unread = scheme._sender._peers[0], updates.unread
+    unread(take=True)
+    updates.put("somebody else's")
+    peer._put_newest()
+
+    def overtaken(*, take: bool) -> Any:
+        if take:
+            updates.get_nowait()  # as the worker does: what was looked at is gone, and the newest is next
+        return unread(take=take)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(updates, "unread", overtaken)
+        assert peer._take_back()
+    own, target = scheme.for_worker(0), linear(0)
+    own.init_on_receiver(model_id="policy", model=target)
+    own.connect()
+    assert value_of(target) == 1
+    own.shutdown()

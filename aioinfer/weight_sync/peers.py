@@ -129,35 +129,33 @@ class Peer:
 
     def _take_back(self) -> bool:
         """Take out of the queue what nobody has read, but the newest; say whether that is there."""
-        while (publication := self._unread(take=False)) is not None:
-            if not self._is_newest(publication):
-                publication = self._unread(take=True)
-                if publication is None:  # the worker has just read it
-                    return False
-                if not self._is_newest(publication):
-                    self._settle(publication.number)  # a newer one follows
-                    continue
-                self._put_newest()  # the worker was quicker, and this is what followed
-            return True
-        return False
+        try:
+            while not self._is_newest(self._unread(take=False)):
+                taken = self._unread(take=True)
+                if self._is_newest(taken):  # the worker was quicker, and has read what was there before
+                    self._put_newest()
+                    break
+                if taken is not None:
+                    self._settle(taken.number)  # a newer one follows
+        except queue.Empty:
+            return False
+        return True
 
     def _unread(self, *, take: bool) -> Publication | None:
-        """Look at, or take back, the first publication that nobody has read."""
-        while True:
-            try:
-                _, publication = opened(self._channel.updates.unread(take=take))
-            except queue.Empty:
-                return None
-            except ValueError:  # somebody else's
-                publication = None
-            if isinstance(publication, Publication):
-                return publication
-            if not take:
-                with suppress(queue.Empty, ValueError):
-                    self._channel.updates.unread(take=True)
+        """Look at, or take back, what nobody has read first; ``None`` if it is somebody else's.
 
-    def _is_newest(self, publication: Publication) -> bool:
-        return self._newest is not None and self._newest[1].number == publication.number
+        Raises:
+            queue.Empty: all was read.
+        """
+        try:
+            _, publication = opened(self._channel.updates.unread(take=take))
+        except ValueError:
+            return None
+        return publication if isinstance(publication, Publication) else None
+
+    def _is_newest(self, publication: Publication | None) -> bool:
+        newest = self._newest
+        return newest is not None and publication is not None and newest[1].number == publication.number
 
     def _put_newest(self) -> None:
         assert self._newest is not None
