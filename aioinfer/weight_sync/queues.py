@@ -39,8 +39,8 @@ class DescriptorQueue:
     It is handed to other processes as they start, by fork or pickled.
 
     One thread at a time may get. A signal handler that raises loses no message between ``peek`` and ``drop``. Python
-    runs handlers only where something is called, or has returned, so what a system call returns is stored by C code
-    that calls it.
+    runs handlers only where something is called, has returned, or a loop turns; so what a system call returns is
+    stored by C code that calls it.
     """
 
     def __init__(self) -> None:
