@@ -10,6 +10,8 @@ import tempfile
 import torch
 from torch import Tensor
 
+from aioinfer.modes import long_lived
+
 __all__ = ["Segment"]
 
 
@@ -29,13 +31,18 @@ class Segment:
         self.fd = fd
         self.id = segment_id
         self.view = memoryview(mmap.mmap(fd, nbytes))
-        self.memory: Tensor = torch.frombuffer(self.view, dtype=torch.uint8)
+        with long_lived():
+            self.memory: Tensor = torch.frombuffer(self.view, dtype=torch.uint8)
 
     @classmethod
     def create(cls, nbytes: int) -> Segment:
         """Make a new one; at least one byte."""
         fd = _anonymous_file()
-        os.ftruncate(fd, nbytes)
+        try:
+            os.ftruncate(fd, nbytes)
+        except BaseException:
+            os.close(fd)
+            raise
         return cls(fd, nbytes, secrets.token_bytes(8))
 
     def __len__(self) -> int:
@@ -43,12 +50,11 @@ class Segment:
 
     def write(self, data: bytes, at: int) -> None:
         """Copy ``data`` to byte ``at``."""
-        if data:
-            self.memory[at : at + len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        self.view[at : at + len(data)] = data
 
     def read(self, at: int, size: int) -> bytes:
         """Copy ``size`` bytes from byte ``at``."""
-        return self.memory[at : at + size].numpy().tobytes() if size else b""
+        return bytes(self.view[at : at + size])
 
     def __del__(self) -> None:
         if hasattr(self, "fd"):

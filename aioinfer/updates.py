@@ -6,26 +6,33 @@ import asyncio
 import copy
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from functools import partial
 
-import anyio.to_thread
+from anyio import CapacityLimiter, to_thread
 from torch import nn
 
 from aioinfer.devices import Model, Placement, settle
+from aioinfer.errors import WeightSyncError
+from aioinfer.modes import long_lived
 from aioinfer.stats import StatsRecorder
 from aioinfer.weight_sync.receiver import Arrival, Receiver
 from aioinfer.weight_sync.scheme import WeightSyncScheme
 from aioinfer.weight_sync.snapshots import snapshot
 from aioinfer.weight_sync.targets import ModelTarget
-from aioinfer.weight_sync.weights import Weights, WeightsLike, read
+from aioinfer.weight_sync.weights import Weights, WeightsLike, check_version, read
 
 __all__ = ["Updates"]
 
 Submit = Callable[[Callable[[], None]], "Future[None]"]
 
 _log = logging.getLogger("aioinfer")
+
+# Seconds between two attempts to receive, where the first one failed; each time twice as many.
+_FIRST_DELAY = 0.01
+_LONGEST_DELAY = 1.0
 
 
 class Updates:
@@ -79,32 +86,47 @@ class Updates:
         Raises:
             TypeError: they are none, or the model has none.
         """
-        if self._target is None:
-            raise TypeError("the model must be an nn.Module for its weights to be updated")
-        found = read(source, "tensordict")
-        own = snapshot(found.tensors)
-        settle(own.values())
-        return Weights(own, copy.deepcopy(found.extra_states))
+        with self._counts_refusals():
+            if self._target is None:
+                raise TypeError("the model must be an nn.Module for its weights to be updated")
+            found = read(source, "tensordict")
+            own = snapshot(found.tensors)
+            settle(own.values())
+            with long_lived():
+                return Weights(own, copy.deepcopy(found.extra_states))
 
     def load(self, own: Weights, version: int | None, *, cast: bool) -> None:
-        """Load weights that nobody else writes to.
+        """Load weights that nobody else writes to, or leave the model and the version as they are.
 
         Raises:
-            WeightSyncError: they don't fit.
+            WeightSyncError: they don't fit, or the versions are used up.
         """
-        try:
-            self._load(own, version, swap=self._swap, cast=cast)
-        except Exception:
-            self._stats.update(applied=False)
-            raise
+        with self._counts_refusals():
+            self._load(own, version, cast=cast)
 
-    def _load(self, weights: Weights, version: int | None, *, swap: bool, cast: bool = False) -> None:
+    def _load(self, weights: Weights, version: int | None, *, cast: bool = False) -> None:
         assert self._target is not None  # checked where the weights came in
         target = self._target
-        self._placement.update(lambda: target.load(weights, swap=swap, cast=cast))
-        self.version = self.version + 1 if version is None else version
-        self.on_version(self.version)
+        version = self._next_version() if version is None else int(version)
+        self._placement.update(lambda: target.load(weights, swap=self._swap, cast=cast))
+        self.version = version
+        self.on_version(version)
         self._stats.update(applied=True)
+
+    def _next_version(self) -> int:
+        try:
+            check_version(self.version + 1)
+        except ValueError:
+            raise WeightSyncError(f"there is no version after {self.version}; give these weights a number") from None
+        return self.version + 1
+
+    @contextmanager
+    def _counts_refusals(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:  # also what set_extra_state, or the device, may raise
+            self._stats.update(applied=False)
+            raise
 
     # -- from a trainer that a scheme connects ---------------------------------------------------------
 
@@ -128,20 +150,33 @@ class Updates:
         Args:
             submit: gives the model thread a job.
         """
+        helper = CapacityLimiter(1)  # a thread of its own, however many wait for the event loop's usual ones
+        delay = _FIRST_DELAY
         while self._receiver is not None:
             try:
-                arrival = await self._receiver.async_next()
+                arrival = await self._receiver.anext()
             except ValueError as error:
                 self._stats.update(applied=False)
                 _log.warning("ignored a message on the weight queue of %r: %s", self._model_id, error)
                 continue
+            except OSError as error:  # no descriptor is free, mostly
+                if delay == _FIRST_DELAY:
+                    _log.warning("can't receive weights of %r; trying again: %s", self._model_id, error)
+                await asyncio.sleep(delay)
+                delay = min(2 * delay, _LONGEST_DELAY)
+                continue
             if arrival is None:
                 return
-            try:
-                weights = await anyio.to_thread.run_sync(self._swappable, arrival) if self._swap else arrival.weights
-            except Exception as error:
-                self._refuse(arrival, error)
-                continue
+            if delay > _FIRST_DELAY:
+                _log.info("weights of %r are received again", self._model_id)
+                delay = _FIRST_DELAY
+            weights = arrival.weights
+            if self._swap:
+                try:
+                    weights = await to_thread.run_sync(self._swappable, arrival, limiter=helper)
+                except (Exception, SystemExit) as error:  # the sender must not wait for an answer in vain
+                    self._refuse(arrival, error)
+                    continue
             await asyncio.wrap_future(submit(partial(self._apply, arrival, weights)))
 
     def _swappable(self, arrival: Arrival) -> Weights:
@@ -157,7 +192,7 @@ class Updates:
 
     def _apply(self, arrival: Arrival, weights: Weights) -> None:
         try:
-            self._load(weights, arrival.version, swap=self._swap)
+            self._load(weights, arrival.version)
         except BaseException as error:  # also what set_extra_state, or the device, may raise: the old weights serve on
             self._refuse(arrival, error)
         else:
@@ -170,8 +205,10 @@ class Updates:
 
     def release(self) -> None:
         """End the model thread's part: give borrowed memory back, and say farewell to the trainer."""
-        if self._target is not None and self._lent:
-            self._target.copy_borrowed()
-            self._lent = False
-        if self._receiver is not None:
-            self._receiver.close()
+        try:
+            if self._target is not None and self._lent:
+                self._target.copy_borrowed()
+                self._lent = False
+        finally:
+            if self._receiver is not None:
+                self._receiver.close()

@@ -25,6 +25,7 @@ __all__ = ["scheme"]
     [
         ({}, "needs weights, a model, a context"),
         ({"params_map": {}}, "empty"),
+        ({"model_id": "x" * 300, "model": linear(1)}, "256 characters, got 300"),
         ({"params_map": {0: linear(1)}, "model": linear(1)}, "can't be mixed with weights or model"),
         ({"params_map": {0: linear(1)}, "devices": ["cpu"]}, "can't be mixed with devices"),
         ({"params_map": {0: linear(1)}, "num_workers": 1}, "can't be mixed with num_workers"),
@@ -37,7 +38,7 @@ __all__ = ["scheme"]
 )
 def test_ways_to_say_who_gets_what_do_not_mix(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        MultiProcessWeightSyncScheme().init_on_sender(model_id="policy", **arguments)
+        MultiProcessWeightSyncScheme().init_on_sender(**{"model_id": "policy", **arguments})
 
 
 def test_other_strategies_and_numbers_of_workers_are_refused() -> None:
@@ -46,7 +47,20 @@ def test_other_strategies_and_numbers_of_workers_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 1"):
         MultiProcessWeightSyncScheme(num_workers=0)
     with pytest.raises(ValueError, match="one weight set for all workers"):
-        SharedMemWeightSyncScheme().init_on_sender(params_map={0: linear(1)})
+        SharedMemWeightSyncScheme().init_on_sender(params_map={0: linear(1), 1: linear(1)})
+
+
+def test_one_weight_set_for_all_may_be_said_worker_by_worker(scheme: Scheme) -> None:
+    source = linear(1)
+    scheme.init_on_sender(params_map={0: source, 1: source})
+    targets = [linear(0), linear(0)]
+    with following(scheme, 0, targets[0]), following(scheme, 1, targets[1]):
+        scheme.connect(timeout=HANG)
+        nn.init.constant_(source.weight, 2)
+        scheme.send()
+        assert [value_of(target) for target in targets] == [2, 2]
+        assert scheme._sender is not None
+        assert len(scheme._sender._shelf._stored) <= 2  # they read the same snapshot
 
 
 def test_steps_out_of_order_are_errors(scheme: Scheme) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 import queue
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,6 +18,7 @@ from aioinfer.weight_sync import (
     NoWeightSyncScheme,
     WeightSyncScheme,
 )
+from tests.weight_models import Counter
 from tests.weight_workers import HANG, Scheme, following, linear, scheme, value_of
 
 __all__ = ["scheme"]
@@ -86,6 +88,110 @@ async def test_a_send_that_is_cancelled_has_published(scheme: Scheme) -> None:
     own.shutdown()
 
 
+class Unpicklable(Counter):
+    """Its extra state can't be sent while it has a count of none."""
+
+    def get_extra_state(self) -> Any:
+        return {"count": self.count if self.count is not None else lambda: None}
+
+
+def test_a_publication_that_fails_leaves_the_one_before_it_where_it_is(scheme: Scheme) -> None:
+    source, target = Unpicklable(0), Counter(0)
+    scheme.init_on_sender(model=source)
+    own = scheme.for_worker(0)
+    own.init_on_receiver(model_id="policy", model=target)
+    scheme.connect()
+    own.connect()
+    scheme.send_async(Counter(42))
+    source.count = None
+    for _ in range(3):
+        with pytest.raises((AttributeError, pickle.PicklingError)):
+            scheme.send_async()
+    scheme.timeout = 0.1
+    assert scheme._sender is not None
+    scheme._sender._timeout = 0.1
+    with pytest.raises(WeightSyncError, match="worker 0 did not answer"):  # and not as if it had been applied
+        scheme.wait_async()
+    scheme.send_async(Counter(43))
+    scheme.send_async(Counter(44))
+    assert own.receive(HANG) is not None
+    assert value_of(target) == 44
+    assert own.receive(0.0) is None
+    scheme.wait_async()
+    own.shutdown()
+
+
+def test_waiting_that_was_interrupted_or_failed_can_be_done_again(scheme: Scheme, monkeypatch: Any) -> None:
+    scheme.init_on_sender(model=linear(1))
+    scheme.connect()
+    scheme.send_async()
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    assert scheme._sender is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(scheme._sender, "_wait", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            scheme.wait_async()
+    scheme._sender._timeout = 0.05
+    with ThreadPoolExecutor(4) as pool:  # all wait for the same
+        failures = [waiting.exception(HANG) for waiting in [pool.submit(scheme.wait_async) for _ in range(4)]]
+    assert any(isinstance(failure, WeightSyncError) for failure in failures)
+    assert all(isinstance(failure, WeightSyncError | None) for failure in failures)
+    scheme.wait_async()  # nothing is under way
+
+
+async def test_awaiting_that_was_cancelled_can_be_done_again(scheme: Scheme) -> None:
+    target = linear(0)
+    scheme.init_on_sender(model=linear(1))
+    scheme.connect()
+    scheme.send_async(linear(2))
+    waiting = asyncio.ensure_future(scheme.await_async())
+    await asyncio.sleep(0)
+    waiting.cancel()
+    await asyncio.wait([waiting])
+    again = asyncio.ensure_future(scheme.await_async())
+    await asyncio.sleep(0)
+    assert not again.done()
+    with following(scheme, 0, target):
+        await asyncio.wait_for(again, HANG)
+        assert value_of(target) == 2
+
+
+def test_a_worker_that_is_named_twice_is_an_error_and_nothing_is_kept(scheme: Scheme) -> None:
+    scheme.init_on_sender(model=linear(1), num_workers=2)
+    with following(scheme, 0, linear(0)), following(scheme, 1, linear(0)):
+        scheme.connect(timeout=HANG)
+        for _ in range(5):
+            with pytest.raises(ValueError, match=r"names a worker twice: \[0, 1, 0\]"):
+                scheme.send(worker_ids=[0, 1, 0])
+        scheme.send(worker_ids=[1, 0])
+        assert scheme._sender is not None
+        assert len(scheme._sender._shelf._stored) <= 3
+
+
+def test_weights_that_are_put_a_second_time_are_answered_and_not_read_again(scheme: Scheme) -> None:
+    scheme.init_on_sender(model=linear(1))
+    scheme.connect()
+    receiver = scheme.open_receiver("policy", thread=0)
+    assert scheme._sender is not None
+    peer = scheme._sender._peers[0]
+    newest = peer._newest
+    first = receiver.take()
+    assert first is not None
+    first.applied()
+    peer._newest = newest
+    peer._put_newest()  # as for the successor of a worker, which has found them already
+    assert receiver.take() is None
+    scheme.send_async(linear(2))
+    second = receiver.take()
+    assert second is not None
+    second.applied()
+    scheme.wait_async()
+    receiver.close()
+
+
 # -- the wire ----------------------------------------------------------------------------------------------
 
 
@@ -110,6 +216,24 @@ def test_a_transport_carries_weights_over_any_queue() -> None:
         transport.wait_ack(2)
     with pytest.raises(RuntimeError, match="ack_queue"):
         MPTransport(queue.Queue()).wait_ack()
+
+
+def test_whatever_a_worker_raises_is_acknowledged() -> None:
+    class Leaving(Counter):
+        def set_extra_state(self, state: Any) -> None:
+            raise SystemExit(1)
+
+    transport = MPTransport(queue.Queue(), queue.Queue())
+    transport.send_weights_async(Counter(1))
+    with pytest.raises(SystemExit):
+        transport.receive_weights(model=Leaving(0))
+    transport.weight_queue.put((("policy", {"weight": 3}), "update_weights"))
+    transport._sent += 1
+    with pytest.raises(TypeError):
+        transport.receive_weights(model=linear(0))
+    for number, message in ((1, "SystemExit: 1"), (2, '"weight" is of type int')):
+        with pytest.raises(WeightSyncError, match=message):
+            transport.wait_ack(number, timeout=0.0)
 
 
 @pytest.mark.parametrize("rubbish", [("policy", "close"), ((1, 2), "update_weights"), "hello", None])
@@ -196,3 +320,29 @@ def test_nothing_travels_by_the_scheme_that_does_nothing() -> None:
     scheme.wait_async()
     assert scheme.receive() is None
     scheme.shutdown()
+
+
+def test_the_newest_stays_though_the_worker_reads_what_is_taken_back(scheme: Scheme, monkeypatch: Any) -> None:
+    scheme.init_on_sender(model=linear(1))
+    updates = scheme._channels[0].updates
+    updates.put("somebody else's")
+    scheme.connect()  # takes it back
+    assert scheme._sender is not None
+    peer, unread = scheme._sender._peers[0], updates.unread
+    unread(take=True)
+    updates.put("somebody else's")
+    peer._put_newest()
+
+    def overtaken(*, take: bool) -> Any:
+        if take:
+            updates.get_nowait()  # as the worker does: what was looked at is gone, and the newest is next
+        return unread(take=take)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(updates, "unread", overtaken)
+        assert peer._take_back()
+    own, target = scheme.for_worker(0), linear(0)
+    own.init_on_receiver(model_id="policy", model=target)
+    own.connect()
+    assert value_of(target) == 1
+    own.shutdown()

@@ -40,7 +40,7 @@ class NoWeightSyncScheme(WeightSyncScheme):
     def _wait(self, delivery: Delivery) -> None:
         pass
 
-    async def _async_wait(self, delivery: Delivery) -> None:
+    async def _await(self, delivery: Delivery) -> None:
         pass
 
     def _unawaited(self) -> list[Delivery]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import secrets
@@ -11,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from aioinfer.modes import long_lived
 from aioinfer.segments import Segment
 from aioinfer.weight_sync.queues import Descriptor
 from aioinfer.weight_sync.snapshots import Layout, LayoutCache, copy_tensors
@@ -87,8 +89,10 @@ class Stored:
     def write(self, weights: Weights, layout: Layout, extra_states: bytes) -> None:
         """Copy weights here."""
         if self._layout is not layout:
-            self._layout, self._views = layout, layout.views(self.segment.memory)
+            self._layout = None  # until all of it is there
+            views = layout.views(self.segment.memory)
             self.segment.write(layout.pickled, layout.nbytes)
+            self._layout, self._views = layout, views
         copy_tensors(self._views, weights.tensors)
         self.segment.write(extra_states, layout.nbytes + len(layout.pickled))
 
@@ -147,12 +151,24 @@ class Reader:
         self._views: dict[tuple[bytes, bytes], dict[str, Tensor]] = {}
 
     def read(self, publication: Publication) -> Weights:
-        """The weights, as views of the trainer's memory. The publication's descriptor is used up."""
+        """Do as :meth:`view`, and use the publication's descriptor up."""
+        try:
+            return self.view(publication)
+        finally:
+            if publication.segment >= 0:
+                os.close(publication.segment)
+
+    def view(self, publication: Publication) -> Weights:
+        """The weights, as views of the trainer's memory.
+
+        Raises:
+            OSError: there is no descriptor for the memory.
+        """
         segment = self._segments.pop(publication.segment_id, None)
         if segment is None:
-            segment = Segment(publication.segment, publication.size, publication.segment_id)
-        else:
-            os.close(publication.segment)
+            if publication.segment < 0:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            segment = Segment(os.dup(publication.segment), publication.size, publication.segment_id)
         self._segments[segment.id] = segment
         while len(self._segments) > _KEPT:
             self._segments.pop(next(iter(self._segments)))
@@ -163,5 +179,7 @@ class Reader:
         if key not in self._views:
             alive = {known: views for known, views in self._views.items() if known[0] in self._segments}
             self._views = {**alive, key: layout.views(segment.memory)}
-        extra_states = segment.read(*publication.extra_states)
-        return Weights(self._views[key], pickle.loads(extra_states) if extra_states else {})
+        if not publication.extra_states[1]:
+            return Weights(self._views[key], {})
+        with long_lived():
+            return Weights(self._views[key], pickle.loads(segment.read(*publication.extra_states)))

@@ -23,6 +23,9 @@ from aioinfer.weight_sync.worker import PlainWorker
 __all__ = ["QueuedWeightSyncScheme"]
 
 
+_LONGEST_NAME = 256  # of a model, in characters: it is in every message
+
+
 class QueuedWeightSyncScheme(WeightSyncScheme):
     """Base of the schemes over queues, which describe its arguments.
 
@@ -91,6 +94,8 @@ class QueuedWeightSyncScheme(WeightSyncScheme):
     ) -> None:
         del ctx  # the queues are made without one
         model_id = "policy" if model_id is None else model_id
+        if len(model_id) > _LONGEST_NAME:
+            raise ValueError(f"model_id may have {_LONGEST_NAME} characters, got {len(model_id)}")
         if weights is not None and model is not None:
             raise ValueError("weights and model both say what is published; give one of them")
         source = weights if model is None else model
@@ -138,6 +143,8 @@ class QueuedWeightSyncScheme(WeightSyncScheme):
             workers = (worker_ids,) if isinstance(worker_ids, int) else tuple(worker_ids)
             if unknown := [worker for worker in workers if worker not in recipe.workers]:
                 raise ValueError(f"unknown workers {unknown}; there are {list(recipe.workers)}")
+            if len(set(workers)) < len(workers):
+                raise ValueError(f"worker_ids names a worker twice: {list(workers)}")
         parts = recipe.parts(weights, workers)
         in_turn = in_turn and not recipe.one_for_all
         named = worker_ids is not None
@@ -146,8 +153,8 @@ class QueuedWeightSyncScheme(WeightSyncScheme):
     def _wait(self, delivery: Delivery) -> None:
         self._trainer()[0].wait(delivery)
 
-    async def _async_wait(self, delivery: Delivery) -> None:
-        await self._trainer()[0].async_wait(delivery)
+    async def _await(self, delivery: Delivery) -> None:
+        await self._trainer()[0].await_(delivery)
 
     def _unawaited(self) -> list[Delivery]:
         self._trainer()

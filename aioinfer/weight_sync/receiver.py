@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import os
+import queue
 import threading
 import time
-from collections.abc import Sequence
 
-from aioinfer.errors import WeightSyncError
 from aioinfer.weight_sync.channels import Channel
-from aioinfer.weight_sync.lines import Ack, Line, Outcome, call, farewell, is_answered, say
-from aioinfer.weight_sync.publications import Publication, Reader
-from aioinfer.weight_sync.waiting import Source, async_wait_readable, wait_readable
+from aioinfer.weight_sync.lines import Ack, Line, Outcome, call, reason_of
+from aioinfer.weight_sync.publications import Publication, Reader, opened
+from aioinfer.weight_sync.waiting import Source, await_readable, wait_readable
 from aioinfer.weight_sync.weights import Weights
 
 __all__ = ["Arrival", "Receiver"]
-
-
-def _reason(error: BaseException) -> str:
-    """Why weights are refused, for a process that may not know the class of the error."""
-    return str(error) if isinstance(error, WeightSyncError) else f"{type(error).__qualname__}: {error}"
 
 
 class Arrival:
@@ -29,26 +22,37 @@ class Arrival:
         weights: views of the trainer's memory, valid until the answer.
         version: the sender's own number for them, if it gave one.
         device: where the sender wants a worker without a model to have them.
+        number: of the publication.
     """
 
     def __init__(self, publication: Publication, weights: Weights, line: Line) -> None:
         self.weights = weights
         self.version = publication.version
         self.device = publication.device
-        self._number = publication.number
+        self.number = publication.number
+        self._answered: Ack | None = None
         self._line = line
 
     def applied(self, *, lent: bool = False) -> None:
         """Say that they are in use; ``lent``: as views, which stay valid until the next are applied."""
-        say(self._line, Ack(self._number, Outcome.APPLIED, lent=lent))
+        self._answer(Ack(Outcome.APPLIED, self.number, lent=lent))
 
     def refused(self, error: BaseException) -> None:
         """Say why they are not used."""
-        say(self._line, Ack(self._number, Outcome.REFUSED, _reason(error)))
+        self._answer(Ack(Outcome.REFUSED, self.number, reason_of(error)))
 
     def skipped(self) -> None:
         """Say that newer ones are used."""
-        say(self._line, Ack(self._number, Outcome.SKIPPED))
+        self._answer(Ack(Outcome.SKIPPED, self.number))
+
+    def repeat(self, line: Line) -> None:
+        """Give the same answer to a trainer that has sent them again."""
+        if self._answered is not None:
+            line.say(self._answered)
+
+    def _answer(self, ack: Ack) -> None:
+        self._answered = ack
+        self._line.say(ack)
 
 
 class Receiver:
@@ -65,41 +69,46 @@ class Receiver:
         self._model_id = model_id
         self._thread = thread
         self._reader = Reader()
-        self._rubbish: ValueError | None = None
+        self._newest: Arrival | None = None  # of what was taken from the queue
+        self._last: Arrival | None = None  # that was handed out
         self._lock = threading.Lock()  # guards the line
-        self._closed = False
-        self._line = call(channel.hellos, thread=thread)
+        self._line: Line | None = call(channel.hellos, thread=thread)
+        """``None`` when closed."""
         self.connected = False
         """Whether a trainer has answered since this worker came, and was there when ``take`` last looked."""
 
     @property
-    def sources(self) -> Sequence[Source]:
+    def _sources(self) -> list[Source]:
         """What is readable when ``take`` has something to do."""
-        return self._channel.updates, self._line
+        line = self._line
+        return [self._channel.updates, *([] if line is None else [line])]
 
     def take(self) -> Arrival | None:
         """Take the newest weights, without waiting; older ones are skipped.
 
         Raises:
             ValueError: something else is on the queue.
+            OSError: there is no descriptor for a new line. The next call tries again.
         """
         self._call_again_if_alone()
-        newest: Arrival | None = None
-        while not self._closed and self._rubbish is None:
+        updates = self._channel.updates
+        while (line := self._line) is not None:
             try:
-                received = self._channel.transport.next_message(0.0)
-                arrival = None if received is None else self._read(*received)
-            except ValueError as caught:
-                self._rubbish = caught
+                arrival = self._read(*opened(updates.peek()), line)
+            except queue.Empty:
                 break
-            if received is None:
-                break
-            if newest is not None and arrival is not None:
-                newest.skipped()
-            newest = arrival or newest
-        if newest is None and self._rubbish is not None:  # else next time: what came before is not to be lost
-            rubbish, self._rubbish = self._rubbish, None
-            raise rubbish
+            except ValueError:
+                if self._newest is not None:  # what came before is not to be lost: next time
+                    break
+                updates.drop()
+                raise
+            if arrival is not None:
+                if self._newest is not None and self._newest.number != arrival.number:
+                    self._newest.skipped()
+                self._newest = arrival
+            updates.drop()  # only now: what an exception interrupts, the next call finds again
+        newest, self._newest = self._newest, None
+        self._last = newest or self._last
         return newest
 
     def next(self, timeout: float | None) -> Arrival | None:
@@ -109,42 +118,57 @@ class Receiver:
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
                 return None
-            wait_readable(self.sources, left)
+            wait_readable(self._sources, left)
         return arrival
 
-    async def async_next(self) -> Arrival | None:
+    async def anext(self) -> Arrival | None:
         """Wait for weights; ``None`` if the receiver is closed meanwhile. Cancelling it loses none."""
-        while (arrival := self.take()) is None and not self._closed:
-            await async_wait_readable(self.sources, None)
+        while (arrival := self.take()) is None and self._line is not None:
+            await await_readable(self._sources, None)
         return arrival
 
     def close(self) -> None:
         """Tell the trainer that this worker goes. What it publishes from now on waits for the next one."""
         with self._lock:
-            self._closed = True
+            line, self._line = self._line, None
             self.connected = False
-            farewell(self._line)
+            if line is not None:
+                line.say(Ack(Outcome.FAREWELL))
+                line.hang_up()
 
-    def _read(self, model_id: str, publication: object) -> Arrival | None:
+    def _read(self, model_id: str, publication: object, line: Line) -> Arrival | None:
         if not isinstance(publication, Publication):
             raise ValueError(f"expected a publication on a scheme's weight queue, got {type(publication).__qualname__}")
-        try:
-            if model_id != self._model_id:
-                os.close(publication.segment)
-                raise WeightSyncError(f'these are weights of "{model_id}", this worker serves "{self._model_id}"')
-            return Arrival(publication, self._reader.read(publication), self._line)
-        except Exception as error:  # also what mapping the memory, or unpickling an extra state, may raise
-            say(self._line, Ack(publication.number, Outcome.REFUSED, _reason(error)))
+        if self._last is not None and publication.number == self._last.number:
+            self._last.repeat(line)  # its memory may have been written again
             return None
+        if model_id != self._model_id:
+            reason = f'these are weights of "{model_id}", this worker serves "{self._model_id}"'
+            line.say(Ack(Outcome.REFUSED, publication.number, reason))
+            return None
+        try:
+            return Arrival(publication, self._reader.view(publication), line)
+        except (
+            Exception,
+            SystemExit,
+        ) as error:  # also what mapping memory, or unpickling an extra state, raises
+            try:
+                self._reader.view(publication)
+            except (Exception, SystemExit):
+                line.say(Ack(Outcome.REFUSED, publication.number, reason_of(error)))
+                return None
+            raise  # out of a signal handler, and not for the weights
 
     def _call_again_if_alone(self) -> None:
         """Leave a line for the next trainer if the one that had the last line is gone."""
         with self._lock:
-            if self._closed:
+            if self._line is None:
                 return
             try:
-                self.connected |= is_answered(self._line)
-            except OSError:
-                self._line.close()
-                self._line = call(self._channel.hellos, thread=self._thread)
+                self._line.listen(self._answered)
+            except EOFError:
                 self.connected = False
+                self._line = call(self._channel.hellos, thread=self._thread)
+
+    def _answered(self, _: Ack) -> None:
+        self.connected = True

@@ -46,7 +46,8 @@ class Recipe:
     @property
     def one_for_all(self) -> bool:
         """Whether all workers get the same weights."""
-        return self._params_map is None and self._device_map_fn is None
+        sets = {} if self._params_map is None else {id(weights) for weights in self._params_map.values()}
+        return len(sets) <= 1 and self._device_map_fn is None
 
     def parts(self, weights: WeightsLike | None, workers: Sequence[int]) -> Iterator[Part]:
         """The weights for ``workers``. Each part is made when it is asked for, and not kept.
@@ -56,8 +57,11 @@ class Recipe:
             workers: by index.
         """
         if weights is None and self._params_map is not None:
+            sharing: dict[int, list[int]] = {}
             for worker in workers:
-                yield Part(read(self._params_map[worker], self._strategy), [worker])
+                sharing.setdefault(id(self._params_map[worker]), []).append(worker)
+            for group in sharing.values():
+                yield Part(read(self._params_map[group[0]], self._strategy), group)
             return
         source = self._source if weights is None else weights
         if source is None:

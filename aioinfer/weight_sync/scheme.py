@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -28,6 +29,9 @@ class WeightSyncScheme(ABC):
 
     What is published is a copy: whatever the trainer does to its parameters afterwards, no worker sees it before the
     next ``send``. A worker applies all of an update or nothing.
+
+    ``async`` in a name means that the call returns before the workers have applied the weights, as in ``send_async``.
+    What is awaited has the prefix ``a``: ``asend`` is ``send``, and ``await_async`` is ``wait_async``.
 
     Args:
         strategy: ``"tensordict"`` takes every parameter and buffer of a module, ``"state_dict"`` what its
@@ -108,8 +112,9 @@ class WeightSyncScheme(ABC):
 
         Raises:
             RuntimeError: before ``init_on_sender`` or ``connect``, or in a process that was forked from the trainer.
-            TypeError: ``weights`` is none of these, or has tensors that are not dense; ``version`` is no ``int``.
-            ValueError: an unknown worker, or a ``version`` that does not fit into 64 bits.
+            TypeError: ``weights`` is none of these, or has entries that can't be copied as they are: sparse, quantized,
+                conjugate, without values. ``version`` is no ``int``. Nothing was published.
+            ValueError: an unknown worker, or one that is named twice, or a ``version`` that does not fit into 64 bits.
             WeightSyncError: with ``sync``, it names the workers that refused the weights, died, or did not answer
                 in time, in its ``failures`` too. The others have applied them.
         """
@@ -130,7 +135,7 @@ class WeightSyncScheme(ABC):
         """
         delivery = self._publish(weights, worker_ids, version)
         if self.sync:
-            await self._async_wait(delivery)
+            await self._await(delivery)
 
     def send_async(
         self,
@@ -149,15 +154,24 @@ class WeightSyncScheme(ABC):
         Raises:
             WeightSyncError: as for :meth:`send`.
         """
-        deliveries = self._unawaited()
-        while deliveries:
-            self._wait(deliveries.pop(0))
+        for delivery in tuple(self._unawaited()):
+            try:
+                self._wait(delivery)
+            finally:
+                self._forget_answered(delivery)
 
     async def await_async(self) -> None:
-        """Do as :meth:`wait_async`, without blocking the event loop."""
-        deliveries = self._unawaited()
-        while deliveries:
-            await self._async_wait(deliveries.pop(0))
+        """Do as :meth:`wait_async`, without blocking the event loop. If it is cancelled, it may be called again."""
+        for delivery in tuple(self._unawaited()):
+            try:
+                await self._await(delivery)
+            finally:
+                self._forget_answered(delivery)
+
+    def _forget_answered(self, delivery: Delivery) -> None:
+        if not delivery.waiting:
+            with suppress(ValueError):  # another thread that waits has
+                self._unawaited().remove(delivery)
 
     @abstractmethod
     def _publish(
@@ -176,8 +190,8 @@ class WeightSyncScheme(ABC):
         """Block until the workers have applied it, or raise :class:`WeightSyncError`."""
 
     @abstractmethod
-    async def _async_wait(self, delivery: Delivery) -> None:
-        """Do as ``_wait``, without blocking the event loop."""
+    async def _await(self, delivery: Delivery) -> None:
+        """Do as :meth:`_wait`, without blocking the event loop."""
 
     @abstractmethod
     def _unawaited(self) -> list[Delivery]:

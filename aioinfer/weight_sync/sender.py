@@ -7,10 +7,11 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from aioinfer.errors import WeightSyncError
 from aioinfer.weight_sync.channels import Channel
 from aioinfer.weight_sync.peers import Delivery, Peer
 from aioinfer.weight_sync.publications import Shelf
-from aioinfer.weight_sync.waiting import Source, async_wait_readable, wait_readable
+from aioinfer.weight_sync.waiting import Source, await_readable, wait_readable
 from aioinfer.weight_sync.weights import Weights
 
 __all__ = ["Part", "Sender"]
@@ -84,8 +85,12 @@ class Sender:
         peers = [self._peers[worker] for worker in part.workers]
         for peer in peers:
             peer.settle()
-            peer.take_back()
-        publication, stored = self._shelf.publish(part.weights, version)
+        try:
+            publication, stored = self._shelf.publish(part.weights, version)
+        except OSError as error:  # what came before stays published
+            if error.errno is None:  # out of a signal handler
+                raise
+            raise WeightSyncError(f"there is no memory for the weights: {error}") from error
         for peer in peers:
             device = part.devices.get(peer.worker)
             peer.deliver(publication, stored, model_id=self._model_id, device=device, delivery=delivery, named=named)
@@ -117,11 +122,11 @@ class Sender:
         self._wait(delivery, self._there(self._peers))
         delivery.check()
 
-    async def async_wait(self, delivery: Delivery) -> None:
+    async def await_(self, delivery: Delivery) -> None:
         """Do as :meth:`wait`, without blocking the event loop."""
         deadline = time.monotonic() + self._timeout
         while (sources := self._sources(delivery, self._peers.keys())) and (left := deadline - time.monotonic()) > 0:
-            await async_wait_readable(sources, min(left, _LOOK_AGAIN))
+            await await_readable(sources, min(left, _LOOK_AGAIN))
         self._give_up(delivery)
 
     def _wait(self, delivery: Delivery, workers: Iterable[int], timeout: float | None = None) -> None:

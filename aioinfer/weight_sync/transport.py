@@ -10,6 +10,7 @@ from tensordict import TensorDictBase
 from torch import nn
 
 from aioinfer.errors import WeightSyncError
+from aioinfer.weight_sync.lines import reason_of
 from aioinfer.weight_sync.publications import Publication, message, opened
 from aioinfer.weight_sync.snapshots import snapshot
 from aioinfer.weight_sync.targets import ModelTarget
@@ -113,8 +114,8 @@ class MPTransport:
         try:
             if model is not None:
                 ModelTarget(model).load(read(weights, "state_dict"))
-        except WeightSyncError as error:
-            self._acknowledge(str(error))
+        except BaseException as error:  # whatever it is, the sender must not wait for an answer in vain
+            self._acknowledge(reason_of(error))
             raise
         self._acknowledge(None)
         return weights

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal, TypeAlias
 
 import torch
 from tensordict import NonTensorData, TensorDict, TensorDictBase, is_leaf_nontensor
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 __all__ = [
     "EXTRA_STATE",
@@ -20,6 +22,7 @@ __all__ = [
     "check_version",
     "given_back",
     "read",
+    "tensors_of",
 ]
 
 Strategy: TypeAlias = Literal["tensordict", "state_dict"]
@@ -59,7 +62,7 @@ def check_version(version: int | None) -> None:
     """Raise :class:`TypeError` or :class:`ValueError` for what is no version number."""
     if version is None:
         return
-    if not isinstance(version, int):
+    if not isinstance(version, int) or isinstance(version, bool):
         raise TypeError(f"version must be an integer, got {version!r}")
     if not -(2**63) <= version < 2**63:
         raise ValueError(f"version must fit into 64 bits, got {version}")
@@ -74,34 +77,71 @@ def read(source: WeightsLike, strategy: Strategy) -> Weights:
             what its ``state_dict()`` has, which leaves buffers out that are not persistent. Both take extra state.
 
     Raises:
-        TypeError: ``source`` is none of these, or has entries that are no dense tensors.
+        TypeError: ``source`` is none of these, or has entries whose values can't be copied as they are.
     """
     if isinstance(source, TensorDictBase):
-        entries = _entries_of_tensordict(source)
-    elif isinstance(source, nn.Module):
-        entries = iter(source.state_dict().items()) if strategy == "state_dict" else _entries_of_module(source)
-    elif isinstance(source, Mapping):
-        entries = iter(source.items())
-    else:
-        raise TypeError(f"weights must be a module, a TensorDict or a state dict, got {type(source).__qualname__}")
+        return _weights(_entries_of_tensordict(source))
+    if isinstance(source, nn.Module) and strategy == "tensordict":
+        return _weights(chain(_tensors_of_module(source), _extra_states_of_module(source)))
+    if isinstance(source, nn.Module):
+        return _weights(source.state_dict().items())
+    if isinstance(source, Mapping):
+        return _weights(source.items())
+    raise TypeError(f"weights must be a module, a TensorDict or a state dict, got {type(source).__qualname__}")
+
+
+def tensors_of(model: nn.Module | TensorDictBase) -> dict[str, Tensor]:
+    """Find the tensors of a model as :func:`read` does, without asking it for extra states."""
+    entries = _tensors_of_module(model) if isinstance(model, nn.Module) else _entries_of_tensordict(model)
+    return _weights(entries).tensors
+
+
+def _weights(entries: Iterable[tuple[Any, Any]]) -> Weights:
     tensors: dict[str, Tensor] = {}
     extra_states: dict[str, Any] = {}
     for name, value in entries:
+        if not isinstance(name, str):
+            raise TypeError(f"weights must have names that are strings, got {name!r}")
         name = name.replace(_COMPILED, "")
+        if name in tensors or name in extra_states:
+            raise TypeError(f'weights must have names of their own, but two are called "{name}"')
         if name == EXTRA_STATE or name.endswith("." + EXTRA_STATE):
             extra_states[name] = value
-        elif isinstance(value, Tensor) and value.layout == torch.strided:
-            tensors[name] = value
+        elif (obstacle := _obstacle(value)) is not None:
+            raise TypeError(f'weights must be dense tensors with values of their own, but "{name}" {obstacle}')
         else:
-            kind = f"of layout {value.layout}" if isinstance(value, Tensor) else f"of type {type(value).__qualname__}"
-            raise TypeError(f'weights must be dense tensors, but "{name}" is {kind}')
+            tensors[name] = value
     return Weights(tensors, extra_states)
 
 
-def _entries_of_module(module: nn.Module) -> Iterator[tuple[str, Any]]:
+def _obstacle(value: Any) -> str | None:
+    """Why the values of an entry can't be copied byte by byte, and the way out; ``None`` if they can."""
+    if not isinstance(value, Tensor):
+        return f"is of type {type(value).__qualname__}; leave it out, or make it the extra state of a module"
+    if is_lazy(value):
+        return "is not initialized yet; run the model once before"
+    if value.layout != torch.strided or value.is_nested:
+        return f"is of layout {value.layout}; make it dense with to_dense() or to_padded_tensor()"
+    if value.is_quantized:
+        return "is quantized; dequantize() it, or leave it out"
+    if value.is_meta:
+        return "is on the meta device and has no values; load them before"
+    if value.is_conj():
+        return "is a conjugate view; make it a tensor of its own with resolve_conj()"
+    if value.is_neg():
+        return "is a negative view; make it a tensor of its own with resolve_neg()"
+    if type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return f"is of type {type(value).__qualname__}, which is no plain tensor; make it one before"
+    return None
+
+
+def _tensors_of_module(module: nn.Module) -> Iterator[tuple[str, Any]]:
     # Duplicates too: a tied parameter has several names, and each must be found by whoever unties it.
     yield from module.named_parameters(remove_duplicate=False)
     yield from module.named_buffers(remove_duplicate=False)
+
+
+def _extra_states_of_module(module: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, part in module.named_modules(remove_duplicate=False):
         if type(part).get_extra_state is not nn.Module.get_extra_state:
             yield f"{name}.{EXTRA_STATE}" if name else EXTRA_STATE, part.get_extra_state()

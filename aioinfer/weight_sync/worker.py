@@ -54,20 +54,23 @@ class PlainWorker:
             return None
         try:
             weights = self._apply(arrival)
+            arrival.applied()
         except BaseException as error:  # whatever it is, the sender must not wait for an answer in vain
-            arrival.refused(error)
+            if self._target is not None and self._target.in_use is arrival.weights:  # as of a signal handler, too late
+                arrival.applied()
+            else:
+                arrival.refused(error)
             raise
-        arrival.applied()
-        return weights
+        return given_back(weights, self._strategy)
 
-    def _apply(self, arrival: Arrival) -> WeightsLike:
+    def _apply(self, arrival: Arrival) -> Weights:
         if self._target is None or self._model is None:
             own = snapshot(arrival.weights.tensors)
             if arrival.device is not None:
                 own = {name: tensor.to(arrival.device) for name, tensor in own.items()}
-            return given_back(Weights(own, arrival.weights.extra_states), self._strategy)
+            return Weights(own, arrival.weights.extra_states)
         self._target.load(arrival.weights)
-        return given_back(read(self._model, self._strategy).detached(), self._strategy)
+        return read(self._model, self._strategy).detached()
 
     def close(self) -> None:
         """Say farewell to the trainer."""

@@ -1,0 +1,358 @@
+"""File descriptors: none is free, children inherit them, and nobody reads what is written to them."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import resource
+import socket
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import pytest
+from tensordict.nn import TensorDictModule
+from torch import nn
+
+from aioinfer import InferenceServer, ThreadingTransport, WeightSyncError
+from aioinfer.testing import eventually
+from aioinfer.weight_sync import MultiProcessWeightSyncScheme
+from aioinfer.weight_sync.lines import Ack, Hello, Line, Outcome
+from aioinfer.weight_sync.publications import Reader
+from aioinfer.weight_sync.queues import Descriptor, DescriptorQueue
+from aioinfer.weight_sync.waiting import await_readable, wait_readable
+from tests.weight_models import Counter
+from tests.weight_workers import HANG, Scheme, following, linear, scheme, value_of
+
+__all__ = ["scheme"]
+
+
+@contextmanager
+def none_free(but: int = 0) -> Iterator[None]:
+    """Leave this process no descriptor, ``but`` some."""
+    gc.collect()
+    held: list[int] = []
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(map(int, os.listdir("/proc/self/fd")))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 8, hard))
+    try:
+        try:
+            while True:
+                held.append(os.open(os.devnull, os.O_RDONLY))
+        except OSError:
+            pass
+        for _ in range(but):
+            os.close(held.pop())
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for descriptor in held:
+            os.close(descriptor)
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="counts descriptors in /proc")
+
+
+# -- none is free ------------------------------------------------------------------------------------------
+
+
+@needs_proc
+def test_a_message_whose_descriptor_found_no_place_says_so() -> None:
+    queue = DescriptorQueue()
+    queue.put(("here", Descriptor(queue.fileno())))
+    queue.put(("there", Descriptor(queue.fileno())))
+    with none_free():
+        assert queue.get_nowait() == ("here", -1)
+    word, descriptor = queue.get_nowait()
+    assert word == "there"
+    os.close(descriptor)
+    queue.close()
+
+
+@needs_proc
+def test_a_trainer_without_descriptors_says_so_and_finds_the_worker_when_it_has_some(scheme: Scheme) -> None:
+    scheme.init_on_sender(model=linear(1))
+    scheme.connect()
+    scheme.connect()  # by now there is memory that nobody reads
+    target = linear(0)
+    own = scheme.for_worker(0)
+    own.init_on_receiver(model_id="policy", model=target)
+    own.connect()  # the trainer has not read its hello yet
+    end = threading.Event()
+
+    def follow() -> None:
+        while not end.is_set():
+            try:
+                own.receive(0.01)
+            except OSError:  # it is without descriptors too
+                end.wait(0.01)
+
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(follow)
+        try:
+            with (
+                none_free(),
+                pytest.raises(WeightSyncError, match="worker 0 can't be listened to: Too many"),
+            ):
+                scheme.send()
+            eventually(lambda: answered(scheme))
+            for value in range(2, 5):
+                scheme.send(linear(value))
+                assert value_of(target) == value
+        finally:
+            end.set()
+            running.result(HANG)
+    own.shutdown()
+
+
+def answered(scheme: Scheme) -> bool:
+    assert scheme._sender is not None
+    return scheme._sender._there([0]) == {0}
+
+
+@needs_proc
+def test_a_trainer_without_descriptors_for_memory_says_so_and_what_it_published_stays(scheme: Scheme) -> None:
+    scheme.init_on_sender(model=linear(1))
+    scheme.connect()
+    with none_free(), pytest.raises(WeightSyncError, match=r"no memory for the weights: .*Too many open files"):
+        scheme.send_async(nn.Linear(300, 300))
+    own, target = scheme.for_worker(0), linear(0)
+    own.init_on_receiver(model_id="policy", model=target)
+    own.connect()
+    assert value_of(target) == 1
+    scheme.wait_async()
+    own.shutdown()
+
+
+@needs_proc
+def test_a_worker_without_descriptors_refuses_new_memory_by_name(scheme: Scheme) -> None:
+    scheme.init_on_sender(model=linear(1))
+    scheme.connect()
+    own, target = scheme.for_worker(0), linear(0)
+    own.init_on_receiver(model_id="policy", model=target)
+    own.connect()
+    assert own._worker is not None
+    assert own._worker._receiver is not None
+    own._worker._receiver._reader = Reader()  # which knows no memory yet
+    scheme.send_async(linear(2))
+    with none_free():
+        assert own.receive(0.0) is None
+    with pytest.raises(WeightSyncError, match=r"worker 0 refused: OSError: .*Too many open files"):
+        scheme.wait_async()
+    scheme.send_async(linear(3))
+    assert own.receive(HANG) is not None
+    assert value_of(target) == 3
+    own.shutdown()
+
+
+@needs_proc
+async def test_a_server_without_descriptors_goes_on_following_when_it_has_some(
+    scheme: Scheme, caplog: pytest.LogCaptureFixture
+) -> None:
+    served = TensorDictModule(linear(0), in_keys=["x"], out_keys=["y"])
+    source = TensorDictModule(linear(1), in_keys=["x"], out_keys=["y"])
+    scheme.init_on_sender(model=source)
+    warned = asyncio.Event()
+
+    def hear(record: logging.LogRecord) -> bool:
+        warned.set()
+        return True
+
+    caplog.handler.addFilter(hear)
+    with caplog.at_level(logging.INFO, "aioinfer"):
+        async with InferenceServer(served, ThreadingTransport(), weight_sync=scheme.for_worker(0)) as server:
+            scheme.connect()
+            await asyncio.to_thread(eventually, lambda: server.policy_version == 1)
+            with none_free():
+                assert scheme._sender is not None
+                scheme._sender.close()  # as the end of its process does: the server needs a new line
+                await asyncio.wait_for(warned.wait(), HANG)
+                await asyncio.sleep(0.1)
+            scheme.init_on_sender(model=source)
+            scheme.connect()
+            await asyncio.wait_for(scheme.asend(), HANG)
+            assert server.policy_version in (2, 3)
+            await asyncio.to_thread(eventually, lambda: server.stats().trainer_connected is True)
+    assert caplog.text.count("can't receive weights") == 1
+
+
+@needs_proc
+async def test_waiting_takes_no_descriptor_and_any_number_may_wait_for_the_same() -> None:
+    queue, other = DescriptorQueue(), DescriptorQueue()
+    with none_free():
+        wait_readable([queue, other], 0.0)
+        waiting = [asyncio.ensure_future(await_readable([queue, other], None)) for _ in range(5)]
+        timed = asyncio.ensure_future(await_readable([queue], 0.001))
+        await asyncio.wait_for(timed, HANG)
+        waiting[0].cancel()
+        await asyncio.sleep(0)
+        assert not waiting[1].done()
+        other.put("news")
+        done, _ = await asyncio.wait(waiting, timeout=HANG)
+    assert done == set(waiting)
+    assert waiting[0].cancelled()
+    other.close()
+    queue.close()
+
+
+@pytest.mark.parametrize("timeout", [1e12, float("inf")])
+def test_a_worker_may_wait_as_long_as_it_likes(scheme: Scheme, timeout: float) -> None:
+    scheme.init_on_sender(model=linear(1))
+    scheme.connect()
+    own = scheme.for_worker(0)
+    own.init_on_receiver(model_id="policy", model=linear(0))
+    own.connect()
+    with ThreadPoolExecutor(1) as pool:
+        receiving = pool.submit(own.receive, timeout)
+        scheme.send()
+        assert receiving.result(HANG) is not None
+    own.shutdown()
+
+
+# -- what is written, and nobody reads ---------------------------------------------------------------------
+
+
+def test_a_line_that_nobody_reads_is_hung_up_on_and_never_blocks() -> None:
+    one, other = (Line(end.detach()) for end in socket.socketpair())
+    ack = Ack(Outcome.REFUSED, reason="x" * 2000)
+    with ThreadPoolExecutor(1) as pool:
+        list(pool.map(one.say, [ack] * 10_000, timeout=HANG))
+    heard: list[Ack] = []
+    with pytest.raises(EOFError):
+        other.listen(heard.append)
+    assert len(heard) > 5
+    assert set(heard) == {ack}
+
+
+def refused_more_than(server: InferenceServer, count: int) -> bool:
+    return server.stats().refused_updates > count
+
+
+def test_a_long_refusal_is_cut_and_blocks_nobody() -> None:
+    class Wordy(Counter):
+        def set_extra_state(self, state: Any) -> None:
+            raise ValueError("x" * 10**6)
+
+    served = TensorDictModule(Wordy(0), in_keys=["x"], out_keys=["y"])
+    scheme = MultiProcessWeightSyncScheme(num_workers=1, sync=False)
+    scheme.init_on_sender(model=TensorDictModule(Counter(1), in_keys=["x"], out_keys=["y"]))
+    with InferenceServer(served, ThreadingTransport(), weight_sync=scheme.for_worker(0)) as server:
+        for count in range(4):
+            scheme.send_async() if count else scheme.connect()
+            eventually(partial(refused_more_than, server, count))
+        with server.paused():  # the model thread is there
+            pass
+        with pytest.raises(WeightSyncError, match=r"ValueError: x+\.\.\.$") as refused:
+            scheme.wait_async()
+        assert len(str(refused.value)) < 2100
+    scheme.shutdown()
+
+
+def test_a_message_is_read_again_if_its_reader_was_interrupted() -> None:
+    one, other = (Line(end.detach()) for end in socket.socketpair())
+    acks = [Ack(Outcome.APPLIED, (b"", number)) for number in range(3)]
+    for ack in acks:
+        one.say(ack)
+    heard: list[Ack] = []
+
+    def note(ack: Ack) -> None:
+        heard.append(ack)
+        if len(heard) % 2:
+            raise KeyboardInterrupt
+
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            other.listen(note)
+    assert heard == [acks[0], acks[0], acks[1], acks[1], acks[2]]
+    other.listen(heard.append)
+    one.hang_up()
+    with pytest.raises(EOFError):
+        other.listen(heard.append)
+    assert heard[-1] == acks[2]
+
+
+# -- children ----------------------------------------------------------------------------------------------
+
+
+def test_a_forked_child_holds_no_line_though_some_end_meanwhile() -> None:
+    lines = [tuple(Line(end.detach()) for end in socket.socketpair()) for _ in range(20)]
+    end = threading.Event()
+
+    def churn() -> None:
+        while not end.is_set():
+            lines[0] = tuple(Line(end.detach()) for end in socket.socketpair())
+
+    churning = threading.Thread(target=churn)
+    churning.start()
+    try:
+        for _ in range(30):
+            read, write = os.pipe()
+            child = os.fork()
+            if child == 0:
+                os.close(read)
+                held = [line for pair in lines[1:] for line in pair if line.fileno() != -1]
+                os.write(write, bytes([len(held)]))
+                os._exit(0)
+            os.close(write)
+            assert os.read(read, 1) == b"\0"
+            os.close(read)
+            assert os.waitpid(child, 0)[1] == 0
+    finally:
+        end.set()
+        churning.join()
+    lines[1][0].hang_up()
+    with pytest.raises(EOFError):
+        lines[1][1].listen(print)
+
+
+@needs_proc
+def test_descriptors_come_back_when_a_scheme_and_its_workers_end(scheme: Scheme) -> None:
+    before = 0
+    for _ in range(5):
+        again = type(scheme)(num_workers=2)
+        again.init_on_sender(model=linear(1))
+        with following(again, 0, linear(0)), following(again, 1, None):
+            again.connect(timeout=HANG)
+            for value in range(5):
+                again.send(linear(value))
+        again.shutdown()
+        del again
+        before = before or descriptors()
+    assert descriptors() <= before
+
+
+def test_rubbish_among_the_hellos_is_ignored(scheme: Scheme) -> None:
+    scheme.init_on_sender(model=linear(1))
+    hellos = scheme._channels[0].hellos
+    hellos.put("somebody else")
+    hellos._writer.send(b"rubbish")
+    with following(scheme, 0, target := linear(0)):
+        scheme.connect(timeout=HANG)
+        assert value_of(target) == 1
+
+
+@needs_proc
+def test_what_was_looked_at_and_is_dropped_leaves_no_descriptor() -> None:
+    queue = DescriptorQueue()
+    before = descriptors()
+    for _ in range(3):
+        queue.put(Hello(Descriptor(queue.fileno()), 1, 1))
+        assert queue.peek() is queue.peek()
+        queue.drop()
+    queue.put(Hello(Descriptor(queue.fileno()), 1, 1))
+    assert queue.unread(take=False).line == queue.unread(take=True).line == -1
+    assert descriptors() == before
+    queue.put(Hello(Descriptor(queue.fileno()), 1, 1))
+    queue.peek()
+    queue.close()
+    assert descriptors() == before - 2
+    assert not Reader()._segments

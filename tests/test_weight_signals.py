@@ -1,0 +1,140 @@
+"""Exceptions out of signal handlers, at any moment of a send or of a receive."""
+
+from __future__ import annotations
+
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import FrameType
+
+import pytest
+
+from aioinfer import InferenceServer, ThreadingTransport, WeightSyncError
+from tests.weight_models import Counter, mark, policy
+from tests.weight_workers import HANG, Scheme, following, scheme, value_of
+
+__all__ = ["scheme"]
+
+INTERRUPTIONS = 700  # with each kind of error
+SECONDS = 10.0  # for all of them, at most
+
+pytestmark = [
+    pytest.mark.timeout(90),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),  # a signal may come in a finalizer
+]
+
+
+class Interruption(BaseException):
+    """As ``KeyboardInterrupt``."""
+
+
+class Deadline(TimeoutError):
+    """As programs raise out of their handlers."""
+
+
+class Strange(Exception):
+    """Anything else."""
+
+
+Error = type[BaseException]
+ERRORS: list[Error] = [Interruption, Deadline, Strange]
+
+
+def repeat(step: Callable[[], object], seconds: float, error: Error) -> None:
+    """Do ``step`` again and again until a signal interrupts it."""
+    try:
+        signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # again, if the first one came in a finalizer
+        while True:
+            step()
+    except error:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def interruptions(step: Callable[[], object], check: Callable[[], object], error: Error) -> None:
+    """Interrupt ``step`` at random moments; afterwards all must be well each time."""
+    chance, end = random.Random(1), time.monotonic() + SECONDS
+
+    def interrupt(_: int, frame: FrameType | None) -> None:
+        raise error
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for _ in range(INTERRUPTIONS):
+            repeat(step, chance.uniform(1e-5, 1e-3), error)
+            check()
+            if time.monotonic() > end:
+                break
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_a_send_that_is_interrupted_anywhere_leaves_everything_as_it_should_be(scheme: Scheme, error: Error) -> None:
+    source, target = Counter(0), Counter(0)
+    scheme.init_on_sender(model=source)
+    number = 0
+
+    def send() -> None:
+        nonlocal number
+        number += 1
+        scheme.send(Counter(number))
+        assert value_of(target) == number
+
+    with following(scheme, 0, target):
+        scheme.connect(timeout=HANG)
+        interruptions(send, send, error)
+        scheme.send_async(Counter(-1))
+        scheme.wait_async()
+        assert value_of(target) == -1
+    assert scheme._sender is not None
+    assert len(scheme._sender._shelf._stored) <= 4
+    peer = scheme._sender._peers[0]
+    assert not peer._unanswered
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_a_receive_that_is_interrupted_anywhere_is_neither_torn_nor_unanswered(scheme: Scheme, error: Error) -> None:
+    target, end = policy(0.0), threading.Event()
+    scheme.init_on_sender(model=policy(0.0))
+    own = scheme.for_worker(0)
+    own.init_on_receiver(model_id="policy", model=target)
+    scheme.connect()
+    own.connect()
+
+    def train() -> set[str]:
+        source, failures, number = policy(0.0), set(), 0
+        while not end.is_set():
+            mark(source, number := number + 1)
+            try:
+                scheme.send(source)
+            except WeightSyncError as refused:
+                failures.add(str(refused))
+        return failures
+
+    def whole() -> None:
+        ends = [tensor.detach().flatten()[[0, -1]] for tensor in (*target.parameters(), *target.buffers())]
+        values = {float(value) for pair in ends for value in pair}
+        assert len(values) == 1
+
+    with ThreadPoolExecutor(1) as pool:
+        training = pool.submit(train)
+        try:
+            interruptions(lambda: own.receive(0.01), whole, error)
+        finally:
+            end.set()
+            while not training.done():
+                own.receive(0.01)
+        assert training.result(HANG) <= {f"worker 0 refused: {error.__name__}: "}  # and not that it died, or is silent
+    whole()
+    own.shutdown()
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_a_server_follows_a_trainer_that_is_interrupted(scheme: Scheme, error: Error) -> None:
+    scheme.init_on_sender(model=policy(0.0))
+    with InferenceServer(policy(0.0), ThreadingTransport(), weight_sync=scheme.for_worker(0), swap_weights=True):
+        scheme.connect(timeout=HANG)
+        interruptions(scheme.send, scheme.send, error)
