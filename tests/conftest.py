@@ -22,3 +22,10 @@ def _no_thread_is_left() -> Iterator[None]:
     while left := [thread for thread in threading.enumerate() if thread not in before]:
         assert time.monotonic() < deadline, f"the test left threads behind: {left}"
         time.sleep(0.001)
+
+
+@pytest.fixture(autouse=True)
+def _gradients_are_enabled() -> Iterator[None]:
+    """What a signal handler raises as ``torch.no_grad`` is left keeps it from enabling them again."""
+    yield
+    torch.set_grad_enabled(True)
