@@ -40,6 +40,8 @@ E = TypeVar("E", bound=BaseException)
 HANG = 20.0
 """Seconds after which something counts as hanging."""
 
+_SHORT = 0.05  # seconds in which a refusal comes
+
 
 def request(value: float, *, size: int = 3) -> TensorDict:
     """Make a request whose ``observation`` ``[size]`` holds ``value``."""
@@ -146,9 +148,11 @@ class Callers(ABC):
     def refused(self, index: int, td: Any) -> bool:
         """Whether the server refuses a request of caller ``index``; one that it takes is cancelled."""
         try:
-            self.submit(index, td)()
+            self.call(index, td, timeout=_SHORT).result(HANG)
         except InferenceError:
             return True
+        except TimeoutError:
+            pass
         return False
 
     def call(
