@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
@@ -46,6 +47,7 @@ class ProcessTransport(QueuedTransport):
 
     def _listen(self, listener: Listener) -> None:
         self._ended = False
+        self._process = os.getpid()
         self._control = Control()
         self._board = Switchboard(self._make_line, listener, lambda: self._queue.admission.stats.reject())
         self._poller = self._board.poller
@@ -85,8 +87,13 @@ class ProcessTransport(QueuedTransport):
     def _make_line(self, wire: Wire, board: Board) -> Line: ...
 
     @abstractmethod
-    def _lease(self, count: int) -> Ticket:
+    def _lease(self, count: int, copy: bool = True) -> Ticket:
         """What a process needs to make ``count`` clients."""
+
+    @property
+    def _serves_elsewhere(self) -> bool:
+        """Whether this process only knows the server's address: it gave the transport away, or is a forked child."""
+        return self._given_away or self._process != os.getpid()
 
     @property
     def address(self) -> str:
@@ -105,30 +112,52 @@ class ProcessTransport(QueuedTransport):
             f"a {type(self).__qualname__} takes requests through its clients only; make one with client()"
         )
 
-    def client(self) -> InferenceClient:
-        """Make a blocking client. Hand it to a process, or use it in this one."""
-        return self.clients(1)[0]
+    def client(self, *, copy: bool = True) -> InferenceClient:
+        """Make a blocking client. Hand it to a process, or use it in this one; the first to use it has its slot.
 
-    def async_client(self) -> AsyncInferenceClient:
-        """Make an awaitable client. Hand it to a process, or use it in this one."""
-        return self.async_clients(1)[0]
+        Args:
+            copy: where replies lie in shared memory, ``False`` lends the caller a view of each, valid until this
+                client's next request. Others are the caller's own in any case.
 
-    def clients(self, count: int) -> list[InferenceClient]:
+        Raises:
+            NoFreeSlotError: the transport has slots, and all are taken.
+        """
+        return self.clients(1, copy=copy)[0]
+
+    def async_client(self, *, copy: bool = True) -> AsyncInferenceClient:
+        """Make an awaitable client; see :meth:`client`."""
+        return self.async_clients(1, copy=copy)[0]
+
+    def clients(self, count: int, *, copy: bool = True) -> list[InferenceClient]:
         """Make blocking clients for the threads of one process, which has one connection for all of them.
 
         Hand them over together, as one object.
-        """
-        return self._lease(count).clients()
 
-    def async_clients(self, count: int) -> list[AsyncInferenceClient]:
+        Args:
+            count: how many.
+            copy: see :meth:`client`.
+
+        Raises:
+            NoFreeSlotError: fewer slots are free.
+        """
+        return self._lease(count, copy).clients()
+
+    def async_clients(self, count: int, *, copy: bool = True) -> list[AsyncInferenceClient]:
         """Make awaitable clients for the tasks of one process, which has one connection for all of them.
 
         Hand them over together, as one object. Requests that are made in one tick of an event loop leave
-        together.
+        together. See :meth:`clients`.
         """
-        return self._lease(count).async_clients()
+        return self._lease(count, copy).async_clients()
 
     # -- the server's side -----------------------------------------------------------------------------
+
+    def wait_for_work(self, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        while not self._queue.wait(1, 1, timeout):  # it returns when something was read, if only a wish to join
+            timeout = deadline - time.monotonic()
+            if timeout <= 0:
+                return
 
     def join(self, family: list[PendingQueue], poller: Poller) -> None:
         self._board.move_to(poller)
@@ -208,8 +237,13 @@ class GivenTransport:
         return self._kind._inherit(self._estate, Listener(self._address, descriptor))
 
     def close(self) -> None:
-        """Let go of it, once the other process has started (this process)."""
-        os.close(self._descriptor)
+        """Let go of it, once the other process has started, or can't be (this process). Idempotent.
+
+        If nobody has taken it, nobody listens from then on: clients fail with :class:`ServerClosedError`.
+        """
+        if isinstance(self._descriptor, int) and self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_descriptor": DupFd(self._descriptor)}

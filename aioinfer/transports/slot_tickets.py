@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from array import array
@@ -15,11 +16,13 @@ from torch import Tensor
 from aioinfer.columns import RowLayout
 from aioinfer.stamps import VersionStamps
 from aioinfer.tensors import build
+from aioinfer.transports.addresses import tell
 from aioinfer.transports.control import Control
 from aioinfer.transports.receivers import Asked
 from aioinfer.transports.slot_memory import SlotMemory
 from aioinfer.transports.station import Station
 from aioinfer.transports.tickets import Ticket
+from aioinfer.transports.wire import FromClient, frame, word
 
 __all__ = ["SlotTicket"]
 
@@ -50,6 +53,9 @@ class SlotTicket(Ticket):
     def _connect(self) -> Station:
         return _SlotStation(self)
 
+    def _give_back(self) -> None:
+        tell(self.address, frame(word(FromClient.RELEASE), self.id))
+
     def cargo(self, td: TensorDictBase) -> list[Tensor]:
         return self.request.values(td)
 
@@ -65,15 +71,19 @@ class _SlotStation(Station):
         self._stamps = VersionStamps()
         super().__init__(ticket.address, ticket.id, ticket.count, ticket.layouts())
 
-    def _welcome(self, news: Any, descriptors: Sequence[int]) -> None:
-        control, memory = descriptors
+    def _welcome(self, news: Any, descriptors: Sequence[int]) -> Control:
+        control, memory = map(os.dup, descriptors)
         self._slots = news
         self._memory = SlotMemory(*self._layouts, memory)
-        self.control = Control.opened(control)
+        return Control.opened(control)
+
+    def _release(self) -> None:
+        self._memory = None
 
     def _load(self, asked: Sequence[Asked]) -> bytes:
         memory = self._memory
-        assert memory is not None
+        if memory is None:  # it was closed meanwhile: what is sent goes nowhere
+            return b""
         now = time.perf_counter()
         if len(asked) == 1:
             ((number, text, values),) = asked
@@ -88,6 +98,8 @@ class _SlotStation(Station):
         return array("Q", texts).tobytes()
 
     def _unload(self, numbers: Sequence[int], payloads: Iterable[bytes | None]) -> Sequence[TensorDictBase]:
+        if len(numbers) == 1:
+            return [self._unload_one(numbers[0])]
         memory, control = self._memory, self.control
         assert memory is not None
         assert control is not None
@@ -116,4 +128,4 @@ class _SlotStation(Station):
     def _stamp(self, versions: Sequence[int], size: torch.Size) -> Sequence[Tensor]:
         if versions.count(versions[0]) == len(versions):
             return self._stamps.make(versions[0], torch.Size([len(versions), *size]), None)
-        return [torch.full(size, version) for version in versions]
+        return [torch.full(size, version, dtype=torch.int64, device="cpu") for version in versions]
