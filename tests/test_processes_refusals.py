@@ -133,6 +133,19 @@ def test_a_transport_that_was_given_away_to_a_process_that_never_starts_leaves_n
         client(request(1), HANG)
 
 
+@pytest.mark.parametrize("make", MAKES)
+async def test_tasks_may_give_a_deadline_as_threads_do(make: Any) -> None:
+    model, transport = GatedModel(), make()
+    async with InferenceServer(model, transport):
+        client = transport.async_client()
+        try:
+            with pytest.raises(TimeoutError):
+                await client(request(1), 0.05)
+        finally:
+            model.open()
+        assert is_double(await client(request(2), timeout=HANG), 2)
+
+
 # -- two threads on one client -----------------------------------------------------------------------------
 
 

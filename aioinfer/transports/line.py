@@ -197,7 +197,7 @@ class Line(ABC):
 
     def _look_out(self) -> None:
         """Wait for room, if something is left unsent."""
-        self.board.watch(self, writable=bool(self.wire.unsent))
+        self.board.watch(self, writable=self.wire.unsent)
 
     @abstractmethod
     def deliver(self, receivers: Sequence[Any], replies: Sequence[TensorDictBase]) -> None:

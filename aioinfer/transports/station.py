@@ -280,7 +280,7 @@ class Station(ABC):
                 self._end_turn(reader)
         finally:
             self._end_turn(reader)  # again, for where the first was interrupted
-        if self._wire.unsent:
+        if self._wire.outbox:
             self._wire.flush()
 
     def _end_turn(self, reader: object) -> None:
@@ -434,7 +434,7 @@ class Station(ABC):
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         wire, leader = self._wire, self._turns.leader
-        if wire.unsent:  # whoever reads now does not look for room
+        if wire.outbox:  # whoever reads now does not look for room
             self._make_room(waiter, deadline)
         left: float | None = None
         in_line = False
@@ -442,11 +442,11 @@ class Station(ABC):
             if deadline is not None and (left := deadline - time.monotonic()) <= 0:
                 return
             if leader.setdefault(0, waiter) is waiter:
-                if left is None and self.control is not None and not wire.unsent:
+                if left is None and self.control is not None and not wire.outbox:
                     self._receive(number, waiter, True)
                 elif wire.wait(left if self._alone else min(_LOOK_UP if left is None else left, _LOOK_UP)):
                     self._receive(number, waiter)
-                    if wire.unsent:
+                    if wire.outbox:
                         wire.flush()
             elif in_line and waiter.bell is not None:
                 waiter.bell.wait(left)
@@ -468,7 +468,7 @@ class Station(ABC):
 
     def _make_room(self, waiter: Waiter, deadline: float | None) -> None:
         """Send what is left to send, as the server reads."""
-        while self._wire.unsent and not waiter.done and self.dead is None:
+        while self._wire.outbox and not waiter.done and self.dead is None:
             left = None if deadline is None else deadline - time.monotonic()
             if (left is not None and left <= 0) or not self._wire.wait_for_room(left):
                 return

@@ -328,7 +328,10 @@ class _AsyncClient(_Place, AsyncInferenceClient):
             future.add_done_callback(partial(_withdraw, station, number))
         return future
 
-    async def __call__(self, td: TensorDictBase, *, wait: bool = False) -> TensorDictBase:
+    async def __call__(self, td: TensorDictBase, timeout: float | None = None, *, wait: bool = False) -> TensorDictBase:  # noqa: ASYNC109
+        if timeout is not None:
+            async with asyncio.timeout(timeout):
+                return await self(td, wait=wait)
         future, station, number = self._submit(td, patient=wait)
         try:
             return await future

@@ -107,7 +107,7 @@ class Wire:
         sock.setblocking(True)  # what must not block says so itself
         self._sock = sock
         self._lock = threading.Lock()  # guards what is unsent
-        self.unsent: deque[tuple[bytes, list[int]]] = deque()
+        self.outbox: deque[tuple[bytes, list[int]]] = deque()
         """What waits until the other end has read more, see :meth:`flush`: frames, and how many bytes left when."""
         self._words = array("Q", bytes(_BUFFER_BYTES))
         self._buffer = memoryview(self._words).cast("B")
@@ -128,13 +128,18 @@ class Wire:
         """Whether the beginning of a frame has arrived, and its end has not."""
         return self.inbox[2] > 0
 
+    @property
+    def unsent(self) -> bool:
+        """Whether something waits until the other end has read more; see :meth:`flush`."""
+        return bool(self.outbox)
+
     def send(self, data: bytes) -> bool:
         """Send frames, or keep them until there is room; say whether all have left.
 
         Where the other end is gone, they are dropped.
         """
         with self._lock:
-            if not self.unsent and len(data) <= _WHOLE_BYTES:  # such a frame leaves whole, or not at all
+            if not self.outbox and len(data) <= _WHOLE_BYTES:  # such a frame leaves whole, or not at all
                 try:
                     sent = self._sock.send(data, _DONT_WAIT)
                 except BlockingIOError:
@@ -144,9 +149,9 @@ class Wire:
                 if sent == len(data):
                     return True
                 data = data[sent:]
-            self.unsent.append((data, []))
+            self.outbox.append((data, []))
             self._flush()
-            return not self.unsent
+            return not self.outbox
 
     def send_descriptors(self, data: bytes, descriptors: Sequence[int]) -> None:
         """Send frames and descriptors.
@@ -157,11 +162,11 @@ class Wire:
         """
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", descriptors))]
         with self._lock:
-            if self.unsent:
+            if self.outbox:
                 raise BlockingIOError
             sent = self._sock.sendmsg([data], rights, _DONT_WAIT)
             if sent < len(data):
-                self.unsent.append((data[sent:], []))
+                self.outbox.append((data[sent:], []))
 
     def flush(self) -> None:
         """Send what was kept, as far as there is room."""
@@ -169,18 +174,18 @@ class Wire:
             self._flush()
 
     def _flush(self) -> None:
-        while self.unsent:
-            data, sent = self.unsent[0]
+        while self.outbox:
+            data, sent = self.outbox[0]
             done = sum(sent)
             if done == len(data):
-                self.unsent.popleft()
+                self.outbox.popleft()
                 continue
             try:
                 sent.extend(map(self._sock.send, (memoryview(data)[done:],), _NOW))
             except BlockingIOError:
                 return
             except OSError:
-                self.unsent.clear()
+                self.outbox.clear()
 
     def readable(self) -> bool:
         """Whether something has arrived, if only the other end's end."""
