@@ -5,12 +5,24 @@ from __future__ import annotations
 from abc import ABCMeta, abstractmethod
 from asyncio import Future as AsyncFuture
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
+
+from aioinfer.errors import ClientClosedError
 
 if TYPE_CHECKING:
     from tensordict import TensorDictBase
 
-__all__ = ["AsyncInferenceClient", "InferenceClient"]
+__all__ = ["CLOSED", "AsyncInferenceClient", "InferenceClient"]
+
+
+class _Closed:
+    """Stands for what a closed client had: whatever is asked of it raises, at no cost for clients that are open."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise ClientClosedError("the client was closed; make another one")
+
+
+CLOSED: Any = _Closed()
 
 
 class _ClientType(ABCMeta):
@@ -133,14 +145,15 @@ class AsyncInferenceClient(_Handle):
         """
 
     @abstractmethod
-    async def __call__(self, td: TensorDictBase, *, wait: bool = False) -> TensorDictBase:
+    async def __call__(self, td: TensorDictBase, timeout: float | None = None, *, wait: bool = False) -> TensorDictBase:  # noqa: ASYNC109
         """Send one request and suspend until its reply.
 
-        For a deadline use ``asyncio.timeout``. Cancellation withdraws the request: if its batch has
-        not left, it is never computed.
+        Cancellation withdraws the request: if its batch has not left, it is never computed.
 
         Args:
             td: as for :meth:`InferenceClient.submit`.
+            timeout: seconds to wait for the reply, the time in the queue included, as with ``asyncio.timeout``;
+                ``None`` waits for ever.
             wait: where the queue is full, wait for room instead of raising.
 
         Returns:

@@ -19,6 +19,7 @@ __all__ = [
     "ServerPausedError",
     "ServerStartError",
     "WeightSyncError",
+    "describe",
     "own_error",
 ]
 
@@ -105,16 +106,18 @@ def own_error(original: BaseException) -> Exception:
     """
     twin = _twin(original)
     if twin is None:
-        twin = ModelError(f"{type(original).__qualname__}: {_text_of(original)}")
+        twin = ModelError(describe(original))
     twin.__cause__ = original.__cause__ if isinstance(original, ServerClosedError) else original
     return twin
 
 
-def _text_of(error: BaseException) -> str:
+def describe(error: BaseException) -> str:
+    """The class and the message of an error in one text."""
     try:
-        return str(error)
+        text = str(error)
     except BaseException:  # a class of the user's may raise anything here
-        return "(its message can't be shown)"
+        text = "(its message can't be shown)"
+    return f"{type(error).__qualname__}: {text}"
 
 
 def _twin(original: BaseException) -> Exception | None:

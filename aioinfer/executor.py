@@ -5,9 +5,11 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
 
 import torch
+
+from aioinfer.transports.bells import LockBell
+from aioinfer.transports.futures import Future
 
 __all__ = ["ModelThread"]
 
@@ -21,7 +23,8 @@ class ModelThread:
     The thread waits for requests itself instead of being handed each batch by the event loop: a lone
     caller saves a wake-up of the loop, and under load the loop is woken for replies only.
 
-    Any thread: the public methods. Model thread only: ``_run``, and the callables.
+    Any thread: the public methods. Model thread only: ``_run``, and the callables. There is no lock: jobs and reasons
+    to hold are each added and removed in one step.
 
     Args:
         prepare: called first.
@@ -47,9 +50,8 @@ class ModelThread:
         self._stopping = False
         self._jobs: deque[tuple[Callable[[], None], Future[None]]] = deque()
         self._over = False
-        self._lock = threading.Lock()  # guards the two above
-        self._holds = 0  # model thread only: how many want no batch to be served
-        self._news = threading.Event()  # of jobs, or the end, for a thread that is held
+        self._holds: set[object] = set()
+        self._news = LockBell()  # of jobs, of a hold that is over, or of the end
         self._prepared: Future[None] = Future()
         # A daemon: a program that ends without shutting its server down must not hang.
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -62,33 +64,34 @@ class ModelThread:
     def submit(self, job: Callable[[], None]) -> Future[None]:
         """Do ``job`` on the thread, before the next batch; the future is cancelled if the thread ends first."""
         future: Future[None] = Future()
-        with self._lock:
-            if self._over:
-                future.cancel()
-                return future
-            self._jobs.append((job, future))
-        self._news.set()
-        self._wake()
+        self._jobs.append((job, future))
+        self._notify()
+        if self._over:  # perhaps too late for the thread to see it
+            self._cancel_jobs()
         return future
 
-    def hold(self) -> None:
-        """A job: serve no batch from now on, until ``let_go`` was done as often."""
-        self._holds += 1
+    def hold(self, reason: object) -> None:
+        """A job: serve no batch from now on, until ``let_go`` was called for each reason."""
+        self._holds.add(reason)
 
-    def let_go(self) -> None:
-        """A job: undo a ``hold``."""
-        self._holds -= 1
+    def let_go(self, reason: object) -> None:
+        """Undo a ``hold``; idempotent."""
+        self._holds.discard(reason)
+        self._notify()
 
     def stop(self) -> None:
         """End the thread after the batch that runs now."""
         self._stopping = True
-        self._news.set()
-        self._wake()
+        self._notify()
 
     def join(self, timeout: float | None) -> None:
         """Wait for the end of the thread; returns at once on the thread itself."""
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout)
+
+    def _notify(self) -> None:
+        self._news.ring()
+        self._wake()
 
     @torch.no_grad()
     def _run(self) -> None:
@@ -99,20 +102,25 @@ class ModelThread:
             while not self._stopping:
                 self._do_jobs()
                 if self._holds:
-                    self._news.wait()
-                    self._news.clear()
+                    self._news.wait(None)
                 elif not self._stopping:
                     self._serve()
         except BaseException as caught:
             error = caught
         finally:
-            with self._lock:
-                self._over = True
-            for _, future in self._jobs:
-                future.cancel()
+            self._over = True
+            self._cancel_jobs()
             self._ended(error)
             if error is not None and not self._prepared.done():
                 self._prepared.set_exception(error)
+
+    def _cancel_jobs(self) -> None:
+        while self._jobs:
+            try:
+                _, future = self._jobs.popleft()
+            except IndexError:  # another thread was quicker
+                return
+            future.cancel()
 
     def _do_jobs(self) -> None:
         while self._jobs:

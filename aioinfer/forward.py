@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,15 +12,18 @@ from itertools import chain
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
+from torch import nn
 
 from aioinfer.devices import Model, Placement
-from aioinfer.errors import ModelError
+from aioinfer.errors import ModelError, describe
 from aioinfer.interaction import in_force
 from aioinfer.stamps import VersionStamps
 from aioinfer.tensors import UnlikeRequestsError, check_output, group_by_layout, rows, stack
 from aioinfer.transports.requests import STORED, Request, SlotStore
 
 __all__ = ["CollateFn", "ForwardPass", "Outcome"]
+
+_log = logging.getLogger("aioinfer")
 
 CollateFn = Callable[[list[TensorDictBase]], TensorDictBase]
 
@@ -46,7 +50,9 @@ class ForwardPass:
         version_key: the entry of replies that says which weights computed them; ``None``: none does.
         version: of the weights that the model has.
         split_failed_batches: where the model raises on several requests, run each half again, until only
-            those fail that the model can't serve alone; ``2n`` extra passes at most.
+            those fail that the model can't serve alone; ``2n`` extra passes at most. Otherwise only those whose callers
+            went away are left out, and the rest run once more.
+        look: takes note of callers that went away.
     """
 
     def __init__(
@@ -59,18 +65,26 @@ class ForwardPass:
         version_key: str | None,
         version: Callable[[], int],
         split_failed_batches: bool,
+        look: Callable[[], object],
     ) -> None:
-        if out_keys is None and isinstance(model, TensorDictModuleBase):
-            out_keys = model.out_keys
         self._model = model
         self._placement = placement
         self._collate_fn = collate_fn
+        self._required = frozenset(map(_entry, out_keys or ()))
+        if out_keys is None and isinstance(model, TensorDictModuleBase):
+            out_keys = model.out_keys
         # A nested key brings the whole entry that it lies in.
         self._keys = frozenset(map(_entry, out_keys)) if out_keys else None
         self._version_key = version_key
         self._version = version
         self._stamps = VersionStamps()
         self._split_failed_batches = split_failed_batches
+        self._look = look
+        self._warned = False
+
+    @property
+    def _takes_tensordicts(self) -> bool:
+        return isinstance(self._model, TensorDictModuleBase) or not isinstance(self._model, nn.Module)
 
     def open(self) -> None:
         """Prepare the device, and move the model there."""
@@ -89,31 +103,65 @@ class ForwardPass:
         groups = ([request for request in requests if request.mode is mode] for mode in modes)
         return chain.from_iterable(map(self._outcomes, groups))
 
-    def _outcomes(self, requests: Sequence[Request]) -> Iterator[Outcome]:
+    def _outcomes(self, requests: Sequence[Request], *, again: bool = False) -> Iterator[Outcome]:
         started = time.perf_counter()
         try:
             replies = self._replies(requests)
-        except UnlikeRequestsError as error:
-            groups = group_by_layout([request.td for request in requests])
-            parts: list[Sequence[Request]] = [[requests[i] for i in group] for group in groups]
-            failure: BaseException = error
-        except ModelError as error:  # what it returned says nothing about which request is to blame
-            parts, failure = [], error
         except BaseException as error:  # also SystemExit: it must end these requests, not the model thread
-            parts, failure = self._halves(requests), error
+            failure = self._explained(error)
         else:
             yield Outcome(requests, replies, None, time.perf_counter() - started)
             return
-        if len(parts) < 2:
-            yield Outcome(requests, None, failure, time.perf_counter() - started)
-        for part in parts if len(parts) > 1 else ():
-            yield from self._outcomes(part)
+        seconds = time.perf_counter() - started
+        parts = self._parts(requests, failure)
+        if not isinstance(failure, UnlikeRequestsError) or not parts:
+            rerun = set(map(id, chain.from_iterable(parts)))
+            yield Outcome([request for request in requests if id(request) not in rerun], None, failure, seconds)
+        served = True
+        for part in parts:
+            for outcome in self._outcomes(part, again=again or not isinstance(failure, UnlikeRequestsError)):
+                served &= outcome.error is None or not outcome.requests
+                yield outcome
+        if len(parts) > 1 and served and not again and not isinstance(failure, UnlikeRequestsError):
+            self._warn(failure, len(requests))
 
-    def _halves(self, requests: Sequence[Request]) -> list[Sequence[Request]]:
-        if not self._split_failed_batches:
+    def _parts(self, requests: Sequence[Request], failure: BaseException) -> list[Sequence[Request]]:
+        """Which of the requests that have failed together run again, and which of them together."""
+        if isinstance(failure, UnlikeRequestsError):
+            groups = group_by_layout([request.td for request in requests])
+            if len(groups) > 1:
+                return [[requests[i] for i in group] for group in groups]
+        if isinstance(failure, ModelError):  # what it returned says nothing about which request is to blame
             return []
-        middle = len(requests) // 2
-        return [half for half in (requests[:middle], requests[middle:]) if half]
+        if self._split_failed_batches:
+            middle = len(requests) // 2
+            return [requests[:middle], requests[middle:]] if middle else []
+        # The row of a caller that gave up may have been written anew while it was read.
+        self._look()
+        left = [request for request in requests if request.outlet is None or not request.receiver.done()]
+        return [left] if 0 < len(left) < len(requests) else []
+
+    def _explained(self, error: BaseException) -> BaseException:
+        """The error to tell callers of, where what was raised says little."""
+        if isinstance(error, TypeError) and "__torch_function__" in str(error) and not self._takes_tensordicts:
+            explained: BaseException = ModelError(
+                f"the model is called with a TensorDict, and {type(self._model).__qualname__} seems to take tensors; "
+                'wrap it: TensorDictModule(model, in_keys=["observation"], out_keys=["action"])'
+            )
+            explained.__cause__ = error
+            return explained
+        return error
+
+    def _warn(self, failure: BaseException, count: int) -> None:
+        if not self._warned:
+            self._warned = True
+            _log.warning(
+                "the model raised on a batch of %d requests (%s), and served all of them in smaller batches; if it "
+                "can't take a batch, it costs up to twice as many passes as requests (see stats().failed_passes): "
+                "let it take a first dimension of any size, or set max_batch_size=1. This is said once",
+                count,
+                describe(failure),
+            )
 
     def _replies(self, requests: Sequence[Request]) -> Sequence[TensorDictBase]:
         count, store = len(requests), requests[0].store
@@ -125,6 +173,8 @@ class ForwardPass:
             return self._placement.run(self._model, batch, lambda output: check_output(output, count), split)
 
     def _split(self, output: TensorDictBase) -> Sequence[TensorDictBase]:
+        if missing := self._required - set(output.keys()) if self._required else ():
+            raise ModelError(f"out_keys names {sorted(missing)}, the model returned {sorted(map(str, output.keys()))}")
         if self._version_key is None:
             return rows(output, self._keys)
         stamps = self._stamps.make(self._version(), output.batch_size, output.device)
@@ -148,7 +198,7 @@ class ForwardPass:
             return self._placement.build(partial(stack, tds))
         except RuntimeError:
             if len(group_by_layout(tds)) > 1:
-                raise UnlikeRequestsError from None
+                raise UnlikeRequestsError("requests of unlike layout can't be stacked") from None
             raise
 
 

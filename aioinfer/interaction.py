@@ -98,7 +98,8 @@ def stamp(td: TensorDictBase, mode: Mode) -> TensorDictBase:
     if mode is AMBIENT:
         return td
     stamped = td.copy()
-    stamped.set(_STAMP, torch.full(td.batch_size, number_of(mode), dtype=torch.int8, device=td.device))
+    code = torch.full(td.batch_size, number_of(mode), dtype=torch.int8, device=td.device or "cpu")
+    stamped.set(_STAMP, code)
     return stamped
 
 

@@ -4,35 +4,44 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import logging
 import os
 import threading
 from abc import ABC, abstractmethod
-from concurrent.futures import Future
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
-import anyio.to_thread
 from anyio.from_thread import start_blocking_portal
 
-from aioinfer.errors import ServerClosedError
+from aioinfer.errors import ServerClosedError, ServerNotRunningError
 from aioinfer.transports.admission import Admission
-from aioinfer.transports.base import InferenceTransport
+from aioinfer.transports.base import ServedTransport
+from aioinfer.transports.futures import Future, run_in_thread
 from aioinfer.worker import Worker
 
 __all__ = ["ServerLife"]
 
+# Seconds until a companion of the worker that has failed runs again, the first time and at most.
+_FIRST_RETRY = 0.1
+_LAST_RETRY = 5.0
+
+_log = logging.getLogger("aioinfer")
+
 
 class ServerLife(ABC):
-    """Starts and ends a server's worker, and the task that stands for it on an event loop.
+    """Starts and ends a server's worker, and the tasks that stand for it on an event loop.
+
+    Any thread: the public methods. ``_lock`` guards which worker there is, and what hosts it.
 
     Args:
         transport: what the worker serves.
     """
 
-    def __init__(self, transport: InferenceTransport) -> None:
-        self.transport = transport
-        self._lock = threading.Lock()  # guards the attributes below
+    def __init__(self, transport: ServedTransport) -> None:
+        self._transport = transport
+        self._lock = threading.RLock()
         self._worker: Worker | None = None
         self._task: asyncio.Task[None] | None = None
         self._host: ExitStack | None = None
@@ -48,14 +57,14 @@ class ServerLife(ABC):
         """A worker for one life; event loop only."""
 
     @abstractmethod
-    async def _accompany(self, worker: Worker) -> None:
-        """What runs on the event loop while the worker serves; it is cancelled when the worker has ended."""
+    def _companions(self, worker: Worker) -> Mapping[str, Callable[[], Coroutine[Any, Any, None]]]:
+        """What runs on the event loop while the worker serves, by what it does; cancelled when the worker has ended."""
 
     @property
     def is_alive(self) -> bool:
         """Whether the server's worker runs. It may outlive a ``shutdown`` that did not wait for it."""
         worker = self._worker
-        return worker is not None and worker.is_alive()
+        return worker is not None and worker.is_alive() and self._process == os.getpid()
 
     # -- in a running event loop -----------------------------------------------------------------------
 
@@ -75,24 +84,19 @@ class ServerLife(ABC):
         """
         if self._process != os.getpid():
             return
-        if self._host is not None:
-            await anyio.to_thread.run_sync(lambda: self.shutdown(timeout, drain=drain))
-            return
-        error = self._refuse(drain)
-        worker, task = self._worker, self._task
-        if worker is None:
-            return
+        worker, task, error = self._worker, self._task, _closed()
+        if worker is not None and worker.is_alive():
+            worker.refuse(error)
+        # In a thread of its own: those of a pool may all be callers that wait for this server.
+        ending = run_in_thread(lambda: self.shutdown(timeout, drain=drain), "aioinfer-shutdown")
         try:
-            async with asyncio.timeout(timeout):
-                await asyncio.shield(asyncio.wrap_future(worker.ended))
-        except TimeoutError:
-            pass
-        finally:
-            worker.abandon(error)
-        if worker.ended.done():
-            worker.join(None)  # of the thread, no more than its return is left
-            if task is not None and task.get_loop() is asyncio.get_running_loop():
-                await asyncio.wait([task])
+            await asyncio.wrap_future(ending)
+        except asyncio.CancelledError:
+            if worker is not None:
+                run_in_thread(lambda: worker.abandon(error), "aioinfer-abandon")
+            raise
+        if task is not None and task.get_loop() is asyncio.get_running_loop() and not self.is_alive:
+            await asyncio.wait([task])
 
     async def _open(self) -> None:
         worker, opened = self._start_worker()
@@ -105,13 +109,17 @@ class ServerLife(ABC):
 
     async def _live(self, worker: Worker) -> None:
         """The server's task: it ends with the worker, or ends it when its event loop goes down first."""
-        company = asyncio.get_running_loop().create_task(self._accompany(worker), name="aioinfer-server-company")
+        companions = [
+            asyncio.get_running_loop().create_task(_keep_running(what, run), name=f"aioinfer-{what}")
+            for what, run in self._companions(worker).items()
+        ]
         try:
             await asyncio.shield(asyncio.wrap_future(worker.ended))
         finally:
             worker.close(_closed(), drain=False)
-            company.cancel()
-            await asyncio.wait([company])
+            for companion in companions:
+                companion.cancel()
+            await asyncio.wait(companions)
 
     # -- hosted in a background thread -----------------------------------------------------------------
 
@@ -136,14 +144,16 @@ class ServerLife(ABC):
         The batch that the model works on is finished and answered. Where that takes longer than ``timeout``,
         its requests are failed too, and the worker ends, unnoticed, when the model returns.
 
+        A signal handler may call it, with a ``timeout``: a call that the handler has interrupted may have to go on
+        before the worker can end.
+
         Args:
             timeout: seconds to wait for the worker; ``None`` waits for ever.
             drain: serve the pending requests first, as far as ``timeout`` allows; by default they fail with
-                :class:`ServerClosedError` at once.
+                :class:`ServerClosedError` at once. While the server is paused none is served, so the timeout passes.
         """
         if self._process != os.getpid():  # a forked child, which has none of the server's threads
             return
-        atexit.unregister(self.shutdown)
         error = self._refuse(drain)
         worker = self._worker
         if worker is not None and not worker.join(timeout):
@@ -152,6 +162,7 @@ class ServerLife(ABC):
             host, self._host = self._host, None
         if host is not None:
             host.close()
+        atexit.unregister(self.shutdown)
 
     def __enter__(self) -> Self:
         return self.start()
@@ -165,7 +176,7 @@ class ServerLife(ABC):
 
     def _open_transport(self) -> Admission:
         admission = self._make_admission()
-        self.transport.open(admission)
+        self._transport.open(admission)
         return admission
 
     def _start_worker(self) -> tuple[Worker, Future[None]]:
@@ -174,13 +185,14 @@ class ServerLife(ABC):
                 raise RuntimeError("the server runs already, or its worker has not ended since the last shutdown")
             if self._admission.closed is not None or self._admission.superseded:
                 self._admission = self._open_transport()
+            self._process = os.getpid()
             self._worker = self._make_worker(self._admission)
             return self._worker, self._worker.start()
 
     def _running(self) -> Worker:
         worker = self._worker
-        if worker is None or not worker.is_alive():
-            raise RuntimeError("the server does not run")
+        if worker is None or not self.is_alive:
+            raise ServerNotRunningError("the server does not run; start it first")
         return worker
 
     def _refuse(self, drain: bool) -> ServerClosedError:
@@ -188,8 +200,22 @@ class ServerLife(ABC):
         if self._worker is not None and self._worker.is_alive():
             self._worker.close(error, drain=drain)
         elif not self._admission.superseded:
-            self.transport.finish(error)
+            self._transport.finish(error)
         return error
+
+
+async def _keep_running(what: str, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Run a companion of the worker until it returns; where it fails, say so and run it again."""
+    pause = _FIRST_RETRY
+    while True:
+        try:
+            await run()
+        except (Exception, SystemExit):  # descriptors that have run out, or what unpickling has run
+            _log.exception("%s failed; trying again in %g s", what, pause)
+        else:
+            return
+        await asyncio.sleep(pause)
+        pause = min(2 * pause, _LAST_RETRY)
 
 
 def _closed() -> ServerClosedError:

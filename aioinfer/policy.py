@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
+from typing import Any
 
 from tensordict import TensorDictBase, lazy_stack
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 
 from aioinfer.client import InferenceClient
+from aioinfer.errors import ClientBusyError, InvalidRequestError, ServerOverloadedError
 from aioinfer.interaction import InteractionType, calling_in, interaction_type
-from aioinfer.transports.base import InferenceTransport
 
 __all__ = ["PolicyClientModule"]
 
@@ -26,41 +27,45 @@ class PolicyClientModule(TensorDictModuleBase):
     when the row is computed.
 
     Args:
-        client: a blocking client, or a transport to make one from.
+        client: a blocking client, or what makes one: a transport, a server, or what ``connect`` returned.
         in_keys: entries that are sent; ``None`` sends all of them.
         out_keys: entries of the reply that are written; ``None`` writes all of them.
         interaction_type: a mode to use instead of the caller's. Before tensordict 0.15 modes are
             process-wide: name one here where several threads use unlike modes.
+        policy_version_key: the entry of the reply that says which weights computed it; it is written too, if the reply
+            has it. ``None`` writes it only if ``out_keys`` names it.
 
     Raises:
-        TypeError: ``client`` is neither.
+        TypeError: ``client`` is none of these.
     """
 
     def __init__(
         self,
-        client: InferenceClient | InferenceTransport,
+        client: InferenceClient | Any,
         *,
         in_keys: Sequence[NestedKey] | None = None,
         out_keys: Sequence[NestedKey] | None = None,
         interaction_type: InteractionType | str | None = None,
+        policy_version_key: str | None = "policy_version",
     ) -> None:
         super().__init__()
-        if isinstance(client, InferenceTransport):
-            client = client.client()
-        if not isinstance(client, InferenceClient):
+        made = client.client() if hasattr(client, "client") else client
+        if not isinstance(made, InferenceClient):
             raise TypeError(
-                f"client must be a blocking InferenceClient or a transport, got {type(client).__qualname__}"
+                f"client must be a blocking InferenceClient, a transport or a server, got {type(client).__qualname__}"
             )
-        self.client = client
+        self.client = made
         self.in_keys = list(in_keys or [])  # type: ignore[arg-type]
         self.out_keys = list(out_keys or [])  # type: ignore[arg-type]
         self.interaction_type = None if interaction_type is None else InteractionType(interaction_type)
+        self.policy_version_key = policy_version_key
+        self._request_dims: int | None = None  # of a request's batch size; None: not known yet
 
     def submit(self, td: TensorDictBase) -> Future[TensorDictBase]:
         """Send one request; the future resolves to the server's reply, and ``td`` is left alone.
 
         Args:
-            td: ``[]``, with the ``in_keys``.
+            td: one request, with the ``in_keys``: ``[]``, or of the batch size of the server's ``request_spec``.
         """
         with self._calling():
             return self.client.submit(self._request(td))
@@ -76,18 +81,68 @@ class PolicyClientModule(TensorDictModuleBase):
         """Compute ``out_keys``.
 
         Args:
-            td: ``[*batch]``, with the ``in_keys``. Each element of the batch is a request of its own, and
-                may meet those of other callers in one forward pass.
+            td: ``[*batch]``, with the ``in_keys``, or ``[*batch, *size]`` where the server's ``request_spec`` is of
+                batch size ``[*size]``. Each element of ``batch`` is a request of its own, and may meet those of other
+                callers in one forward pass. A client with a slot sends one after the other; others send as many at a
+                time as the server has room for.
 
         Returns:
-            ``td`` with the ``out_keys`` written to it.
+            ``td`` with the ``out_keys`` written to it, and the policy version.
         """
-        if not td.batch_size:
-            with self._calling():
-                reply: TensorDictBase = self.client(self._request(td))
-        elif 0 in td.batch_size:
+        if 0 in td.batch_size:
             raise ValueError(f"an empty batch can't be sent to a server, got batch size {list(td.batch_size)}")
-        else:
-            pending = [self.submit(row) for row in td.reshape(-1).unbind(0)]
-            reply = lazy_stack([future.result() for future in pending]).contiguous().reshape(td.batch_size)
-        return td.update(reply.select(*self.out_keys) if self.out_keys else reply)
+        reply = self._reply(td)
+        if self.out_keys:
+            version = self.policy_version_key
+            reply = reply.select(*self.out_keys, *([version] if version is not None and version in reply else []))
+        return td.update(reply)
+
+    def _reply(self, td: TensorDictBase) -> TensorDictBase:
+        """The server's reply to all elements of a batch."""
+        if self._request_dims is None and td.batch_dims:  # ask once with each number of dimensions, the largest first
+            for dims in range(td.batch_dims, 0, -1):
+                try:
+                    reply = self._reply_in_parts(td, dims)
+                except InvalidRequestError:
+                    continue
+                self._request_dims = dims
+                return reply
+            reply = self._reply_in_parts(td, 0)
+            self._request_dims = 0
+            return reply
+        return self._reply_in_parts(td, min(self._request_dims or 0, td.batch_dims))
+
+    def _reply_in_parts(self, td: TensorDictBase, dims: int) -> TensorDictBase:
+        """The reply to requests of so many batch dimensions each."""
+        if dims == td.batch_dims:
+            with self._calling():
+                return self.client(self._request(td), wait=True)
+        size = td.batch_size[td.batch_dims - dims :]
+        replies = self._replies(list(td.reshape(-1, *size).unbind(0)))
+        return lazy_stack(replies).contiguous().reshape(td.batch_size)
+
+    def _replies(self, requests: list[TensorDictBase]) -> list[TensorDictBase]:
+        """Send requests, as many at a time as the client and the server take."""
+        replies: dict[int, TensorDictBase] = {}
+        while left := [index for index in range(len(requests)) if index not in replies]:
+            pending: list[tuple[int, Future[TensorDictBase]]] = []
+            before = len(replies)
+            try:
+                for index in left:
+                    try:
+                        pending.append((index, self.submit(requests[index])))
+                    except ClientBusyError:  # it has one request under way at a time
+                        break
+                for index, future in pending:
+                    try:
+                        replies[index] = future.result()
+                    except ServerOverloadedError:  # again, when some of the others are answered
+                        continue
+            except BaseException:
+                for _, future in pending:
+                    future.cancel()
+                raise
+            if len(replies) == before:  # other callers have all the room
+                with self._calling():
+                    replies[left[0]] = self.client(self._request(requests[left[0]]), wait=True)
+        return [replies[index] for index in range(len(requests))]

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from concurrent.futures import CancelledError, Future
+import os
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import CancelledError
 from functools import partial
+from typing import Any
 
-import anyio
 import torch
 from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
+from torch import nn
 
 from aioinfer.batching import BatchRule
 from aioinfer.client import AsyncInferenceClient, InferenceClient
 from aioinfer.devices import Model, place
 from aioinfer.errors import ServerClosedError
 from aioinfer.forward import CollateFn, ForwardPass
+from aioinfer.health import Health
 from aioinfer.life import ServerLife
-from aioinfer.pause import Pause, PendingPolicy
+from aioinfer.pause import Pause, PendingPolicy, check_policy
 from aioinfer.stats import ServerStats, StatsRecorder
 from aioinfer.transports.admission import Admission
-from aioinfer.transports.base import InferenceTransport
+from aioinfer.transports.base import InferenceTransport, ServedTransport
+from aioinfer.transports.futures import Future
 from aioinfer.transports.joined import JoinedTransport
+from aioinfer.transports.polling import PolledTransport
+from aioinfer.transports.processes import ProcessTransport
 from aioinfer.updates import Updates
 from aioinfer.weight_sync.scheme import WeightSyncScheme
 from aioinfer.weight_sync.weights import WeightsLike, check_version
@@ -42,7 +49,7 @@ class InferenceServer(ServerLife):
         model: any callable from a batched TensorDict ``[B]`` to a batched TensorDict ``[B]``. It runs on
             one thread of the server's own, under ``torch.no_grad``; its ``train``/``eval`` mode is left alone.
         transport: how requests and replies travel; several transports, in a list, serve tasks, threads and
-            processes at once. ``client()`` is then the first one's.
+            processes at once. Clients that the server makes are then the first one's.
         max_batch_size: most requests in one forward pass.
         min_batch_size: after the first request arrived, gather until this many are there, or
             ``timeout`` passes. 1 dispatches at once; while the model is busy, requests gather anyway.
@@ -50,8 +57,9 @@ class InferenceServer(ServerLife):
         collate_fn: list of request TensorDicts to a batched TensorDict, whatever their layouts. The default
             stacks requests of like layout, and runs those of unlike layout apart.
         device: where batches are moved, and the model at the start; ``None`` moves nothing.
-        out_keys: the entries that replies have. By default the ``out_keys`` of the model if it is a TensorDict
-            module, so that requests are not sent back; all that it returns if it is another callable.
+        out_keys: the entries that replies have, each of which the model must return. By default the ``out_keys`` of
+            the model if it is a TensorDict module, so that requests are not sent back; all that it returns if it is
+            another callable.
         output_device: where replies are moved. By default back to where the requests were, if
             ``device`` is given.
         weight_sync: receives weights from a trainer; they are applied between two forward passes. The server
@@ -69,11 +77,14 @@ class InferenceServer(ServerLife):
         max_pending: most requests that may wait; beyond, :class:`ServerOverloadedError`.
         split_failed_batches: where the model raises on a batch, run its halves again, until only those
             requests fail that the model can't serve alone (at most two extra passes for each request). Switch
-            it off for a model whose passes must not be repeated.
+            it off for a model whose passes must not be repeated. A batch that fails is then run again in one case: a
+            caller has given up meanwhile, so that its request may have been to blame; the others run once more
+            without it.
 
     Raises:
-        TypeError: an argument of the wrong type.
-        ValueError: not ``1 <= min_batch_size <= max_batch_size``, a negative ``timeout``, ``max_pending < 1``.
+        TypeError: an argument of the wrong type, or a module of tensors instead of TensorDicts.
+        ValueError: not ``1 <= min_batch_size <= max_batch_size``, a negative ``timeout``, ``max_pending < 1``;
+            ``out_keys`` that the model neither reads nor writes.
         RuntimeError: ``transport`` has a running server already.
     """
 
@@ -98,12 +109,9 @@ class InferenceServer(ServerLife):
         max_pending: int | None = None,
         split_failed_batches: bool = True,
     ) -> None:
-        if not callable(model):
-            raise TypeError(f"model must be callable, got {type(model).__qualname__}")
-        if isinstance(transport, Sequence):
-            transport = JoinedTransport(transport)
-        if not isinstance(transport, InferenceTransport):
-            raise TypeError(f"transport must be an InferenceTransport, got {type(transport).__qualname__}")
+        _check_model(model)
+        _check_out_keys(model, out_keys, request_spec)
+        self.transports = _transports(transport)
         if collate_fn is not None and not callable(collate_fn):
             raise TypeError(f"collate_fn must be callable, got {type(collate_fn).__qualname__}")
         if not isinstance(weight_sync, WeightSyncScheme | None):
@@ -137,33 +145,89 @@ class InferenceServer(ServerLife):
             version_key=policy_version_key,
             version=lambda: self._updates.version,
             split_failed_batches=split_failed_batches,
+            look=lambda: self._transport.pending(),
         )
-        super().__init__(transport)  # last: it opens the transport, under terms that are set above
+        super().__init__(_served(self.transports))  # last: it opens the transport, under terms that are set above
 
     # -- clients and figures ---------------------------------------------------------------------------
 
-    def client(self) -> InferenceClient:
-        """Make a client for a plain thread: ``transport.client()``."""
-        return self.transport.client()
-
-    def async_client(self) -> AsyncInferenceClient:
-        """Make a client for coroutines: ``transport.async_client()``."""
-        return self.transport.async_client()
+    @property
+    def transport(self) -> InferenceTransport:
+        """How requests and replies travel; the first one, if there are several."""
+        return self.transports[0]
 
     @property
-    def is_alive(self) -> bool:
-        """Whether the server's worker runs. It may outlive a ``shutdown`` that did not wait for it."""
-        worker = self._worker
-        return worker is not None and worker.is_alive()
+    def max_batch_size(self) -> int:
+        """Most requests in one forward pass."""
+        return self._rule.max_batch_size
+
+    @property
+    def address(self) -> str:
+        """Where processes that nobody has given a client can get one: :func:`connect`.
+
+        Raises:
+            AttributeError: the callers of all transports live in this process.
+        """
+        for transport in self.transports:
+            if isinstance(transport, ProcessTransport):
+                return transport.address
+        raise AttributeError(
+            "the server has no address, since its callers live in this process; give it an MPTransport or a "
+            "ProcessSlotTransport"
+        )
+
+    def client(self, *, copy: bool = True) -> InferenceClient:
+        """Make a client for a plain thread: ``transport.client()``."""
+        return self.transport.client() if copy else self.transport.client(copy=False)
+
+    def async_client(self, *, copy: bool = True) -> AsyncInferenceClient:
+        """Make a client for coroutines: ``transport.async_client()``."""
+        return self.transport.async_client() if copy else self.transport.async_client(copy=False)
+
+    def clients(self, count: int, *, copy: bool = True) -> list[InferenceClient]:
+        """Make clients for the threads of one process: ``transport.clients(count)``."""
+        return self.transport.clients(count, copy=copy)
+
+    def async_clients(self, count: int, *, copy: bool = True) -> list[AsyncInferenceClient]:
+        """Make clients for the tasks of one process: ``transport.async_clients(count)``."""
+        return self.transport.async_clients(count, copy=copy)
 
     def stats(self, *, reset: bool = False) -> ServerStats:
         """What the server did since it was made; ``reset=True`` starts anew afterwards."""
         return self._stats.snapshot(
-            pending=self.transport.pending(),
+            pending=self._transport.pending(),
             version=self.policy_version,
             trainer=self._updates.connected,
             reset=reset,
         )
+
+    async def astats(self, *, reset: bool = False) -> ServerStats:
+        """Do as :meth:`stats`, which does not block, for code that serves either kind of server."""
+        return self.stats(reset=reset)
+
+    def health(self) -> Health:
+        """How the server is: ``alive`` is about its worker, ``ready`` about whether it takes requests."""
+        worker, closed = self._worker, self._admission.closed
+        alive = self.is_alive
+        ready = alive and closed is None
+        if ready:
+            reason = ""
+        elif worker is None and closed is None:
+            reason = "the server was not started"
+        else:
+            reason = str(closed or "the server's worker has ended")
+        return Health(
+            alive=alive,
+            ready=ready,
+            pid=os.getpid(),
+            policy_version=self.policy_version,
+            pending=self._transport.pending(),
+            reason=reason,
+        )
+
+    async def ahealth(self) -> Health:
+        """Do as :meth:`health`, which does not block, for code that serves either kind of server."""
+        return self.health()
 
     # -- weights ---------------------------------------------------------------------------------------
 
@@ -181,7 +245,7 @@ class InferenceServer(ServerLife):
             cast: convert weights of another dtype than the model's, instead of refusing them.
 
         Raises:
-            RuntimeError: the server does not run.
+            ServerNotRunningError: the server does not run.
             ValueError: ``version`` does not fit into 64 bits.
             TypeError: the model, or what was given, has no weights; or ``version`` is no integer.
             WeightSyncError: the weights don't fit; the old ones serve on.
@@ -214,15 +278,16 @@ class InferenceServer(ServerLife):
                 ``"wait"`` serves them first, ``"reject"`` fails them, and what is submitted inside too, with
                 :class:`ServerPausedError`. With the others, what is submitted inside waits.
 
+        To shut down inside with ``drain=True`` serves nothing, and takes its whole timeout.
+
         Raises:
-            RuntimeError: the server does not run.
+            ServerNotRunningError: the server does not run.
             ServerClosedError: where the block is entered, it was shut down meanwhile.
             ValueError: ``pending`` is none of the three.
         """
-        if pending not in ("keep", "wait", "reject"):
-            raise ValueError(f'pending must be "keep", "wait" or "reject", got {pending!r}')
-        worker = self._running()
-        return Pause(partial(worker.pause, pending), partial(worker.resume, pending))
+        check_policy(pending)
+        worker, pause = self._running(), object()
+        return Pause(partial(worker.pause, pending, pause), partial(worker.resume, pause))
 
     def _load(self, weights: WeightsLike, version: int | None, cast: bool) -> Future[None]:
         check_version(version)
@@ -237,12 +302,62 @@ class InferenceServer(ServerLife):
     def _make_worker(self, admission: Admission) -> Worker:
         self._updates.open()
         release = self._updates.release
-        return Worker(self.transport, admission, self._rule, self._forward, self._stats, release)
+        return Worker(self._transport, admission, self._rule, self._forward, self._stats, release)
 
-    async def _accompany(self, worker: Worker) -> None:
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self.transport.attend)
-            await self._updates.follow(worker.submit)
+    def _companions(self, worker: Worker) -> Mapping[str, Callable[[], Coroutine[Any, Any, None]]]:
+        return {
+            "watching for other processes": self._transport.attend,
+            "receiving weights": partial(self._updates.follow, worker.submit),
+        }
+
+
+def _check_model(model: Any) -> None:
+    if not callable(model):
+        raise TypeError(f"model must be callable, got {type(model).__qualname__}")
+    inner = model
+    while isinstance(inner, nn.Sequential) and not isinstance(inner, TensorDictModuleBase) and len(inner):
+        inner = inner[0]
+    if type(inner).__module__.startswith("torch.nn.modules") and not isinstance(inner, nn.Sequential):
+        raise TypeError(
+            f"model must take a TensorDict, and {type(model).__qualname__} takes tensors; wrap it: "
+            'TensorDictModule(model, in_keys=["observation"], out_keys=["action"])'
+        )
+
+
+def _check_out_keys(model: Any, out_keys: Sequence[NestedKey] | None, request_spec: TensorDictBase | None) -> None:
+    if out_keys is not None and (isinstance(out_keys, str) or not isinstance(out_keys, Sequence)):
+        raise TypeError(f"out_keys must be a sequence of keys, got {out_keys!r}")
+    if not out_keys or not isinstance(model, TensorDictModuleBase) or not model.out_keys:
+        return
+    known = {*model.out_keys, *model.in_keys}
+    if isinstance(request_spec, TensorDictBase):
+        known |= set(request_spec.keys(include_nested=True))
+    tops = {key if isinstance(key, str) else key[0] for key in known}
+    if unknown := [key for key in out_keys if key not in known and key not in tops]:
+        raise ValueError(
+            f"out_keys has {unknown}, which the model does not write; it writes {list(model.out_keys)} (an entry of "
+            "the request that passes through must be in the model's in_keys, or in request_spec)"
+        )
+
+
+def _transports(transport: Any) -> list[InferenceTransport]:
+    transports = list(transport) if isinstance(transport, (list, tuple)) else [transport]
+    for one in transports:
+        if not isinstance(one, InferenceTransport):
+            raise TypeError(
+                "transport must be an InferenceTransport, such as ThreadingTransport(), or a list of them, "
+                f"got {one!r:.80}"
+            )
+    if not transports:
+        raise ValueError("transport must be at least one InferenceTransport, got an empty list")
+    return transports
+
+
+def _served(transports: Sequence[InferenceTransport]) -> ServedTransport:
+    if len(transports) > 1:
+        return JoinedTransport(transports)
+    (transport,) = transports
+    return transport if isinstance(transport, ServedTransport) else PolledTransport(transport)
 
 
 def _closed_meanwhile() -> ServerClosedError:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import statistics
 import threading
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -45,8 +46,10 @@ class ServerStats:
         cancelled: requests whose caller went away (cancelled or timed out) before the answer.
         rejected: requests refused at ``submit``: invalid, or the queue was full; or by a pause.
         pending: requests that wait now, none of which a batch has taken.
-        batches: forward passes by the reason they left.
-        mean_batch_size: requests per forward pass; 0 without one.
+        batches: forward passes by the reason they left, those that failed included.
+        failed_passes: forward passes that raised. Where the model raises on several requests, their halves run again: a
+            model that can't batch takes ``2n - 1`` passes for ``n`` requests, of which ``n - 1`` fail.
+        mean_batch_size: requests answered per forward pass; 0 without one.
         queue_wait: from ``submit`` until a batch took the request.
         forward: one forward pass: collate, copy to the device, model, copy back.
         request: from ``submit`` until the reply was handed over.
@@ -68,6 +71,7 @@ class ServerStats:
     queue_wait: Percentiles
     forward: Percentiles
     request: Percentiles
+    failed_passes: int = 0
     policy_version: int = 0
     weight_updates: int = 0
     refused_updates: int = 0
@@ -83,44 +87,62 @@ def _restored(values: dict[str, Any]) -> ServerStats:
 
 
 class StatsRecorder:
-    """Counts what happens. The model thread records batches, any thread refusals; any thread takes snapshots.
+    """Counts what happens. Any thread records and takes snapshots.
 
     One batch costs a few microseconds here, whatever its size: times are kept as they are and
     only a snapshot works them out.
+
+    The model thread never waits here: the main thread may hold ``_lock`` while a signal handler of it runs, and that
+    may wait for the model thread. So what is recorded goes into ``_news``, and whoever gets the lock works it off.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._news: deque[Callable[[], None]] = deque()
         self._clear()
 
     def _clear(self) -> None:
-        self._ok = self._failed = self._cancelled = self._rejected = self._batched = 0
+        self._ok = self._failed = self._cancelled = self._rejected = self._batched = self._failed_passes = 0
         self._updates = self._refused_updates = 0
         self._batches: Counter[DispatchReason] = Counter()
         # (submitted_at of each request, taken_at, forward seconds, settled_at) of the latest batches
         self._window: deque[tuple[Sequence[float], float, float, float]] = deque()
         self._in_window = 0
 
+    def _record(self, news: Callable[[], None]) -> None:
+        self._news.append(news)
+        if threading.current_thread() is threading.main_thread():
+            with self._lock:  # the only thread that a signal interrupts: in a with statement it leaves no lock behind
+                self._work_off()
+        elif self._lock.acquire(blocking=False):
+            try:
+                self._work_off()
+            finally:
+                self._lock.release()
+
+    def _work_off(self) -> None:
+        """Under the lock."""
+        while self._news:
+            self._news.popleft()()
+
     def reject(self) -> None:
         """Count a request that was refused at ``submit``."""
-        with self._lock:
-            self._rejected += 1
+        self._record(partial(self._add, "_rejected", 1))
 
     def cancel(self, count: int) -> None:
         """Count requests that were dropped because their callers went away."""
-        with self._lock:
-            self._cancelled += count
+        self._record(partial(self._add, "_cancelled", count))
 
     def fail(self, count: int) -> None:
         """Count requests that ended with an error outside of a forward pass."""
-        with self._lock:
-            self._failed += count
+        self._record(partial(self._add, "_failed", count))
 
     def update(self, *, applied: bool) -> None:
         """Count an update of the weights."""
-        with self._lock:
-            self._updates += applied
-            self._refused_updates += not applied
+        self._record(partial(self._add, "_updates" if applied else "_refused_updates", 1))
+
+    def _add(self, name: str, count: int) -> None:
+        setattr(self, name, getattr(self, name) + count)
 
     def batch(
         self,
@@ -133,29 +155,42 @@ class StatsRecorder:
         ok: bool,
         cancelled: int,
     ) -> None:
-        """Record one forward pass and the requests that it settled; none if it is to be run again in parts."""
-        with self._lock:
-            self._batches[reason] += 1
-            self._batched += len(submitted_at)
-            self._cancelled += cancelled
-            if ok:
-                self._ok += len(submitted_at) - cancelled
-            else:
-                self._failed += len(submitted_at) - cancelled
-            self._window.append((submitted_at, taken_at, forward, settled_at))
-            self._in_window += len(submitted_at)
-            while self._in_window > _WINDOW_REQUESTS and len(self._window) > 1:
-                self._in_window -= len(self._window.popleft()[0])
+        """Record one forward pass and the requests that it settled; none if it failed and is run again in parts."""
+        self._record(partial(self._add_batch, reason, submitted_at, taken_at, forward, settled_at, ok, cancelled))
+
+    def _add_batch(
+        self,
+        reason: DispatchReason,
+        submitted_at: Sequence[float],
+        taken_at: float,
+        forward: float,
+        settled_at: float,
+        ok: bool,
+        cancelled: int,
+    ) -> None:
+        self._batches[reason] += 1
+        self._batched += len(submitted_at)
+        self._cancelled += cancelled
+        if ok:
+            self._ok += len(submitted_at) - cancelled
+        else:
+            self._failed += len(submitted_at) - cancelled
+            self._failed_passes += 1
+        self._window.append((submitted_at, taken_at, forward, settled_at))
+        self._in_window += len(submitted_at)
+        while self._in_window > _WINDOW_REQUESTS and len(self._window) > 1:
+            self._in_window -= len(self._window.popleft()[0])
 
     def snapshot(
         self, *, pending: int, version: int = 0, trainer: bool | None = None, reset: bool = False
     ) -> ServerStats:
         """Freeze the counts, beside what the server says of this moment; ``reset`` starts anew in the same step."""
         with self._lock:
+            self._work_off()
             window = tuple(self._window)
             counts = (self._ok, self._failed, self._cancelled, self._rejected)
             batches, batched = dict(self._batches), self._batched
-            updates, refused_updates = self._updates, self._refused_updates
+            updates, refused_updates, failed_passes = self._updates, self._refused_updates, self._failed_passes
             if reset:
                 self._clear()
         passes = sum(batches.values())
@@ -167,6 +202,7 @@ class StatsRecorder:
             queue_wait=Percentiles.of([taken - at for submitted, taken, _, _ in window for at in submitted]),
             forward=Percentiles.of([forward for _, _, forward, _ in window]),
             request=Percentiles.of([settled - at for submitted, _, _, settled in window for at in submitted]),
+            failed_passes=failed_passes,
             policy_version=version,
             weight_updates=updates,
             refused_updates=refused_updates,

@@ -7,7 +7,7 @@ from operator import attrgetter
 from typing import Any, TypeAlias, TypeGuard
 
 import torch
-from tensordict import TensorDict, TensorDictBase, is_non_tensor
+from tensordict import LazyStackedTensorDict, TensorDict, TensorDictBase, is_non_tensor, lazy_stack
 from torch import Tensor
 
 from aioinfer.errors import InvalidRequestError, ModelError
@@ -136,6 +136,8 @@ class UnlikeRequestsError(Exception):
 
 def layout(td: TensorDictBase) -> Layout:
     """What requests that share a batch have in common: batch size, keys, and each leaf's shape, dtype and device."""
+    if isinstance(td, LazyStackedTensorDict):  # whose parts may be unlike each other
+        return (td.batch_size, td.stack_dim, *map(layout, td.tensordicts))
     entries: list[tuple[Any, ...]] = []
     for key, value in td.items():
         if isinstance(value, Tensor):
@@ -148,10 +150,14 @@ def layout(td: TensorDictBase) -> Layout:
 
 
 def group_by_layout(tds: Sequence[TensorDictBase]) -> list[list[int]]:
-    """Indices of ``tds``, those of like layout together, in order of arrival."""
-    groups: dict[Layout, list[int]] = {}
+    """Indices of ``tds``, those of like layout together, in order of arrival; what can't be described is alone."""
+    groups: dict[Any, list[int]] = {}
     for index, td in enumerate(tds):
-        groups.setdefault(layout(td), []).append(index)
+        try:
+            described: Any = layout(td)
+        except Exception:  # a class of the user's may raise anything: such a request meets no other
+            described = index
+        groups.setdefault(described, []).append(index)
     return list(groups.values())
 
 
@@ -180,6 +186,8 @@ def stack(tds: Sequence[TensorDictBase], allocate: Allocate | None = None) -> Te
         columns = list(zip(*[td.items() for td in tds], strict=True))
     except ValueError:  # some have more entries than others
         raise UnlikeRequestsError from None
+    except RuntimeError:  # a lazy stack of unlike parts has no entries of its own
+        return _stack_lazily(tds)  # type: ignore[no-any-return]
     for column in columns:
         keys, values = zip(*column, strict=True)
         if keys.count(keys[0]) != count:
@@ -187,6 +195,14 @@ def stack(tds: Sequence[TensorDictBase], allocate: Allocate | None = None) -> Te
             break
         source[keys[0]] = _stack_column(values, allocate)
     return build(source, torch.Size((count, *first.batch_size)), first.device)
+
+
+def _stack_lazily(tds: Sequence[TensorDictBase]) -> Any:
+    """Stack lazy stacks, which are the same part by part."""
+    if any(layout(td) != layout(tds[0]) for td in tds):
+        raise UnlikeRequestsError
+    stacked: Any = lazy_stack(list(tds))
+    return stacked
 
 
 def _stack_by_name(tds: Sequence[TensorDictBase], allocate: Allocate | None) -> dict[str, Any]:
@@ -270,6 +286,8 @@ def _split(value: Any) -> Iterable[Any]:
         return unbind_rows(value.clone(memory_format=torch.contiguous_format))
     if is_non_tensor(value):
         return value.unbind(0)  # type: ignore[no-any-return]
+    if isinstance(value, LazyStackedTensorDict):
+        return [row.clone() for row in value.unbind(0)]
     if isinstance(value, TensorDictBase):
         return rows(value)
     return value.clone().unbind(0)  # type: ignore[no-any-return]

@@ -56,6 +56,8 @@ class Updates:
         stats: StatsRecorder,
     ) -> None:
         self.version = version
+        self.on_version: Callable[[int], None] = lambda version: None
+        """Called on the model thread with each version that came into use; it must neither block nor raise."""
         self._placement = placement
         self._scheme = scheme
         self._model_id = model_id
@@ -101,6 +103,7 @@ class Updates:
         target = self._target
         self._placement.update(lambda: target.load(weights, swap=swap, cast=cast))
         self.version = self.version + 1 if version is None else version
+        self.on_version(self.version)
         self._stats.update(applied=True)
 
     # -- from a trainer that a scheme connects ---------------------------------------------------------

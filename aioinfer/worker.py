@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from functools import partial
 
 from aioinfer.batching import BatchRule, DispatchReason
-from aioinfer.errors import ServerClosedError, own_error
+from aioinfer.errors import ServerClosedError, describe, own_error
 from aioinfer.executor import ModelThread
 from aioinfer.forward import ForwardPass, Outcome
 from aioinfer.pause import PendingPolicy
 from aioinfer.stats import StatsRecorder
 from aioinfer.transports.admission import Admission
-from aioinfer.transports.base import InferenceTransport
+from aioinfer.transports.base import ServedTransport
+from aioinfer.transports.futures import Future
 from aioinfer.transports.requests import Request
 
 __all__ = ["Worker"]
@@ -27,17 +29,20 @@ _SHORT_PASS = 0.0005
 # One pass in so many runs by turns in any case, to see how long it takes undisturbed.
 _LOOK_AGAIN = 32
 
+_log = logging.getLogger("aioinfer")
+
 
 class Worker:
     """Serves a transport on a thread that owns the model, from ``start`` until it is closed or dies.
 
-    Any thread: the public methods. ``_lock`` guards ``_abandoned`` and ``_unsettled``, of which every request
-    is settled once: by the model thread, or by ``abandon``. Model thread only: the rest.
+    Any thread: the public methods. ``_lock`` guards ``_abandoned`` and ``_unsettled``: requests that were claimed and
+    are not settled. Each of them is settled once, by the model thread or by ``abandon``, whatever the model, the
+    transport or the code in between raises. Model thread only: the rest.
     """
 
     def __init__(
         self,
-        transport: InferenceTransport,
+        transport: ServedTransport,
         admission: Admission,
         rule: BatchRule,
         forward: ForwardPass,
@@ -50,9 +55,10 @@ class Worker:
         self._forward = forward
         self._stats = stats
         self._at_end = at_end
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # nothing is called under it, so that no signal handler runs under it either
         self._unsettled: Sequence[Request] = ()
         self._abandoned: ServerClosedError | None = None
+        self._pauses: set[object] = set()
         self._draining = False
         self._passes = 0
         self._by_turns = True
@@ -77,11 +83,15 @@ class Worker:
         """Whether the thread runs, or is about to."""
         return not self.ended.done()
 
+    def refuse(self, error: ServerClosedError) -> None:
+        """Refuse new requests."""
+        self._admission.close(error)
+
     def close(self, error: ServerClosedError, *, drain: bool) -> None:
         """Refuse new requests; then serve what is pending (``drain``), or fail it at once, and end."""
         if self.ended.done():
             return
-        self._admission.close(error)
+        self.refuse(error)
         if drain:
             self._draining = True
             self._transport.wake()
@@ -98,8 +108,11 @@ class Worker:
         """Fail what is pending and what the model works on; what it still returns is thrown away."""
         if self.ended.done():
             return
-        self.close(error, drain=False)
-        self._transport.finish(error)
+        try:
+            self.close(error, drain=False)
+            self._transport.finish(error)
+        except BaseException:
+            _log.exception("the transport could not be closed")
         with self._lock:
             self._abandoned = error
             requests, self._unsettled = self._unsettled, ()
@@ -108,11 +121,14 @@ class Worker:
     def _on_end(self, cause: BaseException | None) -> None:
         error = self._admission.closed or ServerClosedError("the server has ended")
         if cause is not None:
-            error = ServerClosedError(f"the server's worker died of {type(cause).__qualname__}: {cause}")
+            error = ServerClosedError(f"the server's worker died of {describe(cause)}")
             error.__cause__ = cause
+            _log.error("the server's worker died", exc_info=cause)
         self.abandon(error)
         try:
             self._at_end()
+        except BaseException:
+            _log.exception("the weights could not be released")
         finally:
             self._admission.serving = False
             self.ended.set_result(None)
@@ -123,28 +139,30 @@ class Worker:
         """Do ``job`` on the thread that owns the model; the future is cancelled if the worker ends first."""
         return self._thread.submit(job)
 
-    def pause(self, pending: PendingPolicy) -> Future[None]:
+    def pause(self, pending: PendingPolicy, pause: object) -> Future[None]:
         """Run no more passes, once the future resolves, until ``resume``; ``pending`` is as in ``paused``."""
+        self._pauses.add(pause)
+        if pending == "wait":
+            return self._thread.submit(partial(self._serve_pending_and_hold, pause))
         if pending == "reject":
-            self._admission.refuse()
-            return self._thread.submit(self._reject_and_hold)
-        return self._thread.submit(self._thread.hold if pending == "keep" else self._finish_and_hold)
+            self._admission.refuse(pause)
+        self._thread.hold(pause)
+        return self._thread.submit(self._reject_pending if pending == "reject" else _nothing)
 
-    def resume(self, pending: PendingPolicy) -> None:
-        """Undo a ``pause``, also one that has not come about yet."""
-        if pending == "reject":
-            self._admission.accept()
-        self._thread.submit(self._thread.let_go)
+    def resume(self, pause: object) -> None:
+        """Undo a ``pause``, also one that has not come about yet; idempotent."""
+        self._pauses.discard(pause)
+        self._admission.accept(pause)
+        self._thread.let_go(pause)
 
-    def _reject_and_hold(self) -> None:
+    def _reject_pending(self) -> None:
         left = self._transport.pending()  # before the look: if the pause was given up, what comes now must be served
         while left > 0 and self._admission.refusing:
             requests = self._transport.take(min(left, self._rule.max_batch_size))
             self._transport.fail_batch(requests, [self._admission.paused() for _ in requests])
             left = self._transport.pending() if requests else 0
-        self._thread.hold()
 
-    def _finish_and_hold(self) -> None:
+    def _serve_pending_and_hold(self, pause: object) -> None:
         left = self._transport.pending()  # those that come meanwhile wait
         try:
             while left > 0 and self._transport.wait_for_pending(1, 1, 0.0) and not self._admission.closed:
@@ -152,7 +170,9 @@ class Worker:
                     self._answer(requests, DispatchReason.DRAIN)
                     left -= len(requests)
         finally:
-            self._thread.hold()
+            self._thread.hold(pause)
+            if pause not in self._pauses:  # it was given up meanwhile
+                self._thread.let_go(pause)
 
     # -- wait, take, forward, answer -------------------------------------------------------------------
 
@@ -177,6 +197,7 @@ class Worker:
         return sys.maxsize if self._by_turns else self._rule.max_batch_size
 
     def _answer(self, requests: Sequence[Request], reason: DispatchReason) -> None:
+        """Run the model over claimed requests; each of them is settled when this returns, whatever was raised."""
         taken_at = time.perf_counter()
         with self._lock:
             abandoned = self._abandoned
@@ -184,13 +205,18 @@ class Worker:
         if abandoned is not None:  # between taking the requests and now
             self._fail(requests, abandoned)
             return
-        for outcome in self._forward(requests):
-            self._passes += 1
-            if self._by_turns:
-                self._pass_alone = outcome.seconds
-            if self._claim(outcome):
-                self._record(outcome, reason, taken_at)
-                self._settle(outcome)
+        try:
+            for outcome in self._forward(requests):
+                self._passes += 1
+                if self._by_turns:
+                    self._pass_alone = outcome.seconds
+                if self._claim(outcome):
+                    self._settle(outcome, reason, taken_at)
+        except BaseException as error:  # nothing of the model's: it must not end the server all the same
+            _log.exception("a batch could not be served")
+            with self._lock:
+                unsettled, self._unsettled = self._unsettled, ()
+            self._fail(unsettled, error)
 
     def _claim(self, outcome: Outcome) -> bool:
         """Whether the outcome's requests are still this thread's to settle."""
@@ -199,7 +225,7 @@ class Worker:
                 return False
             if len(outcome.requests) == len(self._unsettled):
                 self._unsettled = ()
-            else:
+            elif outcome.requests:
                 settled = set(map(id, outcome.requests))
                 self._unsettled = [request for request in self._unsettled if id(request) not in settled]
             return True
@@ -213,15 +239,29 @@ class Worker:
             forward=outcome.seconds,
             settled_at=time.perf_counter(),
             ok=outcome.error is None,
-            cancelled=sum([r.receiver.cancelled() for r in outcome.requests if r.outlet is not None]),
+            cancelled=sum([request.receiver.done() for request in outcome.requests if request.outlet is not None]),
         )
 
-    def _settle(self, outcome: Outcome) -> None:
-        if outcome.replies is not None:
-            self._transport.resolve_batch(outcome.requests, outcome.replies)
-        elif outcome.error is not None:
-            self._fail(outcome.requests, outcome.error)
+    def _settle(self, outcome: Outcome, reason: DispatchReason, taken_at: float) -> None:
+        """Settle requests that are claimed of those that are unsettled."""
+        failure = outcome.error
+        try:
+            self._record(outcome, reason, taken_at)
+            if outcome.replies is not None:
+                self._transport.resolve_batch(outcome.requests, outcome.replies)
+        except BaseException as error:
+            _log.exception("replies could not be handed over")
+            failure = failure or error
+        if failure is not None:
+            self._fail(outcome.requests, failure)
 
     def _fail(self, requests: Sequence[Request], error: BaseException) -> None:
         if requests:
-            self._transport.fail_batch(requests, [own_error(error) for _ in requests])
+            try:
+                self._transport.fail_batch(requests, [own_error(error) for _ in requests])
+            except BaseException:
+                _log.exception("the transport could not hand errors over")
+
+
+def _nothing() -> None:
+    """A job of the model thread that tells when it has come this far."""

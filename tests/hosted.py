@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import multiprocessing
 import os
+import resource
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,8 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 
 from aioinfer import AsyncInferenceClient, MPTransport, ProcessInferenceServer, ProcessSlotTransport, connect
-from aioinfer.testing import double, request
+from aioinfer.hosting.child import _Desk
+from aioinfer.testing import double, eventually, request
 from tests.weight_models import mark_of, policy
 
 HANG = 20.0
@@ -44,6 +48,34 @@ class Stuck(nn.Module):
         self.entered.touch()
         time.sleep(1000)
         return td
+
+
+class Gated:
+    """A model that says that it was called, and goes on when its gate is there; and the factory that makes it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.entered = directory / "entered"
+        self.gate = directory / "gate"
+
+    def __call__(self) -> Model:
+        return self.run
+
+    def run(self, td: TensorDictBase) -> TensorDictBase:
+        self.entered.touch()
+        eventually(self.gate.exists)
+        return double(td)
+
+
+class GatedWeights(nn.Module):
+    """A :class:`Gated` model that has weights."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.run = Gated(directory).run
+
+    def forward(self, td: TensorDictBase) -> TensorDictBase:
+        return self.run(td)
 
 
 def make_double() -> Model:
@@ -104,6 +136,115 @@ def return_none() -> Any:
 def take_for_ever(begun: Path) -> Any:
     begun.touch()
     time.sleep(1000)
+
+
+class Mute(BaseException):
+    """Nobody can show it."""
+
+    def __str__(self) -> str:
+        raise SystemExit("don't look")
+
+
+class Raises:
+    """A factory that raises."""
+
+    def __init__(self, kind: type[BaseException]) -> None:
+        self.kind = kind
+
+    def __call__(self) -> Any:
+        raise self.kind("enough")
+
+
+class Rude:
+    """A factory that leaves Python where it is pickled (``"closed"``), or unpickled (``"opened"``)."""
+
+    def __init__(self, when: str) -> None:
+        self.when = when
+
+    def __call__(self) -> Any:
+        return double
+
+    def __reduce__(self) -> Any:
+        if self.when == "closed":
+            raise SystemExit("not this way")
+        return _leave, ()
+
+
+def _leave() -> None:
+    raise SystemExit("not that way")
+
+
+class Opened(Exception):
+    """It leaves Python where it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return _leave, ()
+
+
+class Closed(Exception):
+    """It leaves Python where it is pickled."""
+
+    def __reduce__(self) -> Any:
+        raise SystemExit("not this way")
+
+
+class Touchy(nn.Module):
+    """A model, and a factory of it, that raises what its state says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, td: TensorDictBase) -> TensorDictBase:
+        return double(td)
+
+    def get_extra_state(self) -> Any:
+        return "fine"
+
+    def set_extra_state(self, state: Any) -> None:
+        kinds = (SystemExit, KeyboardInterrupt, asyncio.CancelledError, Mute, Opened, Closed)
+        for kind in kinds:
+            if kind.__name__ == state:
+                raise kind("it hurts")
+
+
+class Exhausted(nn.Module):
+    """A model, and a factory of it, that takes all descriptors of its process, and at the next request frees them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.taken: list[int] = []
+
+    def forward(self, td: TensorDictBase) -> TensorDictBase:
+        freed = bool(self.taken)
+        while self.taken:
+            os.close(self.taken.pop())
+        if not freed:
+            _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (256, most))
+            with suppress(OSError):
+                while True:
+                    self.taken.append(os.open(os.devnull, os.O_RDONLY))
+        return TensorDict({"freed": torch.full(td.batch_size, freed)}, td.batch_size)
+
+
+class Babbler:
+    """A factory of a model that says something to the parent on the server's behalf, or closes the connection."""
+
+    def __init__(self, nonsense: bytes) -> None:
+        self.nonsense = nonsense
+
+    def __call__(self) -> Model:
+        return self.run
+
+    def run(self, td: TensorDictBase) -> TensorDictBase:
+        (desk,) = [thing for thing in gc.get_objects() if type(thing) is _Desk]
+        if self.nonsense:
+            desk._wire._sock.send(self.nonsense)
+        else:
+            desk._wire._sock.shutdown(socket.SHUT_RDWR)
+        return double(td)
 
 
 class Unreadable:

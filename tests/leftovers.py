@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -26,6 +26,7 @@ def running(program: Path, *arguments: str, stderr: int = subprocess.DEVNULL) ->
     with subprocess.Popen(
         [sys.executable, str(program), *arguments],
         env={**os.environ, "PYTHONPATH": str(_ROOT)},
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=stderr,
         start_new_session=True,
@@ -46,9 +47,41 @@ def is_there(pid: int) -> bool:
     return True
 
 
-def shared_memory() -> set[str]:
-    """The names in shared memory; other programs of the machine may come and go."""
-    return set(os.listdir("/dev/shm")) if Path("/dev/shm").is_dir() else set()
+def shared_memory_of(pid: int) -> set[Path]:
+    """The files of shared memory that a process and its descendants have mapped or open now, and that have a name.
+
+    Nobody else's: other programs of the machine make and remove such files as they like.
+    """
+    found: set[Path] = set()
+    with suppress(OSError):  # it has ended meanwhile; or there is no /proc
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            found.update(_named_memory(line.split(maxsplit=5)[-1]))
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(OSError):
+                found.update(_named_memory(os.readlink(descriptor)))
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                found |= shared_memory_of(int(child))
+    return found
+
+
+def _named_memory(path: str) -> Iterator[Path]:
+    if path.startswith("/dev/shm/") and not path.endswith(" (deleted)"):
+        yield Path(path)
+
+
+def go_on(process: subprocess.Popen[str]) -> set[Path]:
+    """Let a program go on that waits for a line; return the :func:`shared_memory_of` it before that."""
+    assert process.stdin is not None
+    found = shared_memory_of(process.pid)
+    process.stdin.write("go on\n")
+    process.stdin.flush()
+    return found
+
+
+def assert_no_memory_stays(found: set[Path]) -> None:
+    """Wait until none of these files is there."""
+    eventually(lambda: not any(path.exists() for path in found))
 
 
 def assert_no_descriptor_stays(cycle: Callable[[], None], times: int) -> None:

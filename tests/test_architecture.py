@@ -15,10 +15,11 @@ import aioinfer
 ROOT = Path(aioinfer.__file__).parent
 # Each line may import from the lines above it.
 FLOORS = (
-    {"errors", "interaction", "batching", "modes"},
-    {"segments", "tensors", "stamps", "stats", "client", "executor"},
-    {"columns", "transports.admission", "transports.bells", "transports.poller"},
-    {"devices", "transports.room", "transports.outlets", "transports.sleepers", "transports.wire"},
+    {"errors", "interaction", "interrupts", "batching", "modes", "health"},
+    {"segments", "tensors", "stats", "client"},
+    {"columns", "stamps", "transports.admission", "transports.bells", "transports.poller"},
+    {"devices", "transports.room", "transports.futures", "transports.sleepers", "transports.wire"},
+    {"executor", "transports.outlets"},
     # between processes, the client's side
     {"transports.parcels", "transports.addresses", "transports.receivers", "transports.slot_memory"},
     {"transports.control", "transports.turns", "transports.calls"},
@@ -31,7 +32,7 @@ FLOORS = (
     {"transports.switchboard"},
     {"transports.bridge", "forward"},
     {"transports.base"},
-    {"transports.queued", "pause", "policy"},
+    {"transports.queued", "transports.polling", "pause", "policy"},
     {"transports.in_process", "transports.processes", "worker"},
     {"transports.threads", "transports.slots", "transports.process_slots", "transports.queues", "transports.joined"},
     {"transports"},
@@ -47,9 +48,9 @@ FLOORS = (
     {"weight_sync"},
     {"life", "updates"},
     {"server"},
-    {"hosting.health", "hosting.orders", "hosting.process"},
+    {"hosting.orders", "hosting.process", "hosting.completion"},
     {"hosting.child", "hosting.hotline"},
-    {"hosting.deliveries"},
+    {"hosting.deliveries", "hosting.pause"},
     {"hosting.life"},
     {"hosting.server"},
     {"hosting"},

@@ -21,6 +21,7 @@ import torch
 
 from aioinfer import InferenceServer, demo
 from aioinfer.demo import curve as curves
+from aioinfer.demo import session
 from aioinfer.demo.figures import Figures
 from aioinfer.demo.policy import Actor, make_policy
 from aioinfer.demo.rollouts import Rollouts
@@ -142,7 +143,7 @@ def test_a_trainer_that_dies_ends_the_demo_with_status_1(
     def killing_view(title: str) -> Iterator[View]:
         yield KillingView()
 
-    monkeypatch.setattr(demo, "plain_view", killing_view)
+    monkeypatch.setattr(session, "plain_view", killing_view)
 
     assert _run("--plain", "--out", str(tmp_path)) == 1
 
@@ -200,7 +201,7 @@ def test_an_environment_that_raises_ends_the_demo_with_its_error(
     def fall(step: int) -> tuple[bool, bool]:
         raise ArithmeticError("the pole broke")
 
-    monkeypatch.setattr(demo, "TrainerProcess", _IdleTrainer)
+    monkeypatch.setattr(session, "TrainerProcess", _IdleTrainer)
     monkeypatch.setattr(gymnasium, "make", lambda name: ScriptedEnv(fall))
 
     with pytest.raises(ArithmeticError, match="the pole broke"):
@@ -212,8 +213,8 @@ def test_a_model_that_raises_ends_the_demo_with_its_error(monkeypatch: pytest.Mo
         def forward(self, observation: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             raise ArithmeticError("no policy")
 
-    monkeypatch.setattr(demo, "TrainerProcess", _IdleTrainer)
-    monkeypatch.setattr(demo, "Actor", Broken)
+    monkeypatch.setattr(session, "TrainerProcess", _IdleTrainer)
+    monkeypatch.setattr(session, "Actor", Broken)
 
     with pytest.raises(ArithmeticError, match="no policy"):
         _run("--out", str(tmp_path))
@@ -227,8 +228,8 @@ def test_a_server_that_closes_ends_the_demo_with_status_1(
         return False, False
 
     _RecordedServer.made = []
-    monkeypatch.setattr(demo, "TrainerProcess", _IdleTrainer)
-    monkeypatch.setattr(demo, "InferenceServer", _RecordedServer)
+    monkeypatch.setattr(session, "TrainerProcess", _IdleTrainer)
+    monkeypatch.setattr(session, "InferenceServer", _RecordedServer)
     monkeypatch.setattr(gymnasium, "make", lambda name: ScriptedEnv(close))
 
     assert _run("--out", str(tmp_path)) == 1

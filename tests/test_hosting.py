@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 
 from aioinfer import DispatchReason, MPTransport, ProcessInferenceServer, WeightSyncError
+from aioinfer.hosting.orders import FromParent
 from aioinfer.testing import request
 from aioinfer.weight_sync import MultiProcessWeightSyncScheme, SharedMemWeightSyncScheme
+from aioinfer.weight_sync.publications import Stored
 from tests.hosted import HANG, METHODS, freeze, hear, make_policy, slots, worker
 from tests.weight_models import SCHEMES, mark, mark_of, policy
 
@@ -90,9 +92,14 @@ async def test_updates_are_applied_in_their_order_however_many_wait(server: Proc
     await asyncio.gather(*updates[1:])
     reply = server.client()(request(0), HANG)
     assert (mark_of(reply), int(reply["policy_version"])) == (139, 139)
-    assert len(server._deliveries._shelf._stored) <= 40  # type: ignore[union-attr]
+    assert len(stored_by(server)) <= 40
     server.update_weights(policy(140.0))
-    assert not any(stored.readers for stored in server._deliveries._shelf._stored)  # type: ignore[union-attr]
+    assert not any(stored.readers for stored in stored_by(server))
+
+
+def stored_by(server: ProcessInferenceServer) -> list[Stored]:
+    assert server._deliveries is not None
+    return [stored for shelf in server._deliveries._shelves for stored in shelf._stored]
 
 
 def test_a_process_that_was_forked_from_the_parent_has_no_say(server: ProcessInferenceServer) -> None:
@@ -123,9 +130,10 @@ def test_a_process_that_says_nothing_is_alive_and_not_ready(server: ProcessInfer
         assert "does not answer within 0.05 seconds" in health.reason
         with ThreadPoolExecutor(16) as pool:  # more than the socket holds
             asked = [pool.submit(server.stats) for _ in range(16)]
-            late = [server._ask_health() for _ in range(2000)]
+            late = [server._ask(FromParent.HEALTH) for _ in range(2000)]
             os.kill(server.pid or 0, signal.SIGCONT)
-            assert {future.result(HANG).ready for future in late} == {True}
+            assert all(call.wait_done(HANG) for call in late)
+            assert {call.outcome().ready for call in late} == {True}
             assert {future.result(HANG).pending for future in asked} == {0}
     finally:
         os.kill(server.pid or 0, signal.SIGCONT)

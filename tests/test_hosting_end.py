@@ -19,13 +19,20 @@ import anyio
 import pytest
 import torch
 
-from aioinfer import PeerDiedError, ProcessInferenceServer, ServerClosedError, ServerStartError
+from aioinfer import PeerDiedError, ProcessInferenceServer, ServerClosedError, ServerNotRunningError, ServerStartError
 from aioinfer.hosting.process import handed_over
 from aioinfer.testing import eventually, request
 from aioinfer.testing.callers import is_double
 from tests import hosted
 from tests.hosted import HANG, Stuck, forked, freeze, hear, kill, make_double, make_policy, worker
-from tests.leftovers import assert_no_descriptor_stays, is_there, needs_descriptors, running, shared_memory
+from tests.leftovers import (
+    assert_no_descriptor_stays,
+    assert_no_memory_stays,
+    go_on,
+    is_there,
+    needs_descriptors,
+    running,
+)
 from tests.weight_models import policy
 
 ROOT = Path(__file__).parent.parent
@@ -34,16 +41,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:Deprecati
 
 
 async def test_a_server_that_is_shut_down_again_and_again_says_so() -> None:
-    server = forked(make_double)
-    server.shutdown()  # there is nothing to shut down, and it may start all the same
+    server = forked(make_double, policy_version=7)
     async with server:
         assert is_double(await server.async_client()(request(3)), 3)
     server.shutdown()
     await server.aclose()
     health = server.health()
     assert (health.alive, health.exit_code, health.reason) == (False, 0, "the server is shut down")
-    for ask in (server.stats, lambda: server.update_weights(policy()), lambda: server.policy_version):
-        with pytest.raises(ServerClosedError):
+    assert server.policy_version == 7
+    for ask in (server.stats, lambda: server.update_weights(policy()), server.paused):
+        with pytest.raises(ServerNotRunningError, match="the server is shut down"):
             ask()
     with pytest.raises(ServerClosedError):
         server.client()(request(1), HANG)
@@ -176,6 +183,7 @@ if __name__ == "__main__":
     stranger = multiprocessing.get_context("fork").Process(target=time.sleep, args=(1000,), daemon=True)
     stranger.start()
     print(server.pid, stranger.pid, flush=True)
+    sys.stdin.readline()
     END
 """
 
@@ -191,7 +199,6 @@ ENDS = {
 
 @pytest.mark.parametrize("end", ENDS)
 def test_a_program_that_ends_leaves_no_process_and_no_memory(end: str, tmp_path: Path) -> None:
-    before = shared_memory()
     method, state, ending = ENDS[end]
     program, note = tmp_path / "program.py", tmp_path / "note"
     program.write_text(PROGRAM.replace("METHOD", method).replace("STATE", state).replace("END", ending))
@@ -201,6 +208,7 @@ def test_a_program_that_ends_leaves_no_process_and_no_memory(end: str, tmp_path:
         said = process.stdout.readline().split()
         assert said, process.stderr.read()
         server, stranger = map(int, said)
+        memory = go_on(process)
         process.wait(HANG)
         eventually(lambda: not is_there(server))  # though a process that was forked meanwhile lives
         with suppress(ProcessLookupError):
@@ -209,4 +217,4 @@ def test_a_program_that_ends_leaves_no_process_and_no_memory(end: str, tmp_path:
     eventually(lambda: not is_there(-process.pid))
     if state == "stuck":  # a worker hears that it is a shutdown, and no death
         assert note.read_text() == "ServerClosedError"
-    eventually(lambda: shared_memory() <= before)  # other programs of the machine may come and go
+    assert_no_memory_stays(memory)

@@ -21,6 +21,7 @@ from aioinfer import (
     ThreadingTransport,
 )
 from aioinfer.testing import eventually, request
+from aioinfer.weight_sync import NoWeightSyncScheme
 from tests import hosted
 from tests.hosted import HANG, HandsOut, forked, kill, make_double, make_policy, slots
 from tests.weight_models import mark, mark_of, policy
@@ -31,9 +32,8 @@ FAILURES: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "the factory raises": (hosted.raise_error, {}, "in raise_error\n.*\nValueError: there are no weights"),
     "it raises what does not pickle": (hosted.raise_odd_error, {}, "Odd: 1 and 2"),
     "it leaves Python": (hosted.exit_python, {}, "SystemExit: enough"),
-    "it makes no model": (hosted.return_none, {}, "model must be callable, got NoneType"),
-    "the server refuses an argument": (make_double, {"max_batch_size": 0}, "Traceback.*max_batch_size"),
-    "the server does not know an argument": (make_double, {"batch": 3}, "unexpected keyword argument 'batch'"),
+    "it makes no model": (hosted.return_none, {}, "policy_factory must return a model, .* got NoneType"),
+    "the server refuses the model": (make_double, {"weight_sync": NoWeightSyncScheme()}, "Traceback.*nn.Module"),
     "the model can't be placed": (make_policy, {"device": "cuda:77"}, "Traceback.*Error"),
     "the process exits": (hosted.exit_at_once, {}, "exit code 3"),
     "the process is killed": (hosted.kill_itself, {}, "killed by SIGKILL"),
@@ -134,7 +134,7 @@ def test_a_server_starts_once_and_only_with_a_transport_that_can_be_given_away()
         server.start()
     with pytest.raises(RuntimeError, match="in use already"):
         ProcessInferenceServer(make_double, server.transport).start()
-    for wrong in (ThreadingTransport(), [MPTransport()]):
+    for wrong in (ThreadingTransport(), [MPTransport(), ThreadingTransport()]):
         with pytest.raises(TypeError, match="whose callers may be in other processes"):
             ProcessInferenceServer(make_double, wrong)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="policy_factory must be callable, got int"):

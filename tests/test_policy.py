@@ -29,7 +29,7 @@ def test_it_writes_what_the_policy_itself_would_write() -> None:
         td = request(1).set("other", torch.ones(1))
         result = remote(td)
     assert result is td
-    assert set(td.keys()) == {"observation", "action", "other"}
+    assert set(td.keys()) == {"observation", "action", "other", "policy_version"}
     torch.testing.assert_close(td["action"], local(request(1))["action"])
 
 

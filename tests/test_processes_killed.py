@@ -30,7 +30,7 @@ from aioinfer import (
 )
 from aioinfer.testing import double, eventually, request
 from aioinfer.transports.addresses import dial
-from tests.leftovers import is_there, running, shared_memory
+from tests.leftovers import assert_no_memory_stays, is_there, running, shared_memory_of
 from tests.process_workers import HANG, METHODS, Child, answer, ask_always, clients_of
 
 pytestmark = [
@@ -270,7 +270,6 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("kind", ["mp", "process-slots"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_program_that_is_killed_leaves_no_process_and_no_memory(method: str, kind: str, tmp_path: Path) -> None:
-    before = shared_memory()
     program = tmp_path / "program.py"
     program.write_text(PROGRAM.replace("METHOD", method).replace("KIND", kind))
     with running(program) as process:
@@ -280,10 +279,11 @@ def test_a_program_that_is_killed_leaves_no_process_and_no_memory(method: str, k
         assert address.startswith("@aioinfer-") or sys.platform != "linux"
         assert is_open(address)
         assert is_there(-process.pid)
+        memory = shared_memory_of(process.pid)
         process.kill()
     eventually(lambda: not is_there(-process.pid))
     assert not is_open(address)
-    eventually(lambda: shared_memory() <= before)  # other programs of the machine may come and go
+    assert_no_memory_stays(memory)
 
 
 def is_open(address: str) -> bool:

@@ -202,7 +202,7 @@ def test_a_preallocated_slot_may_be_written_to_while_its_request_waits() -> None
         assert replies[1].result(HANG)["action"].tolist() == [10, 10, 10, 10]
 
 
-@pytest.mark.parametrize("transport", [name for name in TRANSPORTS if "slots" not in name])
+@pytest.mark.parametrize("transport", [name for name in TRANSPORTS if "slots" not in name and name != "joined"])
 def test_the_five_verbs_work_by_themselves(transport: str) -> None:
     wire: InferenceTransport = TRANSPORTS[transport]()
     futures = [wire.submit(request(value)) for value in range(3)]

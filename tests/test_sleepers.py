@@ -4,12 +4,12 @@ import threading
 from collections.abc import Callable
 
 import pytest
-from tensordict import TensorDict
+from tensordict import TensorDict, TensorDictBase
 
 from aioinfer import InferenceServer, ThreadingTransport
 from aioinfer.testing import double, eventually, request
 from aioinfer.transports.bells import Bell, LockBell, cheapest_bell
-from aioinfer.transports.sleepers import Sleepers, Waiter
+from aioinfer.transports.sleepers import Sleepers, Waiter, unwrap
 
 HANG = 20.0
 
@@ -23,6 +23,10 @@ def make_bell(request: pytest.FixtureRequest) -> Callable[[], Bell]:
 REPLY = TensorDict({})
 
 
+def reply_of(waiter: Waiter, timeout: float = HANG) -> TensorDictBase:
+    return unwrap(*waiter.wait(timeout))
+
+
 def test_every_thread_of_a_batch_wakes_and_the_last_one_says_so(make_bell: Callable[[], Bell]) -> None:
     awake = threading.Event()
     waking: list[bool] = []
@@ -30,7 +34,7 @@ def test_every_thread_of_a_batch_wakes_and_the_last_one_says_so(make_bell: Calla
     waiters = [Waiter(sleepers, make_bell()) for _ in range(20)]
     replies = [TensorDict({}) for _ in waiters]
     got: dict[int, object] = {}
-    threads = [threading.Thread(target=lambda i=i: got.update({i: waiters[i].wait(HANG)})) for i in range(20)]
+    threads = [threading.Thread(target=lambda i=i: got.update({i: reply_of(waiters[i])})) for i in range(20)]
     for thread in threads:
         thread.start()
     sleepers.deliver(waiters, replies)
@@ -64,9 +68,9 @@ def test_a_thread_that_leaves_after_it_was_settled_passes_its_turn_on(make_bell:
     waiters = [Waiter(sleepers, make_bell()) for _ in range(6)]
     sleepers.deliver(waiters, [REPLY] * 6)
     for waiter in reversed(waiters):  # the last ones are not released yet: they time out, and find their reply
-        assert waiter.wait(0) is REPLY
+        assert reply_of(waiter, 0) is REPLY
     assert not waking
-    assert [waiter.cancelled() for waiter in waiters[:2]] == [False, False]
+    assert [waiter.done() for waiter in waiters[:2]] == [False, False]
 
 
 def test_a_chain_that_does_not_go_on_is_given_up(make_bell: Callable[[], Bell]) -> None:
@@ -76,7 +80,7 @@ def test_a_chain_that_does_not_go_on_is_given_up(make_bell: Callable[[], Bell]) 
     sleepers.deliver(waiters, [REPLY] * 6)
     sleepers.wake_all()
     for waiter in waiters:
-        assert waiter.wait(HANG) is REPLY
+        assert reply_of(waiter) is REPLY
 
 
 def test_a_used_waiter_waits_again(make_bell: Callable[[], Bell]) -> None:
@@ -86,13 +90,13 @@ def test_a_used_waiter_waits_again(make_bell: Callable[[], Bell]) -> None:
     for _ in range(3):
         sleepers.fail([waiter], [ArithmeticError("no")])
         with pytest.raises(ArithmeticError):
-            waiter.wait(HANG)
+            reply_of(waiter)
         with_reply = TensorDict({})
         sleepers.deliver([waiter], [with_reply])
-        assert waiter.wait(HANG) is with_reply
+        assert reply_of(waiter) is with_reply
     with pytest.raises(TimeoutError):
         waiter.wait(0)
-    assert waiter.cancelled()
+    assert waiter.done()
     sleepers.deliver([waiter], [REPLY])
     assert not waking
 

@@ -3,6 +3,8 @@
 import asyncio
 import importlib.util
 import json
+import os
+import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -10,12 +12,16 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import httpx
 import uvicorn
+import websockets
+from fastapi import FastAPI
 
-from aioinfer import InferenceServer
-from aioinfer.testing import GatedModel
+from aioinfer import InferenceServer, MPTransport, ProcessInferenceServer
+from aioinfer.testing import GatedModel, double
+from tests.hosted import make_double
 
 EXAMPLE = Path(__file__).parent.parent / "docs" / "examples" / "web.py"
 DEADLINE = 20.0
@@ -69,9 +75,8 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 @asynccontextmanager
-async def backend(max_pending: int = 256) -> AsyncIterator[Backend]:
-    policy = GatedModel()
-    app = web.make_app(policy, max_pending=max_pending)
+async def served(app: FastAPI) -> AsyncIterator[int]:
+    """Run an app on a port of loopback."""
     listening = socket.create_server(("127.0.0.1", 0))
     port = listening.getsockname()[1]
     uvicorn_server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on"))
@@ -79,14 +84,27 @@ async def backend(max_pending: int = 256) -> AsyncIterator[Backend]:
     try:
         await until(lambda: uvicorn_server.started or serving.done())
         assert uvicorn_server.started
-        limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=DEADLINE, limits=limits) as http:
-            yield Backend(policy, app.state.server, port, http)
+        yield port
     finally:
-        policy.open()
         uvicorn_server.should_exit = True
         await serving
         listening.close()
+
+
+def browser(port: int) -> httpx.AsyncClient:
+    limits = httpx.Limits(max_connections=None)
+    return httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=DEADLINE, limits=limits)
+
+
+@asynccontextmanager
+async def backend(max_pending: int = 256) -> AsyncIterator[Backend]:
+    policy = GatedModel()
+    app = web.make_app(web.serving(policy, max_pending=max_pending))
+    async with served(app) as port, browser(port) as http:
+        try:
+            yield Backend(policy, app.state.server, port, http)
+        finally:
+            policy.open()
 
 
 async def test_concurrent_http_requests_meet_in_a_batch_and_get_their_own_replies() -> None:
@@ -180,3 +198,53 @@ async def test_a_server_that_is_shut_down_gives_503() -> None:
     async with backend() as at:
         await at.server.aclose()
         assert (await at.act(1.0)).status_code == 503
+
+
+async def test_a_server_that_pauses_gives_503_and_retry_after() -> None:
+    async with backend() as at:
+        at.policy.open()
+        async with at.server.paused("reject"):
+            refused = await at.act(1.0)
+        served = await at.act(1.0)
+    assert refused.status_code == 503
+    assert int(refused.headers["Retry-After"]) >= 1
+    assert served.status_code == 200
+
+
+async def test_a_server_in_another_process_that_is_killed_gives_503_until_the_next_one_listens(tmp_path: Path) -> None:
+    address = str(tmp_path / "policy")
+    body = {"observation": [1.0] * 3}
+    async with (
+        ProcessInferenceServer(make_double, MPTransport(address=address)) as server,
+        served(web.make_app(web.connected(address))) as port,
+        browser(port) as http,
+    ):
+        before = await http.post("/act", json=body)
+        assert server.pid is not None
+        os.kill(server.pid, signal.SIGKILL)
+        while (killed := await http.post("/act", json=body)).status_code == 200:
+            pass
+        after_its_death = await http.post("/act", json=body)
+        with InferenceServer(double, MPTransport(address=address)):
+            again = await http.post("/act", json=body)
+    assert before.json() == {"action": [2.0] * 3}
+    assert (killed.status_code, after_its_death.status_code) == (503, 503)
+    assert again.json() == {"action": [2.0] * 3}
+
+
+async def test_a_websocket_gets_an_action_for_each_observation_and_is_told_what_is_wrong_with_others() -> None:
+    async with backend() as at:
+        at.policy.open()
+        async with websockets.connect(f"ws://127.0.0.1:{at.port}/act", open_timeout=DEADLINE, proxy=None) as socket:
+
+            async def ask(text: str) -> dict[str, Any]:
+                await socket.send(text)
+                async with asyncio.timeout(DEADLINE):
+                    answer: dict[str, Any] = json.loads(await socket.recv())
+                return answer
+
+            for value in range(3):
+                assert await ask(json.dumps({"observation": [value] * 4})) == {"action": [2.0 * value] * 4}
+            assert "requests to this server have [4]" in (await ask('{"observation": [1]}'))["detail"]
+            assert "Invalid JSON" in (await ask("rubbish"))["detail"]
+            assert await ask('{"observation": [7, 7, 7, 7]}') == {"action": [14.0] * 4}

@@ -22,7 +22,7 @@ import pytest
 from aioinfer import InferenceServer, ThreadingTransport, WeightSyncError
 from aioinfer.testing import eventually, request
 from aioinfer.weight_sync import MultiProcessWeightSyncScheme, SharedMemWeightSyncScheme
-from tests.leftovers import is_there, running, shared_memory
+from tests.leftovers import assert_no_memory_stays, go_on, is_there, running
 from tests.weight_models import (
     SCHEMES,
     follow_always,
@@ -275,6 +275,7 @@ if __name__ == "__main__":
     while server.stats().weight_updates < 5:
         time.sleep(0.01)
     print("far enough", flush=True)
+    sys.stdin.readline()
     END
 """
 
@@ -291,12 +292,12 @@ ENDS = {
 @pytest.mark.parametrize("end", ENDS)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_program_that_ends_leaves_no_process_and_no_memory(end: str, method: str, tmp_path: Path) -> None:
-    before = shared_memory()
     program = tmp_path / "program.py"
     program.write_text(PROGRAM.replace("METHOD", method).replace("END", ENDS[end]))
     with running(program) as process:
         assert process.stdout is not None
-        assert process.stdout.read(), "it did not get that far"
+        assert process.stdout.readline(), "it did not get that far"
+        memory = go_on(process)
         process.wait(HANG)
     eventually(lambda: not is_there(-process.pid))
-    eventually(lambda: shared_memory() <= before)  # other programs of the machine may come and go
+    assert_no_memory_stays(memory)

@@ -11,7 +11,6 @@ from tensordict import TensorDictBase
 
 from aioinfer import InferenceTransport, MPTransport, ProcessSlotTransport, SlotTransport, ThreadingTransport
 from aioinfer.testing import double, request
-from aioinfer.transports.joined import JoinedTransport
 
 
 class FiveVerbs(InferenceTransport):
@@ -61,7 +60,7 @@ TRANSPORTS: dict[str, Callable[..., InferenceTransport]] = {
     "slots": lambda: SlotTransport(16),
     "slots-preallocated": lambda: SlotTransport(16, preallocate=True),
     "five-verbs": FiveVerbs,
-    "joined": lambda: JoinedTransport([ThreadingTransport(), SlotTransport(2)]),
+    "joined": lambda: [ThreadingTransport(), SlotTransport(2)],
     "mp": MPTransport,
     "process-slots": process_slots,
 }

@@ -3,36 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import math
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-from tensordict.nn import TensorDictModule
-
-from aioinfer.demo.curve import GOAL, WINDOW, LearningCurve
-from aioinfer.demo.figures import Figures, Scoreboard
-from aioinfer.demo.players import Player
-from aioinfer.demo.plot import save_plot
-from aioinfer.demo.policy import Actor, make_policy
-from aioinfer.demo.rollouts import Rollouts
-from aioinfer.demo.trainer import TrainerProcess
-from aioinfer.demo.views import View, live_view, plain_view, suits_live_view, summary
-from aioinfer.errors import PeerDiedError, ServerClosedError
-from aioinfer.server import InferenceServer
-from aioinfer.transports.threads import ThreadingTransport
-from aioinfer.weight_sync import MultiProcessWeightSyncScheme
+from aioinfer.interrupts import INTERRUPTED, ending_at_interrupt
 
 __all__ = ["add_arguments", "run"]
 
-_ENVS = 32
-_TITLE = f"CartPole-v1, {_ENVS} tasks on one server, a trainer in another process"
-_INTERRUPTED = 128 + 2  # what a shell reports for a program that SIGINT ended
 _EXTRA = ("gymnasium", "matplotlib", "rich")
 
 
@@ -99,128 +78,13 @@ def run(options: argparse.Namespace) -> int:
         print(f"--out {options.out}: {error.strerror}", file=sys.stderr)
         return 1
     try:
-        with _one_torch_thread():
-            return _learn(options)
+        with ending_at_interrupt():
+            from aioinfer.demo.session import learn  # imports torch
+        return learn(options)
     except KeyboardInterrupt:  # before the first frame, or a second one while the first was obeyed
-        return _INTERRUPTED
+        return INTERRUPTED
 
 
 def _missing_extra() -> str | None:
     # Looked for, not imported: matplotlib is not needed before the end, and takes a while.
     return next((name for name in _EXTRA if find_spec(name) is None), None)
-
-
-@contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    # A batch of 32 rows through small layers gains nothing from torch's own threads, and handing the work to them
-    # costs more than the work; they would also take the cores from the environments and the trainer.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _learn(options: argparse.Namespace) -> int:
-    torch.manual_seed(options.seed)
-    policy, scheme = make_policy(Actor()), MultiProcessWeightSyncScheme(sync=False, num_workers=1)
-    with closing(TrainerProcess(scheme, options.seed)) as trainer:
-        end = asyncio.run(_play(options, policy, scheme, trainer))
-    print(f"summary of {end.figures.elapsed:.1f} s: {_TITLE}", summary(end.figures), sep="\n", flush=True)
-    if end.status != _INTERRUPTED:
-        _save(policy, end.curve, options)
-        _say_whether_learned(end)
-    return end.status
-
-
-def _save(policy: TensorDictModule, curve: LearningCurve, options: argparse.Namespace) -> None:
-    picture, weights = options.out.resolve() / "learning_curve.png", options.out.resolve() / "policy.pt"
-    save_plot(curve, picture, title=f"{_TITLE}, seed {options.seed}")
-    torch.save(policy.state_dict(), weights)
-    print(f"learning curve: {picture}", f"weights: {weights}", sep="\n", flush=True)
-
-
-def _say_whether_learned(end: _End) -> None:
-    episodes, average = min(end.figures.episodes, WINDOW), end.figures.average_return
-    returns = (
-        f"the latest {episodes} episodes returned {average:.1f} on average" if episodes else "no episode has ended"
-    )
-    result = f"in {end.figures.elapsed:.1f} s: {returns}"
-    if end.status == 0:
-        print(f"learned {result}", flush=True)
-    else:
-        print(f"not learned {result}, the goal is {GOAL:g}", file=sys.stderr)
-
-
-@dataclass(frozen=True, slots=True)
-class _End:
-    status: int
-    figures: Figures
-    curve: LearningCurve
-
-
-async def _play(
-    options: argparse.Namespace,
-    policy: TensorDictModule,
-    scheme: MultiProcessWeightSyncScheme,
-    trainer: TrainerProcess,
-) -> _End:
-    import gymnasium
-
-    curve, rollouts = LearningCurve(), Rollouts()
-    with ExitStack() as stack:  # left in the reverse order: no environment is closed under its player
-        players = [
-            Player(
-                stack.enter_context(closing(gymnasium.make("CartPole-v1"))),
-                _ENVS * options.seed + index,
-                rollouts=rollouts,
-                curve=curve,
-            )
-            for index in range(_ENVS)
-        ]
-        async with InferenceServer(policy, ThreadingTransport(), max_batch_size=_ENVS, weight_sync=scheme) as server:
-            board, client = Scoreboard(players, curve, server=server), server.async_client()
-            tasks = [
-                *[asyncio.create_task(player.play(client)) for player in players],
-                asyncio.create_task(trainer.feed(rollouts, board.publish)),
-            ]
-            try:
-                with _view(options) as view:
-                    await _watch(tasks, curve, board, view=view, seconds=options.seconds)
-                status = 0 if curve.learned else 1
-            except asyncio.CancelledError:  # Ctrl-C: asyncio.run cancels its main task, and nobody else does
-                status = _INTERRUPTED
-            except PeerDiedError as error:
-                print(error, file=sys.stderr)
-                status = 1
-            except ServerClosedError as error:
-                print(f"the server closed early: {error}", file=sys.stderr)
-                status = 1
-            finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
-            return _End(status, board.whole(), curve)
-
-
-def _view(options: argparse.Namespace) -> AbstractContextManager[View]:
-    if options.plain or not suits_live_view():
-        return plain_view(f"{_TITLE}: {options.seconds:g} s at most")
-    return live_view(_TITLE, seconds=options.seconds)
-
-
-async def _watch(
-    tasks: Sequence[asyncio.Task[None]], curve: LearningCurve, board: Scoreboard, *, view: View, seconds: float
-) -> None:
-    """Show how it goes until the goal is reached or the time is up; raise what a task raises."""
-    goal = asyncio.create_task(curve.wait_for_goal())
-    try:
-        while not goal.done() and (left := seconds - curve.elapsed) > 0:
-            patience = min(view.interval, left)
-            done, _ = await asyncio.wait([*tasks, goal], timeout=patience, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
-            view.show(board.recent())
-    finally:
-        goal.cancel()

@@ -1,6 +1,6 @@
 """A server in a process of its own."""
 
-from aioinfer.hosting.health import Health
+from aioinfer.health import Health
 from aioinfer.hosting.server import ProcessInferenceServer
 
 __all__ = ["Health", "ProcessInferenceServer"]

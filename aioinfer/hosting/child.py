@@ -12,14 +12,18 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn
 
+import anyio
 import anyio.to_thread
 
-from aioinfer.errors import own_error
-from aioinfer.hosting.health import Health
-from aioinfer.hosting.orders import FromChild, FromParent, Order
+from aioinfer.errors import ModelError, ServerClosedError, WeightSyncError, own_error
+from aioinfer.health import Health
+from aioinfer.hosting.orders import FromChild, FromParent, Order, VersionPage
+from aioinfer.pause import PendingPolicy
 from aioinfer.server import InferenceServer
 from aioinfer.stats import ServerStats
 from aioinfer.transports.parcels import pack, pack_error, unpack
@@ -51,9 +55,14 @@ def run(control: socket.socket, order: Order) -> None:
     threading.Thread(target=_end_with_parent, args=(control,), name="aioinfer-parent", daemon=True).start()
     desk: _Desk | None = None
     try:
-        factory, options, given, updates = order.opened()
-        transport = given.take()  # before the factory: what that forks must not hold the listening socket
-        desk = _Desk(wire, InferenceServer(factory(), transport, **options), updates)
+        served = order.opened()
+        transports = [given.take() for given in served.transports]  # first: a factory that forks must not hold sockets
+        model = served.policy_factory()
+        if not callable(model):
+            raise TypeError(f"policy_factory must return a model, which is callable; got {type(model).__qualname__}")
+        transport = transports[0] if len(transports) == 1 else transports
+        server = InferenceServer(model, transport, **served.options)
+        desk = _Desk(wire, server, served.updates, served.version)
         asyncio.run(desk.live())
     except BaseException as error:
         if desk is not None and desk.serves:
@@ -75,9 +84,11 @@ def _end_with_parent(control: socket.socket) -> None:
 
 def _fail(wire: Wire, error: BaseException) -> NoReturn:
     """Tell the parent why the process can't start, and end it."""
-    original = pack_error(error) if isinstance(error, Exception) else None
-    payload = pack(("".join(traceback.format_exception(error)), original))
-    wire.send(frame(word(FromChild.FAILED), payload))
+    text, original = f"{type(error).__qualname__}: (its message can't be shown)", None
+    with suppress(BaseException):  # an exception of the user's may do anything where it is shown or pickled
+        text = "".join(traceback.format_exception(error))
+        original = pack_error(error) if isinstance(error, Exception) else None
+    wire.send(frame(word(FromChild.FAILED), pack((text, original))))
     _flush(wire)
     _hurry()
     sys.exit(1)
@@ -101,23 +112,27 @@ class _Desk:
         wire: to the parent.
         server: has not started.
         updates: where weights come.
+        page: where the parent finds the version of the weights.
 
     Attributes:
         serves: whether the server has started.
         is_stuck: whether it was shut down and its worker goes on all the same.
     """
 
-    def __init__(self, wire: Wire, server: InferenceServer, updates: DescriptorQueue) -> None:
+    def __init__(self, wire: Wire, server: InferenceServer, updates: DescriptorQueue, page: VersionPage) -> None:
         self.serves = self.is_stuck = False
         self._wire = wire
         self._server = server
         self._updates = updates
         self._reader = Reader()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._pauses: dict[int, asyncio.Task[None]] = {}  # by the number of the command
+        server._updates.on_version = page.write
 
     async def live(self) -> None:
         """Serve, and say so, until the parent has said otherwise, or is gone."""
         self._loop = asyncio.get_running_loop()
+        self._copying = anyio.CapacityLimiter(1)  # of our own: the threads of the model's code may all be busy
         self._end: asyncio.Future[tuple[float | None, bool] | None] = self._loop.create_future()
         await self._server.__aenter__()
         self.serves = True
@@ -129,6 +144,8 @@ class _Desk:
         self.is_stuck = self._server.is_alive
         if terms is None:
             os._exit(1)
+        for pausing in self._pauses.values():
+            pausing.cancel()
         if self._tasks and not self.is_stuck:
             await asyncio.wait(self._tasks)
         _flush(self._wire)
@@ -146,10 +163,15 @@ class _Desk:
             command, number, arguments = FromParent(text >> 60), text & NUMBER, unpack(payload or b"")
             if command is FromParent.SHUTDOWN:
                 self._finish(arguments)
-            else:
-                task = self._loop.create_task(self._answer(command, number, arguments))
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
+                continue
+            pauses = command is FromParent.PAUSE
+            task = self._loop.create_task(
+                self._pause(number, *arguments) if pauses else self._answer(command, number, arguments)
+            )
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            if pauses:
+                self._pauses[number] = task
 
     def _finish(self, terms: tuple[float | None, bool] | None) -> None:
         if not self._end.done():
@@ -170,35 +192,54 @@ class _Desk:
     async def _answer(self, command: FromParent, number: int, arguments: tuple[Any, ...]) -> None:
         try:
             answer = pack(await self._do(command, *arguments))
-        except asyncio.CancelledError:
-            raise
         except BaseException as error:  # also what a module raises that is given its extra state
-            self._send(FromChild.ERROR, number, pack_error(own_error(error)))
+            if self._end.done() and isinstance(error, asyncio.CancelledError):
+                raise  # the event loop goes down
+            late = self._end.done() and not self._server.is_alive
+            self._fail(number, ServerClosedError("the server was shut down meanwhile") if late else error)
         else:
             self._send(FromChild.ANSWER, number, answer)
+
+    def _fail(self, number: int, error: BaseException) -> None:
+        try:
+            payload = pack_error(own_error(error))
+        except BaseException:  # an exception of the user's may do anything where it is shown
+            payload = pack_error(ModelError(f"{type(error).__qualname__}: (its message can't be shown)"))
+        self._send(FromChild.ERROR, number, payload)
 
     async def _do(self, command: FromParent, *arguments: Any) -> Health | ServerStats | None:
         if command is FromParent.STATS:
             return self._server.stats(reset=arguments[0])
         if command is FromParent.HEALTH:
             return self._health()
-        await self._update(*arguments)
+        await (self._resume if command is FromParent.RESUME else self._update)(*arguments)
         return None
 
+    async def _pause(self, number: int, pending: PendingPolicy) -> None:
+        """Pause until cancelled, which may be before it has begun."""
+        try:
+            async with self._server.paused(pending):
+                self._send(FromChild.ANSWER, number, pack(None))
+                await self._loop.create_future()
+        except Exception as error:
+            self._fail(number, error)
+
+    async def _resume(self, number: int) -> None:
+        pausing = self._pauses.pop(number, None)
+        if pausing is not None:
+            pausing.cancel()
+            await asyncio.wait([pausing])
+            self._send(FromChild.ANSWER, number, pack(None))  # if nobody has got one: the parent reads the first only
+
     async def _update(self, cast: bool) -> None:
-        publication = self._updates.get_nowait()
-        weights = given_back(self._reader.read(publication), "state_dict")
+        try:
+            publication = self._updates.get_nowait()
+            weights = given_back(self._reader.read(publication), "state_dict")
+        except Exception as error:  # no descriptor is left for them, most likely
+            raise WeightSyncError(f"the weights did not arrive: {type(error).__qualname__}: {error}") from error
         update = partial(self._server.update_weights, weights, version=publication.version, cast=cast)
-        await anyio.to_thread.run_sync(update)  # it copies them first, which may take longer than a parent waits
+        # It copies them first, which may take longer than a parent waits.
+        await anyio.to_thread.run_sync(update, limiter=self._copying)
 
     def _health(self) -> Health:
-        closed = self._server._admission.closed
-        ready = self._server.is_alive and closed is None
-        return Health(
-            alive=True,
-            ready=ready,
-            pid=os.getpid(),
-            policy_version=self._server.policy_version,
-            pending=self._server.transport.pending(),
-            reason="" if ready else str(closed or "the server's worker has ended"),
-        )
+        return replace(self._server.health(), alive=True)  # that of the process, which answers

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
-from aioinfer.hosting.hotline import Hotline
+from aioinfer.errors import WeightSyncError, own_error
+from aioinfer.hosting.completion import Completion
+from aioinfer.hosting.hotline import Call, Hotline
 from aioinfer.hosting.orders import FromParent
+from aioinfer.transports.parcels import pack
 from aioinfer.weight_sync.publications import Publication, Shelf, Stored
 from aioinfer.weight_sync.queues import DescriptorQueue
 from aioinfer.weight_sync.weights import WeightsLike, check_version, read
@@ -23,13 +23,13 @@ class _Delivery:
     publication: Publication
     stored: Stored
     cast: bool
-    done: Future[None] = field(default_factory=Future)
+    done: Completion[None] = field(default_factory=Completion)
 
 
 class Deliveries:
-    """Snapshots in shared memory, handed over one after the other; the next waits until the last is in use.
+    """Snapshots in shared memory, handed over in FIFO order; the next one waits until the last is in use.
 
-    Any thread may deliver. ``_lock`` guards everything.
+    Any thread: ``deliver``, which takes no lock. The hotline's thread: the rest.
 
     Args:
         hotline: to the process.
@@ -39,13 +39,14 @@ class Deliveries:
     def __init__(self, hotline: Hotline, queue: DescriptorQueue) -> None:
         self._hotline = hotline
         self._queue = queue
-        self._shelf = Shelf()
+        # Whoever delivers takes a shelf, or makes one, and puts it back. One whose filling was interrupted may be half
+        # written, and does not come back.
+        self._shelves: deque[Shelf] = deque()
         self._waiting: deque[_Delivery] = deque()
         self._under_way = False  # one at most: the queue of descriptors is short
-        self._lock = threading.Lock()
 
-    def deliver(self, weights: WeightsLike, version: int | None, *, cast: bool) -> Future[None]:
-        """Copy weights as they are now; the future, which can't be cancelled, resolves when they are in use.
+    def deliver(self, weights: WeightsLike, version: int | None, *, cast: bool) -> Completion[None]:
+        """Copy weights as they are now; settled when they are in use.
 
         Raises:
             TypeError: they are none, or ``version`` is no integer.
@@ -53,42 +54,49 @@ class Deliveries:
         """
         check_version(version)
         found = read(weights, "tensordict")
-        with self._lock:
-            publication, stored = self._shelf.publish(found, version)
-            stored.readers += 1
-            delivery = _Delivery(publication, stored, cast)
-            delivery.done.set_running_or_notify_cancel()
-            self._waiting.append(delivery)
-        self._go_on()
+        try:
+            shelf = self._shelves.pop()
+        except IndexError:
+            shelf = Shelf()
+        publication, stored = shelf.publish(found, version)
+        stored.readers += 1
+        delivery = _Delivery(publication, stored, cast)
+        self._hotline.call_soon(partial(self._accept, delivery))
+        self._shelves.append(shelf)
         return delivery.done
 
+    def _accept(self, delivery: _Delivery) -> None:
+        if self._hotline.refusal is not None:
+            delivery.done.fail(own_error(self._hotline.refusal))
+        else:
+            self._waiting.append(delivery)
+            self._go_on()
+
     def _go_on(self) -> None:
-        while (delivery := self._next()) is not None:
+        while self._waiting and not self._under_way:
+            delivery = self._waiting.popleft()
+            if self._hotline.refusal is not None:
+                self._finish(delivery, own_error(self._hotline.refusal))
+                continue
             try:
                 self._queue.put(delivery.publication)
-                answer = self._hotline.ask(FromParent.UPDATE, delivery.cast)
             except Exception as error:
-                self._finish(delivery, error)
-            else:
-                answer.add_done_callback(partial(self._answered, delivery))
-                return
-
-    def _next(self) -> _Delivery | None:
-        with self._lock:
-            if self._under_way or not self._waiting:
-                return None
+                what = f"{type(error).__qualname__}: {error}"
+                self._finish(delivery, WeightSyncError(f"the weights could not be sent: {what}"))
+                continue
             self._under_way = True
-            return self._waiting.popleft()
+            call = self._hotline.new_call()
+            call.then = partial(self._answered, delivery)
+            self._hotline.send(call, FromParent.UPDATE, pack((delivery.cast,)))
 
-    def _answered(self, delivery: _Delivery, answer: Future[Any]) -> None:
-        self._finish(delivery, answer.exception())
+    def _answered(self, delivery: _Delivery, call: Call) -> None:
+        self._under_way = False
+        self._finish(delivery, call.error)
         self._go_on()
 
     def _finish(self, delivery: _Delivery, error: BaseException | None) -> None:
-        with self._lock:
-            delivery.stored.readers -= 1
-            self._under_way = False
+        delivery.stored.readers -= 1
         if error is None:
-            delivery.done.set_result(None)
+            delivery.done.succeed(None)
         else:
-            delivery.done.set_exception(error)
+            delivery.done.fail(error)

@@ -2,68 +2,78 @@
 
 from __future__ import annotations
 
-import asyncio
 import atexit
+import logging
 import socket
 import threading
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from multiprocessing.context import BaseContext
 from types import TracebackType
 from typing import Any, Self
 
 import anyio
-import anyio.to_thread
 
 from aioinfer.devices import Model
-from aioinfer.errors import ServerClosedError, ServerStartError
+from aioinfer.errors import PeerDiedError, ServerClosedError
 from aioinfer.hosting.child import run
 from aioinfer.hosting.deliveries import Deliveries
-from aioinfer.hosting.hotline import Hotline
-from aioinfer.hosting.orders import Order
+from aioinfer.hosting.hotline import PARTING, Hotline
+from aioinfer.hosting.orders import Order, Served, VersionPage
 from aioinfer.hosting.process import ChildProcess, handed_over
-from aioinfer.transports.processes import ProcessTransport
+from aioinfer.transports.processes import GivenTransport, ProcessTransport
 from aioinfer.transports.wire import Wire
 from aioinfer.weight_sync.queues import DescriptorQueue
 
 __all__ = ["ProcessLife"]
 
-# Seconds that a process has to end after its server did.
-_PARTING = 2.0
+# Seconds that a process has to end once it is killed.
+_KILLED = 1.0
+
+_log = logging.getLogger("aioinfer")
 
 
 class ProcessLife:
     """Starts a server's process, and ends it.
 
+    Any thread: the public methods. The hotline's thread: ``_launch``, ``_decline``, ``_release``.
+
     Args:
         policy_factory: makes the model, in the process.
-        transport: what is served.
+        transports: what is served.
         context: starts the process.
         startup_timeout: seconds that the process has to serve; ``None`` waits for ever.
         options: of the server.
+        policy_version: of the weights that the model has at the start.
     """
 
     def __init__(
         self,
         policy_factory: Callable[[], Model],
-        transport: ProcessTransport,
+        transports: Sequence[ProcessTransport],
         *,
         context: BaseContext,
         startup_timeout: float | None,
         options: Mapping[str, Any],
+        policy_version: int,
     ) -> None:
-        self.transport = transport
+        self.transports = list(transports)
+        self.transport = self.transports[0]
         self.startup_timeout = startup_timeout
         self._factory = policy_factory
         self._options = options
         self._context = context
-        self._lock = threading.Lock()  # guards the attributes below
-        self._begun = self._closed = False
-        self._hotline: Hotline | None = None
+        self._starters: deque[object] = deque()  # the first one is whose start it is
+        self._hotline = Hotline(self._launch, self._decline, self._release)
         self._deliveries: Deliveries | None = None
+        self._page: VersionPage | None = None
+        self._version = policy_version  # where there is no page
 
     def __getstate__(self) -> Any:
         raise TypeError("a ProcessInferenceServer can't be handed to another process; hand it clients")
+
+    # -- start -----------------------------------------------------------------------------------------
 
     def start(self) -> Self:
         """Start the process, and return when it serves.
@@ -71,59 +81,99 @@ class ProcessLife:
         Raises:
             ServerStartError: it can't, or died; the message has its traceback if there is one, or how it ended.
             TimeoutError: it does not serve within ``startup_timeout``; it was killed.
-            RuntimeError: it was started before, or the transport is in use.
-            ServerClosedError: it was shut down meanwhile.
+            RuntimeError: it was started before, or a transport is in use.
+            ServerClosedError: it was shut down, before or meanwhile.
         """
-        hotline = self._launch()
+        starter = object()
         try:
-            hotline.ready.result(self.startup_timeout)
-        except BaseException as error:
-            late = isinstance(error, TimeoutError) and not hotline.ready.done()
-            hotline.close(0.0, drain=False)
-            self._see_the_end(hotline, _PARTING)
-            if late:
-                raise TimeoutError(f"the server does not serve within {self.startup_timeout:g} seconds") from None
+            self._begin(starter)
+            if not self._hotline.ready.wait_done(self.startup_timeout):
+                raise self._late()
+            self._hotline.ready.outcome()
+        except BaseException:
+            if self._is_started_by(starter):
+                self._kill()
+                self._hotline.ended.wait_done(PARTING + _KILLED)
             raise
         return self
 
     async def astart(self) -> Self:
         """Do as :meth:`start`, without blocking the event loop. If it is cancelled, the process is killed."""
-        starting = asyncio.ensure_future(anyio.to_thread.run_sync(self.start))
+        starter = object()
         try:
-            await asyncio.shield(starting)
-        except asyncio.CancelledError:
-            with self._lock:
-                self._closed = True  # also where the thread has not come that far
-            self._close(0.0, drain=False)
-            with anyio.CancelScope(shield=True):
-                await asyncio.wait([starting])
-                starting.cancelled() or starting.exception()
-                await self.aclose(0.0)
+            self._begin(starter)
+            if not await self._hotline.ready.await_done(self.startup_timeout):
+                raise self._late()
+            self._hotline.ready.outcome()
+        except BaseException:
+            if self._is_started_by(starter):
+                self._kill()
+                with anyio.CancelScope(shield=True):
+                    await self._hotline.ended.await_done(PARTING + _KILLED)
             raise
         return self
+
+    def _begin(self, starter: object) -> None:
+        self._hotline.check_process()
+        if not self._starters:
+            if self._hotline.refusal is not None:
+                raise ServerClosedError("the server was shut down before it started; make another server")
+            for transport in self.transports:
+                transport.check_unused()
+        self._starters.append(starter)
+        if not self._is_started_by(starter):
+            raise RuntimeError(
+                "the server was started before, and its transport went with its process; "
+                "make another server, with another transport"
+            )
+        atexit.register(self.shutdown, 1.0)
+        self._hotline.start()
+
+    def _is_started_by(self, starter: object) -> bool:
+        return bool(self._starters) and self._starters[0] is starter
+
+    def _late(self) -> TimeoutError:
+        return TimeoutError(f"the server does not serve within {self.startup_timeout:g} seconds")
+
+    def _kill(self) -> None:
+        self._hotline.close(0.0, drain=False)
+        if not self._hotline.began:
+            self._hotline.end_unlaunched()
+
+    # -- end -------------------------------------------------------------------------------------------
 
     def shutdown(self, timeout: float | None = 5.0, *, drain: bool = False) -> None:
         """Shut the server down as :meth:`InferenceServer.shutdown` does, and end its process. Idempotent.
 
         A process that has not ended two seconds past ``timeout`` is killed; one that has not begun to serve, at once.
-        Nothing happens to a server that was not started.
+        A server that was not started can't start any more: requests that wait for it fail with
+        :class:`ServerClosedError`. In a forked child of the process that made the server nothing happens.
+
+        A signal handler may call it, whatever it interrupts.
 
         Args:
             timeout: seconds to wait for the worker; ``None`` waits for ever.
             drain: serve the pending requests first, as far as ``timeout`` allows; by default they fail with
                 :class:`ServerClosedError` at once.
         """
-        hotline = self._close(timeout, drain=drain)
-        if hotline is not None:
-            self._see_the_end(hotline, None if timeout is None else timeout + _PARTING)
+        if not self._hotline.is_here:
+            return
+        self._hotline.close(timeout, drain=drain)
+        if not self._hotline.began:
+            self._hotline.end_unlaunched()
+        self._hotline.ended.wait_done(None if timeout is None else timeout + PARTING + _KILLED)
 
     async def aclose(self, timeout: float | None = 5.0, *, drain: bool = False) -> None:  # noqa: ASYNC109 - as shutdown
         """Shut down without blocking the event loop; see :meth:`shutdown`.
 
         If it is cancelled, the server shuts down all the same and nobody waits for it.
         """
-        self._close(timeout, drain=drain)  # first: where it is cancelled already, the next line does nothing
-        await anyio.to_thread.run_sync(partial(self.shutdown, timeout, drain=drain))
+        if not self._hotline.is_here:
+            return
+        self._hotline.close(timeout, drain=drain)
+        if not self._hotline.began and not self._hotline.ended.done:
+            threading.Thread(target=self._hotline.end_unlaunched, name="aioinfer-end", daemon=True).start()
+        await self._hotline.ended.await_done(None if timeout is None else timeout + PARTING + _KILLED)
 
     def __enter__(self) -> Self:
         return self.start()
@@ -141,55 +191,52 @@ class ProcessLife:
     ) -> None:
         await self.aclose()
 
-    def _launch(self) -> Hotline:
-        with self._lock:
-            if self._begun:
-                raise RuntimeError(
-                    "the server was started before, and its transport went with its process; "
-                    "make another server, with another transport"
-                )
-            if self._closed:
-                raise ServerClosedError("the start of the server was cancelled")
-            given = self.transport.give_away()
-            self._begun = True
-        ours, theirs = socket.socketpair()
-        wire, queue = Wire(ours), DescriptorQueue()
-        order = Order(self._factory, self._options, given, queue)
-        try:
-            with handed_over(theirs.close, given.close):
-                process = ChildProcess(self._context, run, (theirs, order))
-        except Exception as error:
-            wire.close()
-            raise ServerStartError(
-                f"the server's process could not be started: {type(error).__qualname__}: {error}"
-            ) from error
-        hotline = Hotline(wire, process)
-        with self._lock:
-            self._hotline, self._deliveries = hotline, Deliveries(hotline, queue)
-            closed = self._closed
-        atexit.register(self.shutdown, 1.0)
-        if closed:
-            hotline.close(0.0, drain=False)
-        return hotline
+    # -- on the hotline's thread -----------------------------------------------------------------------
 
-    def _close(self, timeout: float | None, *, drain: bool) -> Hotline | None:
-        with self._lock:
-            self._closed |= self._begun
-            hotline = self._hotline
-        if hotline is not None:
-            hotline.close(timeout, drain=drain)
-        return hotline
+    def _launch(self) -> tuple[Wire, ChildProcess]:
+        inherited = ExitStack()  # what the process takes over; closed here, whether it starts or not
+        with handed_over(inherited.close), ExitStack() as ours:
+            parent, child = socket.socketpair()
+            inherited.callback(child.close)
+            wire = Wire(parent)
+            ours.callback(wire.close)
+            queue = DescriptorQueue()
+            ours.callback(queue.close)
+            page = VersionPage(self._version)
+            given: list[GivenTransport] = []
+            for transport in self.transports:
+                given.append(transport.give_away())
+                inherited.callback(given[-1].close)
+            order = Order(Served(self._factory, self._options, given, queue, page))
+            process = ChildProcess(self._context, run, (child, order))
+            ours.pop_all()
+        self._queue, self._page = queue, page
+        self._deliveries = Deliveries(self._hotline, queue)
+        return wire, process
 
-    def _see_the_end(self, hotline: Hotline, timeout: float | None) -> None:
-        if hotline.wait(timeout):
-            atexit.unregister(self.shutdown)
+    def _decline(self, error: ServerClosedError) -> None:
+        """Fail the requests that wait, and those to come, on transports that were not given to the process."""
+        for transport in self.transports:
+            if transport.is_served:
+                continue
+            try:
+                transport.finish(error)
+            except Exception:
+                _log.exception("callers at %s may not have heard that their server does not start", transport.address)
+
+    def _release(self) -> None:
+        """Free what only a process that runs needs."""
+        atexit.unregister(self.shutdown)
+        if self._page is not None:
+            self._version, self._page = self._page.read(), None
+        if self._deliveries is not None:
+            self._queue.close()
             self._deliveries = None  # and the memory of the weights
 
     def _running(self) -> tuple[Hotline, Deliveries]:
         """The ways to the process; raise why there are none."""
         hotline, deliveries = self._hotline, self._deliveries
-        if hotline is None or not hotline.serves:
-            raise RuntimeError("the server does not run")
         hotline.check()
-        assert deliveries is not None  # until the hotline is closed
+        if deliveries is None:
+            raise PeerDiedError("the server's process is gone")
         return hotline, deliveries

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum
 from multiprocessing.reduction import DupFd, ForkingPickler
-from typing import Any
+from typing import Any, NamedTuple
 
 from aioinfer.devices import Model
 from aioinfer.segments import Segment
 from aioinfer.transports.processes import GivenTransport
 from aioinfer.weight_sync.queues import DescriptorQueue
 
-__all__ = ["FromChild", "FromParent", "Order"]
+__all__ = ["FromChild", "FromParent", "Order", "Served", "VersionPage"]
 
 
 class FromParent(IntEnum):
@@ -26,6 +26,10 @@ class FromParent(IntEnum):
     """The weights lie on the queue."""
     SHUTDOWN = 3
     """It is answered by the end of the process."""
+    PAUSE = 4
+    """It is answered when no forward pass runs any more."""
+    RESUME = 5
+    """End the pause of this number, also one that has not begun."""
 
 
 class FromChild(IntEnum):
@@ -39,26 +43,65 @@ class FromChild(IntEnum):
     """It can't start: the text of a traceback, and the error if there is one that travels."""
 
 
+class VersionPage:
+    """Shared memory that says which weights the process serves. The process writes, its parent reads without asking.
+
+    Args:
+        version: of the weights that the model has at the start.
+    """
+
+    def __init__(self, version: int) -> None:
+        self._map(Segment.create(8))
+        self.write(version)
+
+    def _map(self, segment: Segment) -> None:
+        self._segment = segment
+        self._number = segment.view.cast("q")
+
+    def write(self, version: int) -> None:
+        """Say that weights of this version are served."""
+        self._number[0] = version
+
+    def read(self) -> int:
+        """The version of the weights that are served."""
+        return self._number[0]
+
+    def __getstate__(self) -> Any:
+        return DupFd(self._segment.fd)
+
+    def __setstate__(self, descriptor: Any) -> None:
+        self._map(Segment(descriptor.detach(), 8, b""))
+
+
+class Served(NamedTuple):
+    """What a process serves, and how.
+
+    Attributes:
+        policy_factory: makes the model.
+        options: of the server.
+        transports: what is served.
+        updates: where weights come.
+        version: where the process says which weights it serves.
+    """
+
+    policy_factory: Callable[[], Model]
+    options: Mapping[str, Any]
+    transports: Sequence[GivenTransport]
+    updates: DescriptorQueue
+    version: VersionPage
+
+
 class Order:
-    """What is to be served, and how. It is inherited by fork, or pickles as the process is spawned.
+    """Hands a process what it is to serve. It is inherited by fork, or pickles as the process is spawned.
 
     It is unpickled by the process itself and not on its way there, so that the parent hears what goes wrong.
 
     Args:
-        policy_factory: makes the model.
-        options: of the server.
-        transport: what is served.
-        updates: where weights come.
+        contents: what it hands over.
     """
 
-    def __init__(
-        self,
-        policy_factory: Callable[[], Model],
-        options: Mapping[str, Any],
-        transport: GivenTransport,
-        updates: DescriptorQueue,
-    ) -> None:
-        self._contents: Any = policy_factory, dict(options), transport, updates
+    def __init__(self, contents: Served) -> None:
+        self._contents: Served | None = contents
         self._pickled: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -69,12 +112,13 @@ class Order:
         self._pickled.write(body.getvalue(), 0)
         return {"_contents": None, "_pickled": (DupFd(self._pickled.fd), body.tell())}
 
-    def opened(self) -> tuple[Callable[[], Model], dict[str, Any], GivenTransport, DescriptorQueue]:
+    def opened(self) -> Served:
         """What the order is made of (the process)."""
         if self._contents is None:
             descriptor, size = self._pickled
             self._contents = pickle.loads(Segment(descriptor.detach(), size, b"").read(0, size))
-        return self._contents  # type: ignore[no-any-return]
+        assert self._contents is not None
+        return self._contents
 
 
 class _ByValue(ForkingPickler):

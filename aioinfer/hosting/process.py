@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing import resource_tracker
 from multiprocessing.context import BaseContext
 from typing import Any
@@ -55,6 +55,7 @@ class ChildProcess:
     def __init__(self, context: BaseContext, target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
         method = context.get_start_method()
         self._process: Any = context.Process(target=target, args=arguments, name="aioinfer-server", daemon=True)  # type: ignore[attr-defined]
+        _check_descriptors()
         with _interrupts_wait(method):
             self._process.start()
         self.pid: int = self._process.pid
@@ -80,8 +81,19 @@ class ChildProcess:
         with suppress(ValueError):
             self._process.close()
         if self._descriptor is not None:
-            os.close(self._descriptor)
+            with suppress(
+                OSError
+            ):  # a program that closes all of its descriptors must not keep us from saying how it was
+                os.close(self._descriptor)
         return code
+
+
+def _check_descriptors() -> None:
+    """Raise :class:`OSError` if few are left: a start that finds one for the first of its pipes only leaves it open."""
+    with ExitStack() as spare:
+        for _ in range(3):
+            for descriptor in os.pipe():
+                spare.callback(os.close, descriptor)
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from typing import Any, Self, TypeVar
 import torch
 from anyio.from_thread import start_blocking_portal
 from tensordict import TensorDict, TensorDictBase
+from tensordict.utils import NestedKey
+from torch import Tensor
 
 from aioinfer.errors import InferenceError
 from aioinfer.server import InferenceServer
@@ -76,7 +78,10 @@ def raises(kind: type[E], action: Callable[[], Any]) -> E:
         outcome = action()
     except kind as error:
         return error
-    raise AssertionError(f"expected {kind.__name__}, got {outcome!r}")
+    except Exception as error:
+        raise AssertionError(f"expected the call to raise {kind.__name__}, but it raised {error!r}") from error
+    how = "it returned the error as its reply" if isinstance(outcome, BaseException) else "it returned"
+    raise AssertionError(f"expected the call to raise {kind.__name__}, but {how}: {outcome!r}")
 
 
 def expect_error(kind: type[E], reply: Future[TensorDictBase]) -> E:
@@ -89,21 +94,35 @@ class GatedModel:
 
     Args:
         model: what to compute behind the gate.
+        key: the entry to remember, which may be nested; ``None`` takes the first tensor of the batch.
     """
 
-    def __init__(self, model: Callable[[TensorDictBase], TensorDictBase] = double) -> None:
+    def __init__(
+        self, model: Callable[[TensorDictBase], TensorDictBase] = double, *, key: NestedKey | None = None
+    ) -> None:
         self._model = model
+        self._key = key
         self._gate = threading.Event()
         self.entered = threading.Event()
         """Set as soon as a batch stands at the gate."""
         self.batches: list[list[float]] = []
-        """For each forward pass the first element of each row's ``observation``."""
+        """For each forward pass, the first element of each row of the entry."""
 
     def __call__(self, td: TensorDictBase) -> TensorDictBase:
-        self.batches.append(td["observation"].flatten(1)[:, 0].tolist())
+        rows = self._entry(td)
+        self.batches.append(rows.reshape(rows.shape[0], -1)[:, 0].tolist())
         self.entered.set()
         assert self._gate.wait(HANG), "nobody opened the gate"
         return self._model(td)
+
+    def _entry(self, td: TensorDictBase) -> Tensor:
+        if self._key is not None:
+            entry: Tensor = td[self._key]
+            return entry
+        for leaf in td.values(include_nested=True, leaves_only=True):
+            if isinstance(leaf, Tensor):
+                return leaf
+        raise ValueError(f"the batch has no tensor to remember, only the entries {sorted(td.keys())}")
 
     def open(self) -> None:
         """Let every batch pass from now on."""
@@ -111,7 +130,7 @@ class GatedModel:
 
     @property
     def seen(self) -> set[float]:
-        """Every value that reached the model."""
+        """All that is in :attr:`batches`: of each request that reached the model, one element."""
         return {value for batch in self.batches for value in batch}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 
 import torch
@@ -12,11 +11,17 @@ from aioinfer.errors import InvalidRequestError, ServerClosedError, ServerOverlo
 from aioinfer.stats import StatsRecorder
 from aioinfer.tensors import RequestSpec
 
-__all__ = ["Admission"]
+__all__ = ["REFUSALS", "Admission"]
+
+REFUSALS = (ServerClosedError, ServerPausedError, ServerOverloadedError)
+"""What a server says to a request that is in order; it reaches the caller of ``submit`` through the future."""
 
 
 class Admission:
     """What a server takes: checked in the caller's thread, before a request can meet another one.
+
+    Any thread. There is no lock: ``closed`` and ``refusals`` are each changed in one step, and whoever derives
+    something from them looks again after it has said so.
 
     Args:
         request_spec: an example of a request; ``None`` takes any layout without batch dimension.
@@ -32,7 +37,9 @@ class Admission:
         stats: StatsRecorder | None = None,
         version_key: str | None = None,
     ) -> None:
-        if max_pending is not None and (not isinstance(max_pending, int) or max_pending < 1):
+        if max_pending is not None and (
+            not isinstance(max_pending, int) or isinstance(max_pending, bool) or max_pending < 1
+        ):
             raise ValueError(f"max_pending must be an integer of at least 1, or None, got {max_pending!r}")
         self.spec = None if request_spec is None else RequestSpec(request_spec)
         self.batch_size = torch.Size([]) if self.spec is None else self.spec.batch_size
@@ -42,54 +49,62 @@ class Admission:
         self.serving = False
         self.superseded = False
         self.closed: ServerClosedError | None = None
-        self._lock = threading.Lock()  # guards what `open` is made of
-        self._refusing = 0
+        self.refusals: set[object] = set()
+        """Pauses during which requests are refused."""
+        self.unchecked = self.spec is None and max_pending is None
+        """Whether a TensorDict of the right batch size needs no check but that requests are taken at all."""
         self._watchers: list[Callable[[], None]] = []
-        self.open = False
-        """Whether a TensorDict of the right batch size needs no further check."""
-        self._look()
 
     def close(self, error: ServerClosedError) -> None:
         """Refuse every request from now on."""
-        with self._lock:
-            self.closed = error
-            self._look()
+        self.closed = error
+        self._tell()
 
-    def refuse(self) -> None:
-        """Refuse every request until :meth:`accept` was called as often."""
-        with self._lock:
-            self._refusing += 1
-            self._look()
+    def refuse(self, pause: object) -> None:
+        """Refuse every request until :meth:`accept` was called for each pause that was given."""
+        self.refusals.add(pause)
+        self._tell()
 
-    def accept(self) -> None:
-        """Undo a :meth:`refuse`."""
-        with self._lock:
-            self._refusing -= 1
-            self._look()
+    def accept(self, pause: object) -> None:
+        """Undo a :meth:`refuse`; idempotent."""
+        self.refusals.discard(pause)
+        self._tell()
 
     @property
     def refusing(self) -> bool:
         """Whether requests are refused until an :meth:`accept`."""
-        return self._refusing > 0
+        return bool(self.refusals)
 
     def watch(self, watcher: Callable[[], None]) -> None:
         """Call ``watcher`` now, and whenever requests are refused from then on, or taken again."""
-        with self._lock:
-            self._watchers.append(watcher)
-            watcher()
+        self._watchers.append(watcher)
+        watcher()
 
-    def _look(self) -> None:
-        self.open = self.spec is None and self.max_pending is None and self.closed is None and not self._refusing
+    def _tell(self) -> None:
         for watcher in self._watchers:
             watcher()
 
-    def hand_over(self, successor: Admission) -> None:
-        """Give way to another server's terms; raise :class:`RuntimeError` while this server runs."""
+    def check_hand_over(self, successor: Admission) -> None:
+        """Raise :class:`RuntimeError` while this server runs and ``successor`` is another one's."""
         if self.serving and successor is not self:
             raise RuntimeError(
                 "the transport has a running server already; shut it down first, or make a second transport"
             )
+
+    def hand_over(self, successor: Admission) -> None:
+        """Give way to another server's terms; raise :class:`RuntimeError` while this server runs."""
+        self.check_hand_over(successor)
         self.superseded = successor is not self
+
+    def leave_to_parent(self) -> None:
+        """In a forked child: the server is in the parent, and so is all that hears of its end."""
+        self._watchers.clear()
+        if self.serving:
+            self.serving = False
+            self.closed = ServerClosedError(
+                "the server is in the process from which this one was forked; hand this process a client of an "
+                "MPTransport or of a ProcessSlotTransport"
+            )
 
     def check(self, td: TensorDictBase) -> None:
         """Let a request through, or count it as rejected and raise.
@@ -101,7 +116,7 @@ class Admission:
         """
         if self.closed is not None:
             raise own_error(self.closed)
-        if self._refusing:
+        if self.refusals:
             raise self.paused()
         self.check_layout(td)
 

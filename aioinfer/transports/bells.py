@@ -33,10 +33,11 @@ class LockBell:
         self._lock.acquire()
 
     def ring(self) -> None:
-        try:
-            self._lock.release()
-        except RuntimeError:  # it is ringing already
-            pass
+        if self._lock.locked():
+            try:
+                self._lock.release()
+            except RuntimeError:  # another thread was quicker
+                pass
 
     def wait(self, timeout: float | None) -> bool:
         return self._lock.acquire(timeout=-1 if timeout is None else min(max(timeout, 0), threading.TIMEOUT_MAX))
@@ -62,7 +63,7 @@ class _EventBell:
     def wait(self, timeout: float | None) -> bool:
         if timeout is not None and not self._poll.poll(min(math.ceil(max(timeout, 0) * 1000), 2**31 - 1)):
             return False
-        os.eventfd_read(self._fd)
+        os.read(self._fd, 8)  # not os.eventfd_read, which raises InterruptedError after a signal
         return True
 
     def __del__(self) -> None:

@@ -4,28 +4,36 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import logging
 import threading
+import time
+from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from tensordict import TensorDictBase
 
-from aioinfer.client import AsyncInferenceClient, InferenceClient
+from aioinfer.client import CLOSED, AsyncInferenceClient, InferenceClient
 from aioinfer.errors import ServerClosedError, own_error
 from aioinfer.interaction import caller_mode, stamp
-from aioinfer.transports.admission import Admission
-from aioinfer.transports.room import RoomQueue
+from aioinfer.transports.admission import REFUSALS, Admission
+from aioinfer.transports.futures import Future
+from aioinfer.transports.room import RoomQueue, seconds_left
 
 __all__ = ["BridgedAsyncClient", "BridgedClient", "OpenRequests"]
 
 Submit = Callable[[TensorDictBase], "concurrent.futures.Future[TensorDictBase]"]
+
+_log = logging.getLogger("aioinfer")
 
 
 class OpenRequests:
     """Knows which requests have no answer yet, so that none is left behind when the server closes.
 
     Any thread. A request that slips into the transport while the server closes is failed either by
-    ``fail_all``, which finds it here, or by ``submit``, which finds the server closed.
+    ``fail_all``, which finds it here, or by ``submit``, which finds the server closed. ``_lock`` guards the count of
+    requests on their way into the transport; the model thread never waits for it.
     """
 
     def __init__(self) -> None:
@@ -33,9 +41,9 @@ class OpenRequests:
         self.room = RoomQueue(self._full)
         self._futures: set[concurrent.futures.Future[TensorDictBase]] = set()
         self._closed: ServerClosedError | None = None
-        self._lock = threading.Lock()  # guards the counts
+        self._lock = threading.RLock()
         self._submitting = 0
-        self._claimed = 0
+        self._claimed: deque[None] = deque()  # an element for each; a count could not be changed in one step
 
     def open(self, admission: Admission) -> None:
         """Take requests under the terms of ``admission``, which must not be those of a second running server."""
@@ -46,10 +54,10 @@ class OpenRequests:
     @property
     def pending(self) -> int:
         """How many requests wait; a request that its caller gave up in its forward pass counts for one less."""
-        return max(0, len(self._futures) - self._claimed)
+        return max(0, len(self._futures) - len(self._claimed))
 
     def submit(self, submit: Submit, td: TensorDictBase) -> concurrent.futures.Future[TensorDictBase]:
-        """Check a request, count it against ``max_pending``, and submit it."""
+        """Check a request, count it against ``max_pending``, and submit it; raise what refuses it."""
         self.admission.check(td)
         with self._lock:
             full = self._full()
@@ -59,9 +67,13 @@ class OpenRequests:
         try:
             future = submit(stamp(td, caller_mode()))
             self._futures.add(future)
-        finally:
+        except BaseException:
             with self._lock:
                 self._submitting -= 1
+            self.room.announce(1)
+            raise
+        with self._lock:
+            self._submitting -= 1
         future.add_done_callback(self._on_done)
         if self._closed is not None:
             _fail(future, self._closed)
@@ -78,14 +90,13 @@ class OpenRequests:
 
     def claim(self, count: int) -> None:
         """The server took ``count`` requests to compute them."""
-        with self._lock:
-            self._claimed += count
+        self._claimed.extend([None] * count)
         self.room.announce(count)
 
     def settle(self, count: int) -> None:
         """The server answered ``count`` requests that it had taken."""
-        with self._lock:
-            self._claimed -= count
+        for _ in range(min(count, len(self._claimed))):
+            self._claimed.pop()
 
     def close(self, error: ServerClosedError) -> None:
         """Refuse what comes from now on."""
@@ -106,13 +117,15 @@ class OpenRequests:
 
 def _fail(future: Any, error: ServerClosedError) -> None:
     """End a future; one that only behaves as a standard future can at least be cancelled."""
-    if isinstance(future, concurrent.futures.Future):
-        try:
+    try:
+        if isinstance(future, concurrent.futures.Future):
             future.set_exception(own_error(error))
-        except concurrent.futures.InvalidStateError:  # it was settled meanwhile
-            pass
-    else:
-        future.cancel()
+        else:
+            future.cancel()
+    except concurrent.futures.InvalidStateError:  # it was settled meanwhile
+        pass
+    except BaseException:  # of a callback, or of a foreign future: the others are to end all the same
+        _log.exception("the future of a request could not be ended")
 
 
 class BridgedClient(InferenceClient):
@@ -122,21 +135,28 @@ class BridgedClient(InferenceClient):
         self._submit = submit
         self._open = open_requests
 
-    def submit(self, td: TensorDictBase) -> concurrent.futures.Future[TensorDictBase]:
-        return self._open.submit(self._submit, td)
+    def close(self) -> None:
+        self._open = CLOSED
 
-    def _call(self, td: TensorDictBase, timeout: float | None) -> TensorDictBase:
-        future = self.submit(td)
+    def submit(self, td: TensorDictBase) -> concurrent.futures.Future[TensorDictBase]:
         try:
-            return future.result(timeout)
+            return self._open.submit(self._submit, td)
+        except REFUSALS as error:
+            refused: Future[TensorDictBase] = Future()
+            refused.set_exception(error.with_traceback(None))
+            return refused
+
+    def __call__(self, td: TensorDictBase, timeout: float | None = None, *, wait: bool = False) -> TensorDictBase:
+        requests, put = self._open, partial(self._open.submit, self._submit, td)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        future = requests.room.put(put, deadline) if wait else put()
+        try:
+            return future.result(seconds_left(deadline))
         except concurrent.futures.CancelledError:
-            raise self._open.closed_error() or concurrent.futures.CancelledError from None
+            raise requests.closed_error() or concurrent.futures.CancelledError from None
         except BaseException:
             future.cancel()  # nothing happens if it is the future that raised
             raise
-
-    def __call__(self, td: TensorDictBase, timeout: float | None = None, *, wait: bool = False) -> TensorDictBase:
-        return self._open.room.call(self._call, td, timeout) if wait else self._call(td, timeout)
 
 
 class BridgedAsyncClient(AsyncInferenceClient):
@@ -146,15 +166,26 @@ class BridgedAsyncClient(AsyncInferenceClient):
         self._submit = submit
         self._open = open_requests
 
+    def close(self) -> None:
+        self._open = CLOSED
+
     def submit(self, td: TensorDictBase) -> asyncio.Future[TensorDictBase]:
-        loop = asyncio.get_running_loop()
-        there = self._open.submit(self._submit, td)
+        try:
+            return self._put(td)
+        except REFUSALS as error:
+            refused: asyncio.Future[TensorDictBase] = asyncio.get_running_loop().create_future()
+            refused.set_exception(error.with_traceback(None))
+            return refused
+
+    def _put(self, td: TensorDictBase) -> asyncio.Future[TensorDictBase]:
+        loop, requests = asyncio.get_running_loop(), self._open
+        there = requests.submit(self._submit, td)
         here: asyncio.Future[TensorDictBase] = loop.create_future()
 
         def settle() -> None:
             if here.done():
                 return
-            error = self._open.closed_error() if there.cancelled() else there.exception()
+            error = requests.closed_error() if there.cancelled() else there.exception()
             if error is None and there.cancelled():
                 here.cancel()
             elif error is not None:
@@ -176,5 +207,8 @@ class BridgedAsyncClient(AsyncInferenceClient):
         here.add_done_callback(on_done_here)
         return here
 
-    async def __call__(self, td: TensorDictBase, *, wait: bool = False) -> TensorDictBase:
-        return await (self._open.room.async_call(self.submit, td) if wait else self.submit(td))
+    async def __call__(self, td: TensorDictBase, timeout: float | None = None, *, wait: bool = False) -> TensorDictBase:  # noqa: ASYNC109
+        if timeout is not None:
+            async with asyncio.timeout(timeout):
+                return await self(td, wait=wait)
+        return await (await self._open.room.async_put(partial(self._put, td)) if wait else self._put(td))

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
-from concurrent.futures import Future
-from typing import Any
 
 from tensordict import TensorDictBase
 
-from aioinfer.client import AsyncInferenceClient, InferenceClient
 from aioinfer.errors import ServerClosedError
 from aioinfer.transports.admission import Admission
-from aioinfer.transports.base import InferenceTransport
+from aioinfer.transports.base import InferenceTransport, ServedTransport
 from aioinfer.transports.pending import PendingQueue
 from aioinfer.transports.poller import Poller
 from aioinfer.transports.processes import ProcessTransport, watch
@@ -21,11 +19,11 @@ from aioinfer.transports.requests import Request, answer
 __all__ = ["JoinedTransport"]
 
 
-class JoinedTransport(InferenceTransport):
+class JoinedTransport(ServedTransport):
     """What ``InferenceServer(model, [a, b])`` makes of its transports: one that is all of them.
 
     The model thread waits for all of them at once, and takes what has waited longest, so that requests of one batch
-    may have come by unlike ways. Clients are made by the transports; here, by the first.
+    may have come by unlike ways. ``max_pending`` bounds all of them together.
 
     Args:
         transports: those of this package; each belongs to one server.
@@ -36,68 +34,53 @@ class JoinedTransport(InferenceTransport):
     """
 
     def __init__(self, transports: Sequence[InferenceTransport]) -> None:
-        if not transports or len(set(transports)) < len(transports):
+        if not transports or len(set(map(id, transports))) < len(transports):
             raise ValueError("expected at least one transport, and none twice")
-        self.transports: list[QueuedTransport] = []
+        self._transports: list[QueuedTransport] = []
         for transport in transports:
+            if not isinstance(transport, InferenceTransport):
+                raise TypeError(f"transport must be an InferenceTransport, got {type(transport).__qualname__}")
             if not isinstance(transport, QueuedTransport):
-                raise TypeError(f"a {type(transport).__qualname__} can't share a server with other transports")
-            self.transports.append(transport)
-        self._family: list[PendingQueue] = []
+                raise TypeError(
+                    f"a {type(transport).__qualname__} can't share a server with other transports: its five verbs "
+                    "can't be waited for beside others; give it a server of its own"
+                )
+            self._transports.append(transport)
+        self._family = [transport._queue for transport in self._transports]
         self._poller = Poller()
-        self._join()
 
-    def _join(self) -> None:
-        self._family.clear()
-        for transport in self.transports:
-            transport.join(self._family, self._poller)
-
-    def client(self) -> InferenceClient:
-        """Make a blocking client of the first transport."""
-        return self.transports[0].client()
-
-    def async_client(self) -> AsyncInferenceClient:
-        """Make an awaitable client of the first transport."""
-        return self.transports[0].async_client()
-
-    # -- the five verbs --------------------------------------------------------------------------------
-
-    def submit(self, td: TensorDictBase) -> Future[TensorDictBase]:
-        return self.transports[0].submit(td)
-
-    def wait_for_work(self, timeout: float) -> None:
-        self.wait_for_pending(1, 1, timeout)
-
-    def drain(self, max_items: int) -> tuple[list[TensorDictBase], list[Any]]:
-        requests = self.take(max_items)
-        return [request.td for request in requests], requests
-
-    def resolve(self, callback: Request, result: TensorDictBase) -> None:
-        self.transports[0].resolve(callback, result)
-
-    def resolve_exception(self, callback: Request, exc: BaseException) -> None:
-        self.transports[0].resolve_exception(callback, exc)
-
-    # -- batch-wise verbs ------------------------------------------------------------------------------
+    def check_open(self, admission: Admission) -> None:
+        for transport in self._transports:
+            transport.check_open(admission)
 
     def open(self, admission: Admission) -> None:
-        for transport in self.transports:
-            transport.open(admission)
-        self._join()  # again: who served one of them alone meanwhile has undone it
+        self.check_open(admission)
+        opened: list[QueuedTransport] = []
+        try:
+            for transport in self._transports:
+                transport.open(admission)
+                opened.append(transport)
+        except BaseException:  # its address is taken, say
+            for transport in opened:
+                transport.close(ServerClosedError("the server could not open all of its transports"))
+            raise
+        lock = threading.RLock()
+        for transport in self._transports:  # last, when nothing can fail any more
+            transport.join(self._family, self._poller, lock)
 
     def close(self, error: ServerClosedError) -> None:
-        for transport in self.transports:
+        for transport in self._transports:
             transport.close(error)
 
     def finish(self, error: ServerClosedError) -> None:
-        for transport in self.transports:
+        for transport in self._transports:
             transport.finish(error)
 
     def wake(self) -> None:
-        self.transports[0].wake()
+        self._transports[0].wake()
 
     async def attend(self) -> None:
-        processes = [transport for transport in self.transports if isinstance(transport, ProcessTransport)]
+        processes = [transport for transport in self._transports if isinstance(transport, ProcessTransport)]
         pollers = set().union(*[transport.pollers() for transport in processes])
 
         def look() -> None:
@@ -107,11 +90,11 @@ class JoinedTransport(InferenceTransport):
         await watch(pollers, look)
 
     def callers(self) -> int | None:
-        counts = [transport.callers() for transport in self.transports]
+        counts = [transport.callers() for transport in self._transports]
         return None if None in counts else sum(count for count in counts if count is not None)
 
     def pending(self) -> int:
-        return sum(transport.pending() for transport in self.transports)
+        return sum(transport.pending() for transport in self._transports)
 
     def wait_for_pending(self, at_least: int, enough: int, timeout: float | None) -> int:
         if self.waited():  # it may not block, and so not look itself for what was cancelled meanwhile
@@ -119,7 +102,7 @@ class JoinedTransport(InferenceTransport):
         return self._family[0].wait(at_least, enough, timeout)
 
     def waited(self) -> float:
-        return max(transport.waited() for transport in self.transports)
+        return max(transport.waited() for transport in self._transports)
 
     def take(self, max_items: int) -> list[Request]:
         taken: list[Request] = []

@@ -1,6 +1,7 @@
 """How replies travel back inside one process: to the tasks of an event loop, and to futures.
 
 For threads that block see ``sleepers``. The model thread calls ``deliver`` and ``fail``, once per batch and outlet.
+They settle every receiver that is not settled yet, and raise nothing.
 """
 
 from __future__ import annotations
@@ -8,20 +9,17 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from typing import Any, Protocol
 
 from tensordict import TensorDictBase
+
+from aioinfer.transports.futures import Future
 
 __all__ = ["FUTURES", "LoopOutlet", "Outlet", "Receiver"]
 
 
 class Receiver(Protocol):
     """Where one reply goes."""
-
-    def cancelled(self) -> bool:
-        """Whether nobody waits for the reply any more."""
-        ...
 
     def done(self) -> bool:
         """Whether the reply is there, or nobody waits for it any more."""
@@ -45,20 +43,18 @@ class Outlet(Protocol):
 
 
 class _Futures:
-    """For ``client.submit`` from threads: futures of ``concurrent.futures``."""
+    """For ``client.submit`` from threads."""
 
     def deliver(self, receivers: Sequence[Future[TensorDictBase]], replies: Sequence[TensorDictBase]) -> None:
         for future, reply in zip(receivers, replies, strict=True):
-            if future.set_running_or_notify_cancel():
-                future.set_result(reply)
+            future.settle(reply, None)
 
     def fail(self, receivers: Sequence[Future[TensorDictBase]], errors: Sequence[Exception]) -> None:
         for future, error in zip(receivers, errors, strict=True):
-            if future.set_running_or_notify_cancel():
-                future.set_exception(error)
+            future.settle(None, error)
 
     def drop(self, receiver: Future[TensorDictBase]) -> None:
-        receiver.set_running_or_notify_cancel()  # wakes whoever sits in concurrent.futures.wait
+        pass
 
 
 FUTURES = _Futures()
@@ -95,8 +91,8 @@ class LoopOutlet:
     def ring_at_end_of_tick(self) -> None:
         """Ring once, when every task that this tick wakes has run."""
         if not self._ringing:
-            self._ringing = True
             self.loop.call_soon(self._end_of_tick)
+            self._ringing = True  # afterwards: an interrupted task must not keep those to come from being heard
 
     def _end_of_tick(self) -> None:
         self._ringing = False
@@ -119,13 +115,22 @@ class LoopOutlet:
             self._awake()
 
     def _settle(
-        self, settle: Callable[..., None], futures: Sequence[asyncio.Future[Any]], outcomes: Sequence[Any]
+        self,
+        settle: Callable[..., None],
+        futures: Sequence[asyncio.Future[Any]],
+        outcomes: Sequence[Any],
+        interrupted: bool = False,
     ) -> None:
-        for future, outcome in zip(futures, outcomes, strict=True):
-            if not future.done():
-                settle(future, outcome)
-        self._ringing = True  # by _delivered, which comes after the tasks that were woken just now
-        self.loop.call_soon(self._delivered)
+        try:
+            for future, outcome in zip(futures, outcomes, strict=True):
+                if not future.done():
+                    settle(future, outcome)
+            self.loop.call_soon(self._delivered)
+            self._ringing = True  # by _delivered, which comes after the tasks that were woken just now
+        except BaseException:
+            if not interrupted:  # by a signal handler: the others get their replies all the same
+                self.loop.call_soon(self._settle, settle, futures, outcomes, True)
+            raise
 
     def _delivered(self) -> None:
         self._awake()

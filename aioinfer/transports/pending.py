@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
+from itertools import repeat, starmap
 from typing import Any
 
 from tensordict import TensorDict, TensorDictBase
 
-from aioinfer.errors import InferenceError, ServerClosedError, own_error
+from aioinfer.errors import ServerClosedError, own_error
 from aioinfer.interaction import caller_mode
 from aioinfer.transports.admission import Admission
 from aioinfer.transports.bells import Bell, LockBell
 from aioinfer.transports.outlets import Outlet
 from aioinfer.transports.requests import Request, answer
-from aioinfer.transports.room import RoomQueue
+from aioinfer.transports.room import RoomQueue, seconds_left
 from aioinfer.transports.sleepers import Sleepers
 
 __all__ = ["PendingQueue"]
@@ -25,6 +29,8 @@ __all__ = ["PendingQueue"]
 # has run for the one time, or until the other has passed. 64 threads take 0.4 to 1 ms on two cores.
 _HOLD_BACK = 0.001
 _MOST_HOLD_BACK = 0.005
+# Seconds after which a model thread that waits for the lock looks whether the server has ended.
+_LOCK_PATIENCE = 0.05
 
 
 class PendingQueue:
@@ -35,9 +41,10 @@ class PendingQueue:
     Several queues can share one model thread: a family. What is said of "pending" below is said of all of them.
 
     Any thread: ``put``, ``admit``, ``ring``, ``wake``, ``room``, ``open``, ``close``, ``len``.
-    Model thread only: ``wait``, ``take``, ``waited``. ``_requests`` is appended to without a lock, which
-    a deque allows; whoever removes requests, or counts them against the bound, holds ``_lock``, and
-    whoever removes a request settles it.
+    Model thread only: ``wait``, ``take``, ``waited``. Requests are appended and removed without a lock, which a deque
+    allows; whoever removes a request settles it. Whoever counts requests against the bound holds ``_lock``, which the
+    family shares; the model thread never waits for it, since an interrupted caller may hold it for as long as a
+    signal handler runs.
     """
 
     def __init__(self) -> None:
@@ -45,23 +52,32 @@ class PendingQueue:
         self.bell: Bell = LockBell()
         self._requests: deque[Request] = deque()
         self._patient: deque[Request] = deque()  # those of other processes that wait for room
-        self._family: Sequence[PendingQueue] = (self,)
         self._closed: ServerClosedError | None = None
-        self._wanted = self._enough = 0  # what the model thread sleeps for, see wait; 0: it does not sleep
-        self._lock = threading.Lock()
+        self._wanted = self._enough = 0  # model thread: what it sleeps for, see wait; 0: it does not sleep
         self.room = RoomQueue(self._full)
         self.waking: list[bool] = []
         self.sleepers = Sleepers(self.waking, self.ring)
+        self.leave(self.bell)
+        _queues.add(self)
 
-    def join(self, family: Sequence[PendingQueue], bell: Bell) -> None:
-        """Share the model thread with the others of ``family``, which ``bell`` wakes; before it waits."""
+    def join(self, family: Sequence[PendingQueue], bell: Bell, lock: threading.RLock) -> None:
+        """Share the model thread, which ``bell`` wakes, and the bound with the others of ``family``."""
         self._family = family
         self.bell = bell
+        self._lock = lock
 
     def leave(self, bell: Bell) -> None:
         """Have a model thread of its own."""
-        self._family = (self,)
-        self.bell = bell
+        self.join((self,), bell, threading.RLock())
+
+    def leave_to_parent(self) -> None:
+        """In a forked child: the requests and the model thread are the parent's."""
+        self._requests.clear()
+        self._patient.clear()
+        self.waking.clear()
+        self.admission.leave_to_parent()
+        self._closed = self.admission.closed
+        self.leave(LockBell() if isinstance(self.bell, LockBell) else self.bell)
 
     def _count(self) -> int:
         if len(self._family) == 1:
@@ -69,26 +85,50 @@ class PendingQueue:
         return sum([len(queue._requests) for queue in self._family])
 
     def __len__(self) -> int:
-        return sum(not request.receiver.cancelled() for request in tuple(self._requests))
+        return sum(not request.receiver.done() for request in tuple(self._requests))
 
     # -- callers ---------------------------------------------------------------------------------------
 
     def put(self, td: TensorDictBase, receiver: Any, outlet: Outlet) -> None:
-        """Check a request and append it; wakes nobody, see :meth:`ring`."""
+        """Check a request and append it; wakes nobody, see :meth:`ring`.
+
+        Raises:
+            InferenceError: it is refused.
+        """
         admission = self.admission
         request = Request(td, receiver, outlet, time.perf_counter(), caller_mode())
-        if admission.open and type(td) is TensorDict and td.batch_size == admission.batch_size:
+        if (
+            admission.unchecked
+            and admission.closed is None
+            and not admission.refusals
+            and type(td) is TensorDict
+            and td.batch_size == admission.batch_size
+        ):
             self._requests.append(request)
         else:
             admission.check(td)
-            self._put_bounded(request)
+            if not self._put_bounded(request):
+                raise admission.overloaded()
         if self._closed is not None:  # closed since the check: whoever pops the request fails it
             self._fail_all(self._closed)
 
+    def put_when_room(self, td: TensorDictBase, receiver: Any, outlet: Outlet, timeout: float | None) -> float | None:
+        """Do as :meth:`put`, but wait up to ``timeout`` seconds for room; return how many of them are left.
+
+        Raises:
+            TimeoutError: there was no room.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        self.room.put(partial(self.put, td, receiver, outlet), deadline)
+        return seconds_left(deadline)
+
     def admit_all(self, requests: Sequence[Request]) -> None:
         """Do as :meth:`admit` with several."""
-        if self.admission.open and self._closed is None:
+        admission = self.admission
+        if admission.unchecked and admission.closed is None and not admission.refusals and self._closed is None:
             self._requests.extend(requests)
+            if self._closed is not None:
+                self._fail_all(self._closed)
         else:
             for request in requests:
                 self.admit(request)
@@ -101,44 +141,63 @@ class PendingQueue:
             patient: wait for room where there is none.
         """
         admission = self.admission
-        try:
-            if self._closed is not None:
-                raise own_error(self._closed)
-            if admission.refusing:
-                raise admission.paused()
-            if patient and self._full():
-                self._patient.append(request)
-            else:
-                self._put_bounded(request)
-        except InferenceError as error:
-            answer([request], [error], failed=True)
+        if self._closed is not None:
+            answer([request], [own_error(self._closed)], failed=True)
+        elif admission.refusals:
+            answer([request], [admission.paused()], failed=True)
+        elif not self._put_bounded(request, patient=patient):
+            answer([request], [admission.overloaded()], failed=True)
+        elif self._closed is not None:
+            self._fail_all(self._closed)
 
-    def _admit_patient(self) -> None:
-        while self._patient and not self._full():
-            request = self._patient.popleft()
-            if request.receiver.cancelled():
-                self._drop([request])
-            else:
-                self.admit(request, patient=True)
-
-    def _put_bounded(self, request: Request) -> None:
-        dropped: list[Request] = []
+    def _put_bounded(self, request: Request, *, patient: bool = False) -> bool:
+        """Append a request if there is room, or, if ``patient``, to those that wait for room; say whether it was."""
+        if self.admission.max_pending is None:
+            self._requests.append(request)
+            return True
         with self._lock:
             if self._full():
-                dropped = self._pop_cancelled()
+                for queue in self._family:
+                    queue._remove_cancelled()
             full = self._full()
             if not full:
                 self._requests.append(request)
-        self._drop(dropped)
-        if full:
-            raise self.admission.overloaded()
+            elif patient:
+                self._patient.append(request)
+                self._move_patient()  # the model thread may have made room, and seen nobody who waits for it
+        return patient or not full
 
-    def _pop_cancelled(self) -> list[Request]:
-        """Under the lock: take cancelled requests out, keep the order of the others."""
-        queued = [self._requests.popleft() for _ in range(len(self._requests))]
-        dropped, live = _partition(queued)
-        self._requests.extend(live)
-        return dropped
+    def _remove_cancelled(self) -> None:
+        for request in tuple(self._requests):
+            if request.receiver.done():
+                try:
+                    self._requests.remove(request)
+                except ValueError:  # the model thread has taken it
+                    continue
+                self._drop([request])
+
+    def _admit_patient(self) -> None:
+        """Model thread: let requests become pending that have waited for room, as far as there is some."""
+        while not self._lock.acquire(timeout=_LOCK_PATIENCE):
+            if self._closed is not None:  # whoever holds the lock may wait for the model thread to end
+                return
+        try:
+            self._move_patient()
+        finally:
+            self._lock.release()
+
+    def _move_patient(self) -> None:
+        """Under the lock."""
+        while self._patient and not self._full():
+            for request in _pop(self._patient, 1):  # none, if the queue is closed meanwhile
+                if request.receiver.done():
+                    self._drop([request])
+                elif self.admission.refusals:
+                    answer([request], [self.admission.paused()], failed=True)
+                else:
+                    self._requests.append(request)
+                    if self._closed is not None:
+                        self._fail_all(self._closed)
 
     def ring(self) -> None:
         """Wake the model thread if it sleeps and what it waits for is there."""
@@ -147,7 +206,6 @@ class PendingQueue:
 
     def wake(self) -> None:
         """Make the running ``wait``, or else the next one, return."""
-        self._wanted = 0
         self.bell.ring()
 
     def _full(self) -> bool:
@@ -175,6 +233,8 @@ class PendingQueue:
         if timeout != 0 and pending < enough and self._waking():
             self._hold_back(_MOST_HOLD_BACK if timeout is None else min(timeout, _MOST_HOLD_BACK))
         elif pending < at_least:
+            for queue in family:
+                queue.sleepers.wake_all()  # nobody is on the way who would
             self.bell.wait(timeout)
         for queue in family:
             queue._wanted = 0
@@ -208,23 +268,20 @@ class PendingQueue:
 
     def take(self, max_items: int) -> list[Request]:
         """Claim up to ``max_items`` requests; those whose callers went away are dropped and don't count."""
-        requests = self._requests
         taken: list[Request] = []
-        dropped: list[Request] = []
-        with self._lock:
-            while requests and len(taken) < max_items:
-                some = [requests.popleft() for _ in range(min(max_items - len(taken), len(requests)))]
-                if any([request.receiver.cancelled() for request in some]):  # noqa: C419 - faster, and all are false
-                    gone, some = _partition(some)
-                    dropped += gone
-                taken += some
-        if dropped:
-            self._drop(dropped)
+        dropped = 0
+        while self._requests and (room := max_items - len(taken)) > 0:
+            some = _pop(self._requests, room)
+            if any([request.receiver.done() for request in some]):  # noqa: C419 - faster, and all are false
+                gone, some = _partition(some)
+                dropped += len(gone)
+                self._drop(gone)
+            taken += some
         for queue in self._family:
             if queue._patient:
                 queue._admit_patient()
             if queue.room:
-                queue.room.announce(len(taken) + len(dropped))
+                queue.room.announce(len(taken) + dropped)
         return taken
 
     def _drop(self, requests: Sequence[Request]) -> None:
@@ -247,20 +304,40 @@ class PendingQueue:
         self._closed = error
         self._fail_all(error)
         self.room.announce()
+        self.sleepers.wake_all()
 
     def _fail_all(self, error: ServerClosedError) -> None:
-        with self._lock:
-            queued = [queue.popleft() for queue in (self._requests, self._patient) for _ in range(len(queue))]
-        dropped, live = _partition(queued)
-        self._drop(dropped)
-        for request in live:
-            self.admission.stats.fail(1)
-            answer([request], [own_error(error)], failed=True)
+        for queue in (self._requests, self._patient):
+            dropped, live = _partition(_pop(queue, len(queue)))
+            self._drop(dropped)
+            self.admission.stats.fail(len(live))
+            answer(live, [own_error(error) for _ in live], failed=True)
+
+
+def _pop(queue: deque[Request], count: int) -> list[Request]:
+    """Take up to ``count`` requests out, in order; other threads may do so at the same time."""
+    popped: list[Request] = []
+    try:
+        popped.extend(starmap(queue.popleft, repeat((), min(count, len(queue)))))
+    except IndexError:
+        pass
+    return popped
 
 
 def _partition(requests: Sequence[Request]) -> tuple[list[Request], list[Request]]:
     """Split into those whose callers went away, and the others."""
     parts: tuple[list[Request], list[Request]] = ([], [])
     for request in requests:
-        parts[not request.receiver.cancelled()].append(request)
+        parts[not request.receiver.done()].append(request)
     return parts
+
+
+_queues: weakref.WeakSet[PendingQueue] = weakref.WeakSet()
+
+
+def _leave_to_parent() -> None:
+    for queue in list(_queues):
+        queue.leave_to_parent()
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)

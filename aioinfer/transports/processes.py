@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from multiprocessing.reduction import DupFd
 from typing import Any, NoReturn, Self
@@ -53,16 +54,28 @@ class ProcessTransport(QueuedTransport):
         self._poller = self._board.poller
         self._queue.bell = self._poller
 
+    @property
+    def is_served(self) -> bool:
+        """Whether a server runs on it, or it was given to one in another process."""
+        return self._given_away or self._queue.admission.serving
+
+    def check_unused(self) -> None:
+        """Raise :class:`RuntimeError` if it can't be given away, since it is served, or has connections already."""
+        if self.is_served or self._board.lines:
+            raise RuntimeError("the transport is in use already, or was given away")
+
     def give_away(self) -> GivenTransport:
         """Let another process serve: it listens at the same address, for the clients that were made here too.
 
         Raises:
             RuntimeError: a server has been made for the transport, or it was given away before.
+            OSError: no descriptor is left; the transport was not given away.
         """
-        if self._given_away or self._board.lines or self._queue.admission.serving:
-            raise RuntimeError("the transport is in use already, or was given away")
+        self.check_unused()
+        self._board.listener.open()  # it is closed if a server was shut down meanwhile
+        given = GivenTransport(type(self), self._estate(), self.address, self._board.give_away())
         self._given_away = True
-        return GivenTransport(type(self), self._estate(), self.address, self._board.give_away())
+        return given
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
@@ -159,9 +172,9 @@ class ProcessTransport(QueuedTransport):
             if timeout <= 0:
                 return
 
-    def join(self, family: list[PendingQueue], poller: Poller) -> None:
+    def join(self, family: Sequence[PendingQueue], poller: Poller, lock: threading.RLock) -> None:
         self._board.move_to(poller)
-        super().join(family, poller)
+        super().join(family, poller, lock)
 
     def _leave(self) -> None:
         self._board.move_to(self._poller)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from tensordict import TensorDictBase
 
 from aioinfer.errors import ServerClosedError, own_error
 from aioinfer.transports.admission import Admission
-from aioinfer.transports.base import InferenceTransport
+from aioinfer.transports.base import InferenceTransport, ServedTransport
 from aioinfer.transports.bells import LockBell
 from aioinfer.transports.pending import PendingQueue
 from aioinfer.transports.poller import Poller
@@ -18,21 +19,21 @@ from aioinfer.transports.requests import Request, answer
 __all__ = ["QueuedTransport"]
 
 
-class QueuedTransport(InferenceTransport):
+class QueuedTransport(InferenceTransport, ServedTransport):
     """Base of such transports. Not a transport itself: it has no ``submit``."""
 
     def __init__(self) -> None:
         self._queue = PendingQueue()
 
-    def join(self, family: list[PendingQueue], poller: Poller) -> None:
+    def join(self, family: Sequence[PendingQueue], poller: Poller, lock: threading.RLock) -> None:
         """Be served by one model thread with other transports, until it is opened again; before anybody waits.
 
         Args:
-            family: the queues of all of them; ours is appended.
+            family: the queues of all of them.
             poller: wakes the thread.
+            lock: guards their common bound.
         """
-        family.append(self._queue)
-        self._queue.join(family, poller)
+        self._queue.join(family, poller, lock)
 
     def _leave(self) -> None:
         """Be served by a model thread of its own."""
@@ -55,7 +56,11 @@ class QueuedTransport(InferenceTransport):
 
     # -- batch-wise verbs ------------------------------------------------------------------------------
 
+    def check_open(self, admission: Admission) -> None:
+        self._queue.admission.check_hand_over(admission)
+
     def open(self, admission: Admission) -> None:
+        self.check_open(admission)
         self._queue.open(admission)
         self._leave()
 

@@ -54,7 +54,7 @@ class MPTransport(ProcessTransport):
     def submit(self, td: TensorDictBase) -> Future[TensorDictBase]:
         return self._own.submit(td)
 
-    def _lease(self, count: int = 1, copy: bool = True) -> Ticket:
+    def _lease(self, count: int = 1, copy: bool = True) -> Ticket:  # replies are copies in any case
         return _ParcelTicket(self.address, count, one_at_a_time=False)
 
     def _make_line(self, wire: Wire, board: Board) -> Line:

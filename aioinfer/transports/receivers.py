@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
 import weakref
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, InvalidStateError
 from typing import Any, Protocol, TypeAlias
 
 from tensordict import TensorDictBase
 
 from aioinfer.transports.bells import LockBell
+from aioinfer.transports.futures import Future
 from aioinfer.transports.wire import Wire
 
 __all__ = ["WAITERS", "Asked", "FutureDesk", "LoopDesk", "Waiter"]
@@ -21,7 +20,6 @@ __all__ = ["WAITERS", "Asked", "FutureDesk", "LoopDesk", "Waiter"]
 # Seconds for which the thread that reads for futures waits for more to do.
 _LINGER = 1.0
 
-_log = logging.getLogger("aioinfer")
 
 Asked: TypeAlias = tuple[int, int, Any]
 """A request's number, the word that says it, and its cargo."""
@@ -107,8 +105,8 @@ WAITERS = _Waiters()
 class FutureDesk:
     """The way to futures of threads, and a thread that reads while there are any.
 
-    Whoever reads the answer, this thread settles the future: it is never interrupted by a signal, and so keeps no lock
-    of a future; and what a future's callback does ends or blocks no thread that others need.
+    Whoever reads the answer, this thread settles the future: so what a callback of it does blocks no thread that others
+    need.
 
     Any thread: ``deliver``, ``fail``, ``drop``, ``attend``.
     """
@@ -161,15 +159,7 @@ class FutureDesk:
         some = bool(self._answers)
         while self._answers:
             future, reply, error = self._answers.popleft()
-            try:
-                if error is None:
-                    future.set_result(reply)  # type: ignore[arg-type]
-                else:
-                    future.set_exception(error)
-            except InvalidStateError:  # it was cancelled, or settled before
-                pass
-            except BaseException:  # of a callback
-                _log.exception("a callback of a future raised")
+            future.settle(reply, error)
             del future, reply, error
         return some
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence, Set
 from typing import Any, Protocol
 
 from tensordict import TensorDict, TensorDictBase
 
+from aioinfer.errors import own_error
 from aioinfer.interaction import Mode
 from aioinfer.tensors import Allocate
 from aioinfer.transports.outlets import Outlet
 
 __all__ = ["STORED", "Request", "SlotStore", "answer"]
+
+_log = logging.getLogger("aioinfer")
 
 
 class SlotStore(Protocol):
@@ -70,6 +74,9 @@ class Request:
 def answer(requests: Sequence[Request], outcomes: Sequence[Any], *, failed: bool) -> None:
     """Settle requests of this process, with one call for each way back that they came by.
 
+    It raises nothing: where a way back raises, its requests fail with that error, and the others are settled all the
+    same.
+
     Args:
         requests: claimed before, and settled by nobody else.
         outcomes: a reply for each, or an error for each if ``failed``.
@@ -91,4 +98,16 @@ def answer(requests: Sequence[Request], outcomes: Sequence[Any], *, failed: bool
             group[1].append(outcome)
     for outlet, (receivers, own) in groups.items():
         if outlet is not None:
-            (outlet.fail if failed else outlet.deliver)(receivers, own)
+            try:
+                (outlet.fail if failed else outlet.deliver)(receivers, own)
+            except BaseException as error:
+                _log.exception("replies could not be handed over")
+                _try_to_fail(outlet, receivers, error)
+
+
+def _try_to_fail(outlet: Outlet, receivers: Sequence[Any], error: BaseException) -> None:
+    for receiver in receivers:
+        try:
+            outlet.fail([receiver], [own_error(error)])
+        except BaseException:
+            _log.exception("a request could not be failed")

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
-
-from tensordict import TensorDictBase
+from collections.abc import Callable
+from typing import TypeVar
 
 from aioinfer.errors import ServerOverloadedError
+from aioinfer.transports.bells import LockBell
 
-__all__ = ["RoomQueue"]
+__all__ = ["RoomQueue", "seconds_left"]
 
 Listener = Callable[[], None]
+T = TypeVar("T")
+
+
+def seconds_left(deadline: float | None) -> float | None:
+    """Seconds until a time on the clock of ``time.monotonic``; ``None`` if there is none."""
+    return None if deadline is None else max(0.0, deadline - time.monotonic())
 
 
 class RoomQueue:
     """Wakes as many waiting callers as there is room for.
 
-    Any thread. A caller that was woken must try again, and may find the room taken. One that
-    goes away after it was woken passes its turn on, so that no room is left unannounced.
+    Any thread; what is shared is a deque, each change of which is one step. A caller that was woken must try again, and
+    may find the room taken. One that goes away after it was woken passes its turn on, so that no room is left
+    unannounced.
 
     Args:
         full: says whether the queue has no room now.
@@ -29,7 +35,6 @@ class RoomQueue:
 
     def __init__(self, full: Callable[[], bool]) -> None:
         self._full = full
-        self._lock = threading.Lock()
         self._listeners: deque[Listener] = deque()
 
     def __bool__(self) -> bool:
@@ -38,53 +43,42 @@ class RoomQueue:
 
     def announce(self, count: int | None = None) -> None:
         """Wake the ``count`` callers that have waited longest; all, if ``None``."""
-        with self._lock:
-            count = len(self._listeners) if count is None else min(count, len(self._listeners))
-            listeners = [self._listeners.popleft() for _ in range(count)]
-        for listener in listeners:
+        for _ in range(len(self._listeners) if count is None else count):
+            try:
+                listener = self._listeners.popleft()
+            except IndexError:
+                return
             listener()
 
-    def call(
-        self, call: Callable[[TensorDictBase, float | None], TensorDictBase], td: TensorDictBase, timeout: float | None
-    ) -> TensorDictBase:
-        """Call until the queue has room for the request; ``timeout`` seconds for everything together.
+    def put(self, put: Callable[[], T], deadline: float | None) -> T:
+        """Call ``put`` until it finds room, and return what it returns.
 
         Raises:
-            TimeoutError: there was no room, or no reply, within ``timeout``.
+            TimeoutError: there was no room until ``deadline``, on the clock of ``time.monotonic``.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
         while True:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
             try:
-                return call(td, left)
+                return put()
             except ServerOverloadedError:
-                self._wait(left)
+                self._wait(deadline)
 
-    async def async_call(
-        self, submit: Callable[[TensorDictBase], Awaitable[TensorDictBase]], td: TensorDictBase
-    ) -> TensorDictBase:
-        """Submit until the queue has room for the request, and await the reply."""
+    async def async_put(self, put: Callable[[], T]) -> T:
+        """Do as :meth:`put`, without blocking the event loop."""
         while True:
             try:
-                reply = submit(td)
+                return put()
             except ServerOverloadedError:
                 await self._async_wait()
-            else:
-                return await reply
 
-    def _wait(self, timeout: float | None) -> None:
-        """Block until there may be room.
-
-        Raises:
-            TimeoutError: there was none within ``timeout`` seconds.
-        """
-        woken = threading.Event()
-        self._listen(woken.set)
+    def _wait(self, deadline: float | None) -> None:
+        """Block until there may be room."""
+        woken = LockBell()
         try:
-            if not woken.wait(timeout):
-                raise TimeoutError(f"no room in the queue of pending requests within {timeout} seconds")
+            self._listen(woken.ring)
+            if not woken.wait(seconds_left(deadline)):
+                raise TimeoutError("there was no room in the queue of pending requests within the timeout")
         except BaseException:
-            self._leave(woken.set)
+            self._leave(woken.ring)
             raise
 
     async def _async_wait(self) -> None:
@@ -98,22 +92,20 @@ class RoomQueue:
             except RuntimeError:  # that loop is closed: its turn goes to the next
                 self.announce(1)
 
-        self._listen(listener)
         try:
+            self._listen(listener)
             await woken.wait()
         except BaseException:
             self._leave(listener)
             raise
 
     def _listen(self, listener: Listener) -> None:
-        with self._lock:
-            self._listeners.append(listener)
+        self._listeners.append(listener)
         if not self._full():  # it may have become so before we were in line
             self.announce(1)
 
     def _leave(self, listener: Listener) -> None:
         try:
-            with self._lock:
-                self._listeners.remove(listener)
+            self._listeners.remove(listener)
         except ValueError:  # it was woken already
             self.announce(1)

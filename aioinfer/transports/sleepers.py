@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 from tensordict import TensorDictBase
 
 from aioinfer.transports.bells import Bell
 
-__all__ = ["Sleepers", "Waiter"]
+__all__ = ["Outcome", "Sleepers", "Waiter", "unwrap"]
+
+Outcome: TypeAlias = "tuple[TensorDictBase | None, Exception | None]"
+"""A reply or an error."""
 
 # How many threads a batch wakes at once; each wakes one more before it goes on. Waking all 64 at once
 # makes them and the model thread queue for the interpreter lock: 64 000 req/s, against 84 000 with 2.
@@ -27,23 +32,19 @@ class Waiter:
         bell: wakes the thread.
     """
 
-    __slots__ = ("_bell", "_error", "_gone", "_reply", "_sleepers", "_ticket")
+    __slots__ = ("_bell", "_gone", "_outcome", "_resumed", "_sleepers", "_ticket")
 
     def __init__(self, sleepers: Sleepers, bell: Bell) -> None:
         self._sleepers = sleepers
         self._bell = bell
         self._ticket = [True]
         self._gone = False
-        self._reply: TensorDictBase | None = None
-        self._error: Exception | None = None
+        self._resumed = False
+        self._outcome: Outcome | None = None
 
-    def cancelled(self) -> bool:
-        """Whether the thread left without a reply; this waiter is of no use then."""
-        return self._gone
-
-    def done(self) -> bool:
-        """Whether the reply is there, or the thread left."""
-        return not self._ticket
+    def is_unread(self) -> bool:
+        """Whether the outcome is there, and the thread has not read it."""
+        return self._outcome is not None and not self._gone
 
     def settle(self, reply: TensorDictBase | None, error: Exception | None) -> bool:
         """Model thread: leave the outcome, and say whether somebody is there to be woken for it."""
@@ -51,35 +52,52 @@ class Waiter:
             self._ticket.pop()
         except IndexError:
             return False
-        self._reply, self._error = reply, error
+        self._outcome = reply, error
         return True
 
     def release(self) -> None:
         """Let the blocked thread go on."""
         self._bell.ring()
 
-    def wait(self, timeout: float | None) -> TensorDictBase:
-        """Block for the reply; then the waiter is ready for the next one, unless it is ``cancelled()``.
+    def done(self) -> bool:
+        """Whether the outcome is there, or the thread left."""
+        return not self._ticket
+
+    def wait(self, timeout: float | None) -> Outcome:
+        """Block for the reply, or the error; then the waiter is ready for the next one.
+
+        Whatever is raised here or elsewhere before the outcome is there: ``abandon`` the waiter.
 
         Raises:
-            TimeoutError: nothing came within ``timeout`` seconds. What still comes is thrown away.
+            TimeoutError: nothing came within ``timeout`` seconds.
         """
-        woken = False
-        try:
-            woken = self._bell.wait(timeout)
-        finally:
-            if not woken:
-                self._gone = True
-            if woken or not self._leave():
-                self._sleepers.resumed()
-        reply, error, self._reply, self._error = self._reply, self._error, None, None
-        if woken:
-            self._ticket.append(True)
-        if error is not None:
-            raise error
-        if reply is None:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        woken = self._bell.wait(timeout)
+        while woken and self._outcome is None:  # released once more for the outcome before this one
+            woken = self._bell.wait(None if deadline is None else deadline - time.monotonic())
+        if not woken:
+            self._gone = True
+        settled = woken or not self._leave()
+        outcome, self._outcome = self._outcome, None
+        if settled:
+            self._resume()
+        if outcome is None:
             raise TimeoutError(f"no reply within {timeout} seconds")
-        return reply
+        if woken:
+            self._resumed = False
+            self._ticket.append(True)
+        return outcome
+
+    def abandon(self) -> None:
+        """Leave without a reply, wherever the call was interrupted: what still comes is thrown away. Idempotent."""
+        if not self._gone:
+            self._gone = True
+            if not self._leave() and not self._resumed:  # it is this thread's turn to wake the next one
+                self._resume()
+
+    def _resume(self) -> None:
+        self._resumed = True  # first: an interrupted thread must not do it twice
+        self._sleepers.resumed()
 
     def _leave(self) -> bool:
         """Whether the thread left before the model thread settled."""
@@ -90,6 +108,17 @@ class Waiter:
         return True
 
 
+def unwrap(reply: TensorDictBase | None, error: Exception | None) -> TensorDictBase:
+    """Return the reply, or raise the error."""
+    if error is not None:
+        try:
+            raise error
+        finally:
+            del error  # its traceback leads here: it must not lead back
+    assert reply is not None
+    return reply
+
+
 class Sleepers:
     """The way back to blocked threads.
 
@@ -97,7 +126,8 @@ class Sleepers:
     run yet, the next batch is held back, so that the requests which they are about to make get into it.
 
     Model thread: ``deliver``, ``fail``, ``drop``, ``wake_all``. Woken threads: ``resumed``. The deque and the
-    list are shared without a lock, which their ``append`` and ``pop`` allow.
+    list are shared without a lock, which their ``append`` and ``pop`` allow. A woken thread that a signal interrupts
+    may take the next one out of the deque and not wake it: ``wake_all`` does not rely on the deque.
 
     Args:
         waking: gets an element for each thread that is settled, and loses one when it runs.
@@ -108,6 +138,7 @@ class Sleepers:
         self._waking = waking
         self._ring = ring
         self._asleep: deque[Waiter] = deque()
+        self._unread: set[Waiter] = set()  # those that sleep, and some that don't any more
 
     def deliver(self, receivers: Sequence[Waiter], replies: Sequence[TensorDictBase]) -> None:
         self._wake([w for w, reply in zip(receivers, replies, strict=True) if w.settle(reply, None)])
@@ -119,6 +150,7 @@ class Sleepers:
         pass
 
     def _wake(self, waiters: Sequence[Waiter]) -> None:
+        self._unread = {*filter(Waiter.is_unread, self._unread), *waiters}
         self._waking.extend([True] * len(waiters))
         self._asleep.extend(waiters)
         for _ in range(min(_WAKE_WIDTH, len(waiters))):
@@ -143,5 +175,8 @@ class Sleepers:
 
     def wake_all(self) -> None:
         """Wake all that are left: the chain takes long, or broke with a thread that was interrupted."""
-        while self._asleep:
-            self._wake_next()
+        self._asleep.clear()
+        for waiter in self._unread:
+            if waiter.is_unread():
+                waiter.release()
+        self._unread = set()

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from concurrent.futures import Future
+import time
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from tensordict import TensorDictBase
 
 from aioinfer.client import AsyncInferenceClient, InferenceClient
+from aioinfer.errors import ClientBusyError, ClientClosedError, NoFreeSlotError
+from aioinfer.modes import long_lived
 from aioinfer.tensors import layout
+from aioinfer.transports.admission import REFUSALS
 from aioinfer.transports.bells import cheapest_bell
-from aioinfer.transports.in_process import InProcessTransport
+from aioinfer.transports.futures import Future
+from aioinfer.transports.in_process import InProcessAsyncClient, InProcessClient, InProcessTransport
 from aioinfer.transports.outlets import FUTURES, LoopOutlet, Outlet, Receiver
-from aioinfer.transports.sleepers import Waiter
+from aioinfer.transports.room import seconds_left
+from aioinfer.transports.sleepers import Waiter, unwrap
 
 __all__ = ["SlotTransport"]
 
@@ -44,8 +51,7 @@ class SlotTransport(InProcessTransport):
         super().__init__()
         self._num_slots = num_slots
         self._buffer = _RequestBuffer(num_slots) if preallocate else None
-        self._made_lock = threading.Lock()
-        self._made = 0
+        self._free = list(reversed(range(num_slots)))  # each change of it is one step
 
     def submit(self, td: TensorDictBase) -> Future[TensorDictBase]:
         """Not supported: a request needs a slot.
@@ -55,111 +61,165 @@ class SlotTransport(InProcessTransport):
         """
         raise NotImplementedError("a SlotTransport takes requests through its clients only; make one with client()")
 
-    def client(self) -> InferenceClient:
+    def client(self, *, copy: bool = True) -> InferenceClient:
         """Make a blocking client in a slot of its own.
 
         Raises:
-            RuntimeError: all slots are taken.
+            NoFreeSlotError: all slots are taken.
         """
-        return _SlotClient(_Slot(self, self._next_index()))
+        return _SlotClient(self._take_slot())
 
-    def async_client(self) -> AsyncInferenceClient:
+    def async_client(self, *, copy: bool = True) -> AsyncInferenceClient:
         """Make an awaitable client in a slot of its own.
 
         Raises:
-            RuntimeError: all slots are taken.
+            NoFreeSlotError: all slots are taken.
         """
-        return _AsyncSlotClient(_Slot(self, self._next_index()))
+        return _AsyncSlotClient(self._take_slot())
 
     def callers(self) -> int | None:
-        return self._made
+        return self._num_slots - len(self._free)
 
-    def _next_index(self) -> int:
-        with self._made_lock:
-            index = self._made
-            if index == self._num_slots:
-                raise RuntimeError(f"all {self._num_slots} slots are taken; make a SlotTransport with more")
-            self._made += 1
-            return index
+    def _take_slot(self) -> _Slot:
+        try:
+            return _Slot(self, self._free.pop())
+        except IndexError:
+            raise NoFreeSlotError(
+                f"all {self._num_slots} slots are taken; close a client, or make a SlotTransport with more"
+            ) from None
+
+
+class _Call:
+    """One blocking call, while it has a slot."""
+
+    __slots__ = ()
+
+    def done(self) -> bool:
+        return False
 
 
 class _Slot:
-    """What both kinds of client share: the slot's place in the buffer, and at most one request under way."""
+    """What both kinds of client share: the slot's place in the buffer, and at most one request under way.
+
+    Any thread. ``_lock`` guards who has the slot.
+    """
 
     def __init__(self, transport: SlotTransport, index: int) -> None:
         self.transport = transport
         self.queue = transport._queue
         self._index = index
-        self._lock = threading.Lock()
-        self._under_way: Receiver | None = None
+        self._lock = threading.RLock()
+        self._closed = False
+        self.holder: _Call | Future[Any] | asyncio.Future[Any] | None = None
+        """Who has the slot, until it is done, or sets this to ``None``."""
+        self._way_back: tuple[Outlet, Receiver] | None = None
 
-    def put(self, td: TensorDictBase, receiver: Receiver, outlet: Outlet) -> None:
+    def put(
+        self,
+        td: TensorDictBase,
+        holder: _Call | Future[Any] | asyncio.Future[Any],
+        receiver: Receiver,
+        outlet: Outlet,
+    ) -> None:
+        """Take the slot for ``holder``, and queue its request.
+
+        Whatever is raised: the request may be in the queue, and whoever calls ends the holder and the receiver.
+        """
         with self._lock:
-            if self._under_way is not None and not self._under_way.done():
-                raise RuntimeError(
+            if self._closed:
+                raise ClientClosedError("the client was closed; make another one")
+            if self.holder not in (None, holder) and not self.holder.done():
+                raise ClientBusyError(
                     f"slot {self._index} has a request under way; "
                     "wait for its reply, cancel it, or make a client for each caller"
                 )
-            self._under_way = receiver
-        try:
-            buffer = self.transport._buffer
-            if buffer is not None:
-                self.queue.admission.check(td)
-                td = buffer.write(self._index, td)
-            self.queue.put(td, receiver, outlet)
-        except BaseException:
-            self.free()
-            raise
+            self.holder, self._way_back = holder, (outlet, receiver)
+        buffer = self.transport._buffer
+        if buffer is not None:
+            self.queue.admission.check(td)
+            td = buffer.write(self._index, td)
+        self.queue.put(td, receiver, outlet)
 
-    def free(self) -> None:
-        self._under_way = None
+    def close(self) -> None:
+        """Give the slot to whoever asks for a client next; idempotent."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            holder, way_back = self.holder, self._way_back
+        if holder is not None and way_back is not None:
+            outlet, receiver = way_back
+            if not receiver.done():
+                outlet.fail([receiver], [ClientClosedError("the client was closed before the reply came")])
+        self.transport._free.append(self._index)
 
 
-class _SlotClient(InferenceClient):
+class _SlotClient(InProcessClient):
     def __init__(self, slot: _Slot) -> None:
         self._slot = slot
-        self._waiter = self._make_waiter()
+        self._waiter: Waiter | None = None
 
-    def _make_waiter(self) -> Waiter:
-        return Waiter(self._slot.queue.sleepers, cheapest_bell())
+    def close(self) -> None:
+        self._slot.close()
 
     def submit(self, td: TensorDictBase) -> Future[TensorDictBase]:
         future: Future[TensorDictBase] = Future()
-        self._slot.put(td, future, FUTURES)
-        self._slot.queue.ring()
+        try:
+            self._slot.put(td, future, future, FUTURES)
+            self._slot.queue.ring()
+        except REFUSALS as error:
+            future.set_exception(error.with_traceback(None))
+        except BaseException:
+            future.cancel()
+            raise
         return future
 
-    def _call(self, td: TensorDictBase, timeout: float | None) -> TensorDictBase:
-        slot, waiter = self._slot, self._waiter
-        slot.put(td, waiter, slot.queue.sleepers)
-        try:
-            slot.queue.ring()
-            return waiter.wait(timeout)
-        finally:
-            if waiter.cancelled():  # what still comes for the old one is thrown away
-                self._waiter = self._make_waiter()
-            slot.free()
-
     def __call__(self, td: TensorDictBase, timeout: float | None = None, *, wait: bool = False) -> TensorDictBase:
-        return self._slot.queue.room.call(self._call, td, timeout) if wait else self._call(td, timeout)
+        slot, call = self._slot, _Call()
+        waiter = self._waiter or Waiter(slot.queue.sleepers, cheapest_bell())
+        try:
+            if wait:
+                put = partial(slot.put, td, call, waiter, slot.queue.sleepers)
+                deadline = None if timeout is None else time.monotonic() + timeout
+                slot.queue.room.put(put, deadline)
+                timeout = seconds_left(deadline)
+            else:
+                slot.put(td, call, waiter, slot.queue.sleepers)
+            slot.queue.ring()
+            outcome = waiter.wait(timeout)
+            self._waiter = waiter
+        except BaseException:
+            if slot.holder is call:
+                self._waiter = None  # what still comes for the old one is thrown away
+                waiter.abandon()
+            raise
+        finally:  # no call is made here, which a signal handler could keep from happening
+            if slot.holder is call:
+                slot.holder = None
+        return unwrap(*outcome)
 
 
-class _AsyncSlotClient(AsyncInferenceClient):
+class _AsyncSlotClient(InProcessAsyncClient):
     def __init__(self, slot: _Slot) -> None:
         self._slot = slot
+        self._queue = slot.queue
         self._outlet: LoopOutlet | None = None
 
-    def submit(self, td: TensorDictBase) -> asyncio.Future[TensorDictBase]:
+    def close(self) -> None:
+        self._slot.close()
+
+    def _put(self, td: TensorDictBase) -> asyncio.Future[TensorDictBase]:
         slot, outlet = self._slot, self._outlet
         if outlet is None or not outlet.runs_here():
             outlet = self._outlet = slot.transport._outlet()
         future: asyncio.Future[TensorDictBase] = outlet.loop.create_future()
-        slot.put(td, future, outlet)
-        outlet.ring_at_end_of_tick()
+        try:
+            slot.put(td, future, future, outlet)
+            outlet.ring_at_end_of_tick()
+        except BaseException:
+            future.cancel()
+            raise
         return future
-
-    async def __call__(self, td: TensorDictBase, *, wait: bool = False) -> TensorDictBase:
-        return await (self._slot.queue.room.async_call(self.submit, td) if wait else self.submit(td))
 
 
 class _RequestBuffer:
@@ -172,8 +232,8 @@ class _RequestBuffer:
 
     def __init__(self, num_slots: int) -> None:
         self._num_slots = num_slots
-        self._lock = threading.Lock()
-        self._rows: tuple[TensorDictBase, ...] = ()
+        self._lock = threading.RLock()
+        self._rows: Sequence[TensorDictBase] = ()
         self._layout: Any = None
 
     def write(self, index: int, td: TensorDictBase) -> TensorDictBase:
@@ -183,7 +243,8 @@ class _RequestBuffer:
             if self._layout is None:
                 with self._lock:
                     if self._layout is None:
-                        self._rows = td.expand(self._num_slots, *td.batch_size).clone().unbind(0)
+                        with long_lived():
+                            self._rows = td.expand(self._num_slots, *td.batch_size).clone().unbind(0)
                         self._layout = found
             if found != self._layout:
                 return td

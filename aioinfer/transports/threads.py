@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from concurrent.futures import Future
 
 from tensordict import TensorDictBase
 
-from aioinfer.client import AsyncInferenceClient, InferenceClient
+from aioinfer.client import CLOSED, AsyncInferenceClient, InferenceClient
+from aioinfer.transports.admission import REFUSALS
 from aioinfer.transports.bells import LockBell
-from aioinfer.transports.in_process import InProcessTransport
+from aioinfer.transports.futures import Future
+from aioinfer.transports.in_process import InProcessAsyncClient, InProcessClient, InProcessTransport
 from aioinfer.transports.outlets import FUTURES, LoopOutlet
-from aioinfer.transports.sleepers import Waiter
+from aioinfer.transports.sleepers import Waiter, unwrap
 
 __all__ = ["ThreadingTransport"]
 
@@ -24,42 +25,60 @@ class ThreadingTransport(InProcessTransport):
 
     def submit(self, td: TensorDictBase) -> Future[TensorDictBase]:
         future: Future[TensorDictBase] = Future()
-        self._queue.put(td, future, FUTURES)
-        self._queue.ring()
+        try:
+            self._queue.put(td, future, FUTURES)
+            self._queue.ring()
+        except REFUSALS as error:
+            future.set_exception(error.with_traceback(None))
+        except BaseException:
+            future.cancel()
+            raise
         return future
 
-    def client(self) -> InferenceClient:
+    def client(self, *, copy: bool = True) -> InferenceClient:
         return _ThreadClient(self)
 
-    def async_client(self) -> AsyncInferenceClient:
+    def async_client(self, *, copy: bool = True) -> AsyncInferenceClient:
         return _TaskClient(self)
 
 
-class _ThreadClient(InferenceClient):
+class _ThreadClient(InProcessClient):
     def __init__(self, transport: ThreadingTransport) -> None:
-        self._queue = transport._queue
         self._transport = transport
+        self._queue = transport._queue
+
+    def close(self) -> None:
+        self._transport = self._queue = CLOSED
 
     def submit(self, td: TensorDictBase) -> Future[TensorDictBase]:
         return self._transport.submit(td)
 
-    def _call(self, td: TensorDictBase, timeout: float | None) -> TensorDictBase:
-        waiter = Waiter(self._queue.sleepers, LockBell())
-        self._queue.put(td, waiter, self._queue.sleepers)
-        self._queue.ring()
-        return waiter.wait(timeout)
-
     def __call__(self, td: TensorDictBase, timeout: float | None = None, *, wait: bool = False) -> TensorDictBase:
-        return self._queue.room.call(self._call, td, timeout) if wait else self._call(td, timeout)
+        queue = self._queue
+        waiter = Waiter(queue.sleepers, LockBell())
+        try:
+            if wait:
+                timeout = queue.put_when_room(td, waiter, queue.sleepers, timeout)
+            else:
+                queue.put(td, waiter, queue.sleepers)
+            queue.ring()
+            outcome = waiter.wait(timeout)
+        except BaseException:
+            waiter.abandon()
+            raise
+        return unwrap(*outcome)
 
 
-class _TaskClient(AsyncInferenceClient):
+class _TaskClient(InProcessAsyncClient):
     def __init__(self, transport: ThreadingTransport) -> None:
         self._transport = transport
         self._queue = transport._queue
         self._outlet: LoopOutlet | None = None  # that of the loop which used this client last
 
-    def submit(self, td: TensorDictBase) -> asyncio.Future[TensorDictBase]:
+    def close(self) -> None:
+        self._transport = self._queue = CLOSED
+
+    def _put(self, td: TensorDictBase) -> asyncio.Future[TensorDictBase]:
         outlet = self._outlet
         if outlet is None or not outlet.runs_here():
             outlet = self._outlet = self._transport._outlet()
@@ -67,6 +86,3 @@ class _TaskClient(AsyncInferenceClient):
         self._queue.put(td, future, outlet)
         outlet.ring_at_end_of_tick()
         return future
-
-    async def __call__(self, td: TensorDictBase, *, wait: bool = False) -> TensorDictBase:
-        return await (self._queue.room.async_call(self.submit, td) if wait else self.submit(td))

@@ -8,7 +8,6 @@ import secrets
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from copy import copy as copy_of
 from functools import partial
@@ -26,6 +25,7 @@ from aioinfer.errors import (
     ServerClosedError,
     own_error,
 )
+from aioinfer.transports.futures import Future
 from aioinfer.transports.receivers import WAITERS, LoopDesk, Waiter
 from aioinfer.transports.station import Station, client_closed
 
@@ -239,7 +239,7 @@ class _Client(_Place, InferenceClient):
             number = (next(station.numbers) & 0xFFFFFF) << 32 | self.place
             try:
                 asked = station.ask(self, number, cargo, future, station.futures, False)
-                future.add_done_callback(partial(_withdraw_future, station, number))
+                future.add_done_callback(partial(_withdraw, station, number))
                 station.post([asked])
                 station.futures.attend(station)
             except BaseException:
@@ -343,12 +343,6 @@ class _AsyncClient(_Place, AsyncInferenceClient):
             del future  # the traceback of its error will lead here: it must not lead back
 
 
-def _withdraw(station: Station, number: int, future: asyncio.Future[TensorDictBase]) -> None:
+def _withdraw(station: Station, number: int, future: Any) -> None:
     if future.cancelled():
         station.withdraw(number)
-
-
-def _withdraw_future(station: Station, number: int, future: Future[TensorDictBase]) -> None:
-    if future.cancelled():
-        station.withdraw(number)
-        future.set_running_or_notify_cancel()  # wakes whoever sits in concurrent.futures.wait

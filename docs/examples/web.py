@@ -1,22 +1,33 @@
-"""A policy behind HTTP: ``POST /act`` with ``{"observation": [...]}`` answers ``{"action": [...]}``."""
+"""A policy behind HTTP: ``{"observation": [...]}`` gets ``{"action": [...]}``, by ``POST /act`` or over a WebSocket."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TypeVar
 
 import torch
 import uvicorn
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Request, Response, WebSocket
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import nn
 
-from aioinfer import InferenceServer, InvalidRequestError, ServerClosedError, ServerOverloadedError, ThreadingTransport
+from aioinfer import (
+    InferenceError,
+    InferenceServer,
+    InvalidRequestError,
+    PeerDiedError,
+    ServerClosedError,
+    ServerOverloadedError,
+    ServerPausedError,
+    ThreadingTransport,
+    connect,
+)
 
 T = TypeVar("T")
+Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
 
 class Observation(BaseModel):
@@ -65,8 +76,8 @@ def refuse(status: int, headers: dict[str, str] | None = None) -> Callable[[Requ
     return answer
 
 
-def make_app(policy: Callable[[TensorDictBase], TensorDictBase], max_pending: int = 256) -> FastAPI:
-    """Build the app; the server lives as long as the app runs."""
+def serving(policy: Callable[[TensorDictBase], TensorDictBase], max_pending: int = 256) -> Lifespan:
+    """Serve the policy in this process, as long as the app runs."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -77,10 +88,29 @@ def make_app(policy: Callable[[TensorDictBase], TensorDictBase], max_pending: in
             app.state.client = app.state.server.async_client()
             yield
 
+    return lifespan
+
+
+def connected(address: str) -> Lifespan:
+    """Use the server of another program, whose transport is an ``MPTransport`` that listens at this address."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        remote = await asyncio.to_thread(connect, address)
+        async with remote.async_client() as app.state.client:
+            yield
+
+    return lifespan
+
+
+def make_app(lifespan: Lifespan) -> FastAPI:
+    """Build the app, on a lifespan that sets ``app.state.client``."""
     app = FastAPI(lifespan=lifespan)
     app.add_exception_handler(InvalidRequestError, refuse(422))
     app.add_exception_handler(ServerOverloadedError, refuse(429, {"Retry-After": "1"}))
+    app.add_exception_handler(ServerPausedError, refuse(503, {"Retry-After": "1"}))
     app.add_exception_handler(ServerClosedError, refuse(503))
+    app.add_exception_handler(PeerDiedError, refuse(503))  # the server was in another process
     app.add_exception_handler(CallerGoneError, refuse(499))  # nobody reads it
 
     @app.post("/act")
@@ -89,12 +119,24 @@ def make_app(policy: Callable[[TensorDictBase], TensorDictBase], max_pending: in
         reply = await while_connected(request, app.state.client.submit(td))
         return Action(action=reply["action"].tolist())
 
+    @app.websocket("/act")
+    async def act_in_turn(socket: WebSocket) -> None:
+        await socket.accept()
+        async for text in socket.iter_text():
+            try:
+                body = Observation.model_validate_json(text)
+                reply = await app.state.client(TensorDict({"observation": torch.tensor(body.observation)}))
+            except (ValidationError, InferenceError) as error:
+                await socket.send_json({"detail": str(error)})
+            else:
+                await socket.send_json({"action": reply["action"].tolist()})
+
     return app
 
 
 def main() -> None:
     policy = TensorDictModule(nn.Linear(4, 2), in_keys=["observation"], out_keys=["action"])
-    uvicorn.run(make_app(policy), port=8000)
+    uvicorn.run(make_app(serving(policy)), port=8000)
 
 
 if __name__ == "__main__":

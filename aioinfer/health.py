@@ -1,4 +1,4 @@
-"""How a server in a process of its own is."""
+"""How a server is: in this process, or in a process of its own."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ __all__ = ["Health"]
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """How a server in a process of its own is: ``alive`` is about the process, ``ready`` about what it does.
+    """How a server is: ``alive`` is about its process or its worker, ``ready`` about whether it serves.
 
     Attributes:
-        alive: whether the process runs.
+        alive: whether the process runs, of a server in a process of its own; else whether the worker runs.
         ready: whether it serves requests.
-        pid: of the process; ``None`` before the start.
+        pid: of the process that serves; ``None`` before the start of one of its own.
         policy_version: of the weights in use; ``None`` if the process did not say.
         pending: requests that wait now; ``None`` if the process did not say.
         exit_code: of a process that has ended; negative, the signal that killed it; ``None`` if it is not known.

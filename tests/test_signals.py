@@ -1,0 +1,221 @@
+"""A signal handler that raises, or that shuts the server down, at any moment of any call leaves nothing stuck."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import pytest
+
+from aioinfer import (
+    ClientBusyError,
+    InferenceServer,
+    InferenceTransport,
+    ServerClosedError,
+    ServerOverloadedError,
+    SlotTransport,
+    ThreadingTransport,
+)
+from aioinfer.testing import double, eventually, request
+from aioinfer.testing.callers import is_double
+from tests.weight_models import mark_of, policy
+
+HANG = 20.0
+TIMES = 2000
+
+pytestmark = [
+    pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs setitimer"),
+    # What a handler raises inside a finalizer goes nowhere.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+class Interrupt(BaseException):
+    """Not one that code which makes a request or copies weights takes for an error of its own."""
+
+
+@contextmanager
+def handling(handler: Callable[[], None]) -> Iterator[None]:
+    before = signal.signal(signal.SIGALRM, lambda *_: handler())
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def raise_interrupt() -> None:
+    raise Interrupt
+
+
+def interrupt(action: Callable[[], Any], *, times: int = TIMES, within: float = 0.0006) -> None:
+    """Let ``action`` run again and again, interrupted so many times at random moments."""
+    chance, deadline = random.Random(0), time.monotonic() + 2 * HANG
+    with handling(raise_interrupt):
+        for _ in range(times):
+            assert time.monotonic() < deadline
+            with suppress(Interrupt):  # a second one, while the first is on its way here
+                with suppress(Interrupt):
+                    # Again after a while: what is raised inside a finalizer goes nowhere.
+                    signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-6, within), 0.02)
+                    while True:
+                        action()
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+@contextmanager
+def others(server: InferenceServer) -> Iterator[None]:
+    """Threads that call all the while, and get their own replies."""
+    over, wrong = threading.Event(), list[float]()
+
+    def call(start: int, client: Any) -> None:
+        value = start
+        while not over.is_set():
+            if not is_double(client(request(value), HANG, wait=True), value):
+                wrong.append(value)
+            value += 1
+            time.sleep(0.0005)
+
+    threads = [threading.Thread(target=call, args=(1000 * i, server.client())) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join(HANG)
+        assert not any(thread.is_alive() for thread in threads)
+        assert not wrong
+
+
+TRANSPORTS: dict[str, Callable[[], InferenceTransport]] = {
+    "threading": ThreadingTransport,
+    "slots": lambda: SlotTransport(4),
+    "slots-preallocated": lambda: SlotTransport(4, preallocate=True),
+}
+CALLS: dict[str, Callable[[Any, Any], Any]] = {
+    "call": lambda client, td: client(td),
+    "call with a deadline": lambda client, td: client(td, HANG),
+    "call that waits for room": lambda client, td: client(td, HANG, wait=True),
+    "submit": lambda client, td: client.submit(td).result(),
+}
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("call", CALLS)
+def test_a_call_that_is_interrupted_anywhere_leaves_client_and_server_usable(transport: str, call: str) -> None:
+    with InferenceServer(double, TRANSPORTS[transport](), max_pending=8) as server, others(server):
+        client = server.client()
+        requests = [(value, request(value)) for value in range(16)]
+
+        def act() -> None:
+            value, td = random.choice(requests)
+            try:
+                reply = CALLS[call](client, td)
+            except (ClientBusyError, ServerOverloadedError):  # lost futures, whose requests are still under way
+                if call != "submit":
+                    raise
+            else:
+                assert is_double(reply, value)
+
+        interrupt(act)
+        eventually(lambda: server.stats().pending == 0)
+        assert is_double(client(request(7), HANG), 7)
+
+
+@pytest.mark.parametrize("pending", ["keep", "wait", "reject"])
+def test_a_pause_that_is_interrupted_anywhere_is_over(pending: Any) -> None:
+    with InferenceServer(double, ThreadingTransport()) as server:
+
+        def pause() -> None:
+            with server.paused(pending):
+                pass
+
+        interrupt(pause)
+        assert is_double(server.client()(request(1), HANG), 1)
+
+
+def test_updates_and_statistics_that_are_interrupted_anywhere_leave_the_server_usable() -> None:
+    with InferenceServer(policy(0.0), ThreadingTransport()) as server:
+        weights = policy(1.0)
+        interrupt(lambda: server.update_weights(weights))
+        interrupt(lambda: (server.stats(), server.health()))
+        server.update_weights(policy(2.0))
+        assert mark_of(server.client()(request(1), HANG)) == 2
+        assert server.stats().ok == 1
+
+
+def shut_down_inside(server: InferenceServer, action: Callable[[], Any], seconds: float) -> None:
+    """Shut down in a signal handler which interrupts ``action`` after so many seconds."""
+    over = threading.Event()
+
+    def shut_down() -> None:
+        server.shutdown(HANG)
+        over.set()
+
+    with handling(shut_down):
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        started = time.monotonic()
+        while not over.is_set():
+            try:
+                action()
+            except (ServerClosedError, RuntimeError):
+                assert over.wait(HANG)
+        assert time.monotonic() - started < HANG / 2
+
+
+@pytest.mark.parametrize("what", ["call", "submit", "bounded", "stats", "update", "pause"])
+def test_a_signal_handler_may_shut_the_server_down(what: str) -> None:
+    chance = random.Random(1)
+    options = {"max_pending": 4} if what == "bounded" else {}
+    for _ in range(60):
+        server = InferenceServer(policy(0.0), ThreadingTransport(), **options).start()
+        client = server.client()
+
+        def pause(server: InferenceServer = server) -> None:
+            with server.paused():
+                pass
+
+        actions: dict[str, Callable[[], Any]] = {
+            "call": lambda client=client: client(request(1)),
+            "bounded": lambda client=client: client(request(1), wait=True),
+            "submit": lambda client=client: client.submit(request(1)).result(),
+            "stats": server.stats,
+            "update": lambda server=server: server.update_weights(policy(1.0)),
+            "pause": pause,
+        }
+        shut_down_inside(server, actions[what], chance.uniform(1e-5, 3e-3))
+        assert not server.is_alive
+
+
+def test_a_signal_handler_that_returns_disturbs_no_call() -> None:
+    seen: list[int] = []
+    for make in TRANSPORTS.values():
+        with InferenceServer(double, make()) as server, handling(lambda: seen.append(1)):
+            client = server.client()
+            signal.setitimer(signal.ITIMER_REAL, 0.0003, 0.0003)
+            deadline = time.monotonic() + 0.5
+            while time.monotonic() < deadline:
+                for timeout in (None, HANG):
+                    assert is_double(client(request(3), timeout), 3)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    assert len(seen) > 100
+
+
+async def test_a_pause_is_over_when_nobody_holds_it_any_more() -> None:
+    async with InferenceServer(double, ThreadingTransport()) as server:
+        pause = server.paused()
+        await pause.__aenter__()
+        asked = server.async_client().submit(request(1))
+        await asyncio.sleep(0.01)
+        assert not asked.done()
+        del pause
+        assert is_double(await asyncio.wait_for(asked, HANG), 1)
