@@ -72,6 +72,8 @@ MAKES: list[Any] = [slots, MPTransport]
 
 def check(reply: TensorDictBase, value: float, version: int) -> None:
     assert reply["action"].device.type == reply["policy_version"].device.type == "cpu"
+    assert not reply["action"].is_inference()
+    assert not reply["policy_version"].is_inference()
     assert reply["action"].tolist() == [2 * value] * 3
     assert reply["policy_version"].dtype == torch.int64
     assert reply["policy_version"].tolist() == version

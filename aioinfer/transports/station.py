@@ -15,6 +15,8 @@ from functools import partial
 from itertools import repeat
 from typing import Any, Protocol
 
+from torch import is_inference_mode_enabled
+
 from aioinfer.errors import (
     ClientBusyError,
     ClientClosedError,
@@ -24,6 +26,7 @@ from aioinfer.errors import (
     own_error,
 )
 from aioinfer.interaction import caller_mode, number_of
+from aioinfer.modes import long_lived
 from aioinfer.transports.addresses import check_peer, delays, try_to_connect
 from aioinfer.transports.calls import Calls
 from aioinfer.transports.control import Control, State
@@ -300,6 +303,10 @@ class Station(ABC):
             waiter: of the same.
             block: wait until something has come.
         """
+        if is_inference_mode_enabled():  # replies are kept by their callers, and some may be of callers outside of it
+            with long_lived():
+                self._receive(number, waiter, block)
+            return
         wire = self._wire
         words: Sequence[int] = ()
         frames: Sequence[Frame]
