@@ -82,6 +82,7 @@ class SlotMemory:
         """Which weights computed each slot's reply."""
         self._time_column = self.segment.memory[pieces[0]].view(torch.float64)
         self._version_column = self.segment.memory[pieces[1]].view(torch.int64)
+        self._version_rows = self._version_column.unbind(0)
         self._index = _Indices()
         self.requests = Columns(request, count, self.segment.memory[pieces[2]], self._index)
         self.replies = Columns(reply, count, self.segment.memory[pieces[3]], self._index)
@@ -102,6 +103,11 @@ class SlotMemory:
         else:
             for slot in slots:
                 self.times[slot] = now
+
+    def version(self, slot: int, size: torch.Size) -> Tensor:
+        """Which weights computed a slot's reply ``[*size]``, as a tensor of the caller's own."""
+        row = self._version_rows[slot]
+        return row.expand(size).clone() if size else row.clone()
 
     # -- the server's side -----------------------------------------------------------------------------
 

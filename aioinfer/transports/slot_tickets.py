@@ -64,7 +64,6 @@ class _SlotStation(Station):
     def __init__(self, ticket: SlotTicket) -> None:
         self._layouts = ticket.request, ticket.reply, ticket.num_slots
         self._reply_size = ticket.reply.batch_size
-        self._one = torch.Size([1, *self._reply_size])
         self._copies = ticket.copies
         self._memory: SlotMemory | None = None
         self._slots: Sequence[int] = ()
@@ -122,7 +121,7 @@ class _SlotStation(Station):
         source = memory.replies.read(slot) if self._copies else memory.replies.lend(slot)
         key = control.version_key()
         if key:
-            source[key] = self._stamps.make(memory.versions[slot], self._one, None)[0]
+            source[key] = memory.version(slot, self._reply_size)
         return build(source, self._reply_size, None)
 
     def _stamp(self, versions: Sequence[int], size: torch.Size) -> Sequence[Tensor]:
