@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from copy import copy
+from itertools import compress
 from typing import Any, TypeAlias
 
 import torch
@@ -11,13 +13,15 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from aioinfer.errors import InvalidRequestError, ModelError
-from aioinfer.tensors import OWN_MEMORY_BYTES, Allocate, build, entries, is_nested
+from aioinfer.modes import long_lived
+from aioinfer.tensors import OWN_MEMORY_BYTES, Allocate, build, entries, is_nested, unbind_rows
 
 __all__ = ["Columns", "Leaf", "RowLayout"]
 
 Path: TypeAlias = tuple[str, ...]
 
 _ALIGNMENT = 64
+_STRIDED = torch.strided
 # So many small rows are stacked first and copied with one call: 16 of 256 bytes take 10 us instead of 18, 64 take 21
 # instead of 72.
 _MANY = 8
@@ -57,6 +61,11 @@ class RowLayout:
         self.leaves: list[Leaf] = []
         self.sizes: dict[Path, torch.Size] = {(): example.batch_size}
         self._read(example, ())
+        self._left_out: frozenset[str] = frozenset()
+        self._take(self.leaves)
+
+    def _take(self, leaves: list[Leaf]) -> None:
+        self.leaves = leaves
         self._is_flat = all(len(leaf.path) == 1 for leaf in self.leaves)
         self.is_simple = self._is_flat and len(self.sizes) == 1
         self._names: list[Any] = (
@@ -71,6 +80,8 @@ class RowLayout:
             if is_nested(value):
                 self.sizes[path] = value.batch_size
                 self._read(value, path)
+            elif isinstance(value, Tensor) and (kind := _odd_kind(value)):
+                raise TypeError(f"{self.what}_spec has {path[-1]!r}, which is {kind}; expected a plain tensor")
             elif isinstance(value, Tensor):
                 self.leaves.append(Leaf(path, value.shape, value.dtype))
             else:
@@ -78,6 +89,13 @@ class RowLayout:
                     f"{self.what}_spec has {path[-1]!r} of type {type(value).__qualname__}; "
                     "only tensors have a place in shared memory (MPTransport carries anything)"
                 )
+
+    def without(self, key: str) -> RowLayout:
+        """The same, but for one entry, declared or not; a batch may have it."""
+        other = copy(self)
+        other._left_out = frozenset([key])
+        other._take([leaf for leaf in self.leaves if leaf.path != (key,)])
+        return other
 
     def described(self) -> str:
         """The layout in words; equal for equal layouts."""
@@ -97,13 +115,15 @@ class RowLayout:
             try:
                 for name, dtype, shape in self._expected:
                     value = found[name]
-                    if value.dtype is not dtype or value.shape != shape or not value.is_cpu:
+                    if value.layout is not _STRIDED or value.dtype is not dtype or not value.is_cpu:
+                        break
+                    if value.shape != shape:  # which a nested tensor can't tell
                         break
                     values.append(value)
                 else:
                     if len(found) == len(values) or self.drop_undeclared:
                         return values
-            except (KeyError, AttributeError):  # one is not there, or no tensor
+            except (KeyError, AttributeError, RuntimeError):  # one is not there, or no tensor, or a nested one
                 pass
         raise InvalidRequestError(self._complaint(td))
 
@@ -120,20 +140,27 @@ class RowLayout:
         if self._is_flat and keys is not None and keys <= self._declared:
             found: dict[Any, Any] = entries(output)  # whatever else it has is no part of the reply
         else:
-            own = {key: value for key, value in output.items() if keys is None or key in keys}
+            own = self._own(output, keys)
             found = own if self._is_flat else _flat(build(own, output.batch_size, None))
             if not self.drop_undeclared and len(found) != len(self.leaves):
                 raise self._unfit(output, keys)
         values: list[Tensor] = []
         for name, dtype, shape in self._expected:
             value = found.get(name)
-            if not isinstance(value, Tensor) or value.dtype is not dtype or value.shape[1:] != shape:
+            if not isinstance(value, Tensor) or value.layout is not _STRIDED:
+                raise self._unfit(output, keys)
+            if value.dtype is not dtype or value.shape[1:] != shape:
                 raise self._unfit(output, keys)
             values.append(value if value.is_cpu else value.cpu())
         return values
 
+    def _own(self, output: TensorDictBase, keys: Set[str] | None) -> dict[str, Any]:
+        return {
+            key: value for key, value in output.items() if (keys is None or key in keys) and key not in self._left_out
+        }
+
     def _unfit(self, output: TensorDictBase, keys: Set[str] | None) -> ModelError:
-        own = {key: value for key, value in output.items() if keys is None or key in keys}
+        own = self._own(output, keys)
         return ModelError(self._complaint(build(own, output.batch_size, None)[0].to("cpu"), batch_size=False))
 
     def _complaint(self, td: Any, *, batch_size: bool = True) -> str:
@@ -154,6 +181,8 @@ class RowLayout:
             value = found[leaf.path]
             if not isinstance(value, Tensor):
                 return f"{leaf.name} of the {self.what} is a {type(value).__qualname__}, expected a tensor"
+            if kind := _odd_kind(value):
+                return f"{leaf.name} of the {self.what} is {kind}, expected a plain tensor"
             if value.shape != leaf.shape:
                 return f"{leaf.name} of the {self.what} has shape {list(value.shape)}, expected {list(leaf.shape)}"
             if value.dtype != leaf.dtype:
@@ -181,6 +210,15 @@ class RowLayout:
         return nodes[()]
 
 
+def _odd_kind(value: Tensor) -> str:
+    """In a word, why a tensor can't be copied to a row; empty if it can."""
+    if value.is_nested:
+        return "nested"
+    if value.layout is not _STRIDED:
+        return str(value.layout)
+    return "quantised" if value.is_quantized else ""
+
+
 def _flat(td: TensorDictBase, above: Path = ()) -> dict[Path, Any]:
     found: dict[Path, Any] = {}
     for key, value in td.items():
@@ -200,20 +238,32 @@ class Columns:
         layout: of a row.
         count: how many rows.
         memory: at least ``nbytes(layout, count)`` bytes, ``[nbytes]``.
-        index: makes a tensor of the numbers of rows.
+        index: makes a tensor of the numbers of rows, which must be usable under any mode of torch.
     """
 
-    def __init__(
-        self, layout: RowLayout, count: int, memory: Tensor, index: Callable[[Sequence[int]], Tensor] = torch.tensor
-    ) -> None:
+    @long_lived()
+    def __init__(self, layout: RowLayout, count: int, memory: Tensor, index: Callable[[Sequence[int]], Tensor]) -> None:
         self.layout = layout
         self._index = index
         self._columns: list[Tensor] = []
         for leaf, start in zip(layout.leaves, _starts(layout, count), strict=False):
             piece = memory[start : start + count * leaf.nbytes]
             self._columns.append(piece.view(leaf.dtype).view(count, *leaf.shape))
-        self._rows = [tuple(row) for row in zip(*[column.unbind(0) for column in self._columns], strict=True)]
-        self._rows = self._rows or [()] * count
+        self._rows = self._take_apart(count)
+
+    def _take_apart(self, count: int) -> list[tuple[Tensor, ...]]:
+        rows = zip(*[column.unbind(0) for column in self._columns], strict=True)
+        return [tuple(row) for row in rows] or [()] * count
+
+    def without(self, key: str) -> Columns:
+        """The same rows, but for one entry."""
+        other = copy(self)
+        other.layout = self.layout.without(key)
+        kept = [leaf.path != (key,) for leaf in self.layout.leaves]
+        other._columns = list(compress(self._columns, kept))
+        with long_lived():
+            other._rows = other._take_apart(len(self._rows))
+        return other
 
     @staticmethod
     def nbytes(layout: RowLayout, count: int) -> int:
@@ -256,7 +306,7 @@ class Columns:
         """Copy the entries of several rows; those of a leaf below 1 KiB are parts of one allocation."""
         index = self._index(rows)
         columns = [
-            column.index_select(0, index).unbind(0)
+            unbind_rows(column.index_select(0, index))
             if leaf.nbytes < OWN_MEMORY_BYTES
             else [column[row].clone() for row in rows]
             for leaf, column in zip(self.layout.leaves, self._columns, strict=True)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from aioinfer import InferenceServer, InvalidRequestError, MPTransport, ProcessSlotTransport, connect
+from aioinfer import InferenceServer, InvalidRequestError, MPTransport, NoFreeSlotError, ProcessSlotTransport, connect
 from aioinfer.testing import GatedModel, double, eventually, request
 from tests.process_workers import HANG, KINDS, METHODS, Child, call, client_of, outcome, use
 from tests.transports import process_slots
@@ -28,7 +28,8 @@ def slots(count: int, address: str | None = None) -> ProcessSlotTransport:
 
 
 def refusal(free: int, count: int, asked: int) -> str:
-    return f"{free} of {count} slots are free, {asked} were asked for; make a ProcessSlotTransport with more"
+    found = f"{free} of {count} slots are free, {asked} were asked for"
+    return f"{found}; close a client, or make a ProcessSlotTransport with more slots"
 
 
 # -- by the address ----------------------------------------------------------------------------------------
@@ -83,10 +84,10 @@ def test_an_address_is_listened_at_by_one_transport_only(tmp_path: Path) -> None
 def test_more_clients_than_slots_are_refused_and_the_message_names_the_numbers() -> None:
     transport = slots(3)
     first = transport.client()
-    with pytest.raises(RuntimeError, match=refusal(2, 3, 3)):
+    with pytest.raises(NoFreeSlotError, match=refusal(2, 3, 3)):
         transport.clients(3)
     rest = transport.async_clients(2)
-    with pytest.raises(RuntimeError, match=refusal(0, 3, 1)):
+    with pytest.raises(NoFreeSlotError, match=refusal(0, 3, 1)):
         transport.client()
     with InferenceServer(double, transport):
         assert [outcome(client, 1) for client in (first, *rest)] == [2, 2, 2]
@@ -100,7 +101,7 @@ def test_clients_of_a_remote_are_refused_when_used_if_too_few_slots_are_free(kin
         one, other, third = (client_of(remote, kind) for _ in range(3))
         assert [outcome(client, 1) for client in (one, other)] == [2, 2]
         for _ in range(2):
-            assert outcome(third, 1) == f"RuntimeError: {refusal(0, 2, 1)}"
+            assert outcome(third, 1) == f"NoFreeSlotError: {refusal(0, 2, 1)}"
         assert [outcome(client, 2) for client in (one, other)] == [4, 4]
         del one
         eventually(lambda: transport.callers() == 1, within=5)
@@ -113,7 +114,7 @@ def test_more_clients_of_a_remote_than_there_are_slots_at_all_are_refused_likewi
         assert isinstance(server.transport, ProcessSlotTransport)
         remote = connect(server.transport.address)
         clients = remote.clients(3) if kind == "blocking" else remote.async_clients(3)
-        assert outcome(clients[0], 1) == f"RuntimeError: {refusal(2, 2, 3)}"
+        assert outcome(clients[0], 1) == f"NoFreeSlotError: {refusal(2, 2, 3)}"
 
 
 @pytest.mark.parametrize("count", [0, -1, True, 1.5, None])
@@ -229,7 +230,7 @@ def test_a_client_that_two_workers_got_takes_two_slots_or_is_refused_to_the_seco
                 if count == 2:
                     assert found == 20 + 2 * value
                 else:
-                    assert found == f"RuntimeError: {refusal(0, 1, 1)}"
+                    assert found == f"NoFreeSlotError: {refusal(0, 1, 1)}"
             first.kill()
             assert second.tell(30) == 60
 

@@ -9,15 +9,18 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from aioinfer import InferenceServer, MPTransport
-from aioinfer.testing import double, eventually
+from aioinfer import InferenceServer, MPTransport, connect
+from aioinfer.testing import double, eventually, request
 from tests.leftovers import needs_descriptors
 from tests.process_workers import HANG, KINDS, Child, answer, ask_always, client_of, clients_of, outcome, use
 from tests.transports import process_slots
@@ -48,6 +51,55 @@ def test_a_client_that_was_used_before_a_fork_works_on_both_sides_of_it(make: An
             assert other.tell(6) == 12
         eventually(lambda: len(transport._board.lines) == 1)
         assert outcome(client, 7) == 14
+
+
+@contextmanager
+def held_elsewhere(*locks: Any) -> Iterator[None]:
+    """Locks that another thread holds."""
+    begun, end = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with ExitStack() as stack:
+            for lock in locks:
+                stack.enter_context(lock)
+            begun.set()
+            end.wait(HANG)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert begun.wait(HANG)
+    try:
+        yield
+    finally:
+        end.set()
+        thread.join()
+
+
+def use_all(line: Connection[Any, Any], transport: Any, client: Any, remote: Any) -> None:
+    """Use what a child has inherited, and what it makes of it."""
+    line.recv()
+    line.send([outcome(one, 3) for one in (client, transport.client(), remote.client(), remote.async_client())])
+    line.recv()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("make", MAKES)
+def test_locks_that_other_threads_hold_at_a_fork_keep_no_child_waiting(make: Any, kind: str) -> None:
+    transport = make()
+    with InferenceServer(double, transport) as server, connect(transport.address) as remote:
+        client = client_of(transport, kind)
+        assert outcome(client, 1) == 2
+        with server.paused("keep"):
+            under_way = [one.submit(request(5)) for one in transport.clients(2)]  # whose answers are the parent's
+            ticket = client._ticket
+            locks = [ticket._lock, ticket.connection._lock, ticket.connection._wire._lock, transport._board.poller.lock]
+            locks += [client.claim, transport._lock] if make is process_slots else []
+            with held_elsewhere(*locks, transport._board._lock):
+                child = Child("fork", use_all, transport, client, remote)
+        with child:
+            assert child.tell("use all") == [6] * 4
+            assert outcome(client, 2) == 4
+            assert [future.result(HANG)["action"][0] for future in under_way] == [10, 10]
 
 
 def use_and_fork(line: Connection[Any, Any], client: Any) -> None:
@@ -184,7 +236,7 @@ def test_a_forked_child_of_the_servers_process_that_exits_leaves_the_server_alon
 DYING = """
 import multiprocessing, os, sys, threading
 import torch
-from aioinfer import InferenceServer, MPTransport
+from aioinfer import InferenceServer, MPTransport, connect
 from aioinfer.testing import double, request
 from tests.process_workers import clients_of, outcome
 from tests.transports import process_slots

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import secrets
 import socket
@@ -10,17 +11,23 @@ import stat
 import struct
 import sys
 import tempfile
+import threading
+import time
 import weakref
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from aioinfer.errors import ServerClosedError
 from aioinfer.transports.wire import accept, unix_socket
 
-__all__ = ["Listener", "dial"]
+__all__ = ["Listener", "check_peer", "delays", "dial", "tell", "try_to_connect"]
 
 _BACKLOG = 4096
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
+# Seconds until a server whose backlog is full is tried again: at first, and at most.
+_DIAL_AGAIN = 0.01
+_DIAL_SELDOM = 0.5
 
 
 class Listener:
@@ -58,8 +65,15 @@ class Listener:
             return
         sock = unix_socket()
         try:
-            self._bind(sock)
-            sock.listen(_BACKLOG)
+            if self.address.startswith("@"):
+                sock.bind(_native(self.address))
+                sock.listen(_BACKLOG)
+            else:
+                if self._directory is not None:
+                    os.makedirs(self._directory, mode=0o700, exist_ok=True)  # which only its owner may enter
+                with _nobody_else_binds(self.address):
+                    self._bind(sock)
+                    sock.listen(_BACKLOG)
         except BaseException:
             sock.close()
             raise
@@ -78,22 +92,18 @@ class Listener:
         sock.setblocking(False)
         sock.set_inheritable(False)  # one that came from another process may be
         self._socket = sock
-        self._closing = weakref.finalize(self, _close, sock, self.address, self._directory, os.getpid())
+        self._closing = weakref.finalize(
+            self, _close, sock, self.address, _identity(self.address), self._directory, os.getpid()
+        )
 
     def _bind(self, sock: socket.socket) -> None:
-        if self.address.startswith("@"):
-            sock.bind(_native(self.address))
-            return
-        if self._directory is not None:
-            os.makedirs(self._directory, mode=0o700, exist_ok=True)  # which only its owner may enter
         try:
             sock.bind(self.address)
         except OSError as error:
             if error.errno != errno.EADDRINUSE or not stat.S_ISSOCK(os.stat(self.address).st_mode):
                 raise
-            with suppress(ServerClosedError):
-                dial(self.address).close()
-                raise  # somebody listens there
+            if _somebody_listens(self.address):
+                raise
             os.unlink(self.address)  # left by a process that was killed
             sock.bind(self.address)
         os.chmod(self.address, 0o600)
@@ -117,9 +127,12 @@ class Listener:
                 sock = accept(self._socket)
             except (BlockingIOError, ConnectionAbortedError):
                 return None
-            if _is_of_this_user(sock):
+            try:
+                check_peer(sock)
+            except OSError:  # another user, or gone already
+                sock.close()
+            else:
                 return sock
-            sock.close()
         return None
 
     def close(self) -> None:
@@ -129,41 +142,148 @@ class Listener:
             self._closing()
 
 
-def _close(sock: socket.socket, address: str, directory: str | None, pid: int) -> None:
-    sock.close()
-    if not address.startswith("@") and pid == os.getpid():  # not in a forked child, whose parent still listens
+def _close(
+    sock: socket.socket, address: str, identity: tuple[int, int] | None, directory: str | None, pid: int
+) -> None:
+    if identity is not None and pid == os.getpid():  # not in a forked child, whose parent still listens
         with suppress(OSError):
-            os.unlink(address)
+            if _identity(address) == identity:  # while we listen nobody replaces it
+                os.unlink(address)
             if directory is not None:
                 os.rmdir(directory)
+    sock.close()
 
 
-def dial(address: str) -> socket.socket:
+def _identity(address: str) -> tuple[int, int] | None:
+    """What tells a socket's path from another one of the same name."""
+    try:
+        found = os.stat(address)
+    except (OSError, ValueError):  # no path, or nothing there
+        return None
+    return found.st_dev, found.st_ino
+
+
+@contextmanager
+def _nobody_else_binds(address: str) -> Iterator[None]:
+    """Take turns with others that want the same path: who finds a socket there must know whether anybody listens."""
+    path = f"{address}.lock"
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            found = os.fstat(descriptor)
+            if _identity(path) != (found.st_dev, found.st_ino):  # who had it before has removed it
+                continue
+            try:
+                yield
+            finally:
+                os.unlink(path)
+            return
+        finally:
+            os.close(descriptor)
+
+
+def _somebody_listens(address: str) -> bool:
+    with unix_socket() as sock:
+        try:
+            try_to_connect(sock, address)
+        except ServerClosedError:
+            return False
+        return True
+
+
+def dial(address: str, timeout: float | None = None) -> socket.socket:
     """Connect to a listener.
+
+    Args:
+        address: where it listens.
+        timeout: seconds to wait where its backlog is full; ``None`` waits for ever.
 
     Raises:
         ServerClosedError: nobody listens there.
         PermissionError: somebody else does, another user.
+        TimeoutError: its backlog is still full.
+        OSError: no descriptor is left.
     """
+    deadline = None if timeout is None else time.monotonic() + timeout
     sock = unix_socket()
     try:
-        sock.connect(_native(address))
-    except OSError as error:
+        for delay in delays():
+            if try_to_connect(sock, address):
+                break
+            if deadline is not None and time.monotonic() >= deadline:
+                raise TimeoutError(f"the server at {address} takes nobody in within {timeout} seconds")
+            time.sleep(delay)
+        check_peer(sock)
+    except BaseException:
         sock.close()
-        raise ServerClosedError(f"no server listens at {address}: it is shut down, or its process is gone") from error
-    if not _is_of_this_user(sock):
-        sock.close()
-        raise PermissionError(f"who listens at {address} is another user")
+        raise
+    sock.setblocking(True)
     return sock
+
+
+def try_to_connect(sock: socket.socket, address: str) -> bool:
+    """Connect to a listener without blocking; say whether it had room for us.
+
+    Raises:
+        ServerClosedError: nobody listens there.
+    """
+    sock.setblocking(False)
+    try:
+        sock.connect(_native(address))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise ServerClosedError(f"no server listens at {address}: it is shut down, or its process is gone") from error
+    sock.setblocking(True)
+    return True
+
+
+def delays() -> Iterator[float]:
+    """Seconds to wait, for ever, between attempts to connect to a server whose backlog is full."""
+    delay = _DIAL_AGAIN
+    while True:
+        yield delay
+        delay = min(2 * delay, _DIAL_SELDOM)
+
+
+def check_peer(sock: socket.socket) -> None:
+    """Raise :class:`PermissionError` if the other end is of another user: abstract names have no permissions."""
+    if not hasattr(socket, "SO_PEERCRED"):  # elsewhere the path's decide
+        return
+    _, uid, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    if uid != os.getuid():
+        raise PermissionError("who is at the other end is another user")
+
+
+def tell(address: str, data: bytes) -> None:
+    """Connect, send ``data`` and hang up; nobody is told if that can't be. It does not block."""
+    try:
+        sock = unix_socket()
+    except OSError:
+        return
+
+    def send() -> None:
+        with sock:
+            sock.sendall(data)
+
+    def send_later() -> None:
+        with suppress(OSError, ServerClosedError):
+            for delay in delays():
+                if try_to_connect(sock, address):
+                    break
+                time.sleep(delay)
+            send()
+        sock.close()
+
+    try:
+        if try_to_connect(sock, address):
+            send()
+        else:
+            threading.Thread(target=send_later, name="aioinfer-connect", daemon=True).start()
+    except (OSError, ServerClosedError):
+        sock.close()
 
 
 def _native(address: str) -> str:
     return "\0" + address[1:] if address.startswith("@") else address
-
-
-def _is_of_this_user(sock: socket.socket) -> bool:
-    """Whether the other end is: abstract names have no permissions. Elsewhere the path's decide."""
-    if not hasattr(socket, "SO_PEERCRED"):
-        return True
-    _, uid, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
-    return bool(uid == os.getuid())

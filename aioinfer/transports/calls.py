@@ -9,35 +9,51 @@ from typing import Any, TypeAlias
 from aioinfer.errors import own_error
 from aioinfer.transports.outlets import Outlet
 
-__all__ = ["Calls"]
+__all__ = ["Calls", "Unload"]
 
-Unload: TypeAlias = Callable[[Sequence[int], Iterable[bytes | None]], Sequence[Any]]
+Call: TypeAlias = tuple[Any, Outlet]
+Unload: TypeAlias = Callable[[Sequence[int], Iterable[Any]], Sequence[Any]]
 
 
-class Calls(dict[int, tuple[Any, Outlet]]):
-    """By number, the receiver of an answer and the way there. Whoever takes a call out settles it; any thread."""
+class Calls(dict[int, Call]):
+    """By number, the receiver of an answer and the way there.
 
-    def hand_out(self, numbers: Sequence[int], payloads: Iterable[bytes | None], unload: Unload) -> None:
+    Any thread adds and takes out. ``hand_out`` is for one thread at a time, which may be interrupted anywhere by an
+    exception of a signal's handler: called again with the same, it goes on where it was. So a receiver may be settled
+    twice, and takes the first answer.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._handing: tuple[list[Call | None], Sequence[Any]] | None = None  # taken out, and their answers
+
+    def hand_out(self, numbers: Sequence[int], payloads: Iterable[Any], unload: Unload) -> None:
         """Settle what has come, with what ``unload`` makes of it; what was given up is dropped."""
-        calls = list(map(self.pop, numbers, repeat(None)))
-        if not all(calls):  # some were given up
-            found = [one for one in zip(calls, numbers, payloads, strict=False) if one[0] is not None]
-            if not found:
-                return
-            calls, numbers, payloads = [list(part) for part in zip(*found, strict=True)]
-        receivers, outlets = zip(*calls, strict=True)
-        try:
-            replies = unload(numbers, payloads)
-        except BaseException as error:  # also of a thread that is interrupted while it reads for others
-            _settle(receivers, outlets, [own_error(error) for _ in receivers])
-            raise
-        _settle(receivers, outlets, replies)
+        if not numbers:
+            return
+        if self._handing is None:
+            self._handing = [], self._unloaded(numbers, payloads, unload)
+        taken, answers = self._handing
+        if not taken:  # a client may ask again once its call is not here any more, and its answer must be read by then
+            taken.extend(map(self.pop, numbers, repeat(None)))
+        _settle(taken, answers)
+        self._handing = None
+
+    def _unloaded(self, numbers: Sequence[int], payloads: Iterable[Any], unload: Unload) -> Sequence[Any]:
+        if all(map(self.__contains__, numbers)):
+            return unload(numbers, payloads)
+        known = [pair for pair in zip(numbers, payloads, strict=False) if pair[0] in self]
+        if not known:
+            return [None] * len(numbers)
+        found = dict(zip([number for number, _ in known], unload(*zip(*known, strict=True)), strict=True))
+        return [found.get(number) for number in numbers]
 
     def fail(self, number: int, error: Exception) -> None:
         """Settle one with an error."""
-        call = self.pop(number, None)
+        call = self.get(number)
         if call is not None:
             call[1].fail([call[0]], [error])
+            self.pop(number, None)
 
     def fail_all(self, error: Exception) -> None:
         """Settle all of them with an error, each with one of its own."""
@@ -45,13 +61,18 @@ class Calls(dict[int, tuple[Any, Outlet]]):
             self.fail(number, own_error(error))
 
 
-def _settle(receivers: Sequence[Any], outlets: Sequence[Outlet], replies: Sequence[Any]) -> None:
-    first = outlets[0]
-    if outlets.count(first) == len(outlets) and not any(map(isinstance, replies, repeat(Exception))):
-        first.deliver(receivers, replies)
-        return
-    for receiver, outlet, reply in zip(receivers, outlets, replies, strict=True):
-        if isinstance(reply, Exception):
-            outlet.fail([receiver], [reply])
+def _settle(calls: Sequence[Call | None], answers: Sequence[Any]) -> None:
+    """Hand each call its answer, all at once where they go the same way."""
+    if all(calls) and not any(map(isinstance, answers, repeat(Exception))):
+        receivers, outlets = zip(*calls, strict=True)
+        if outlets.count(outlets[0]) == len(outlets):
+            outlets[0].deliver(receivers, answers)
+            return
+    for call, answer in zip(calls, answers, strict=True):
+        if call is None or answer is None:  # it was given up
+            continue
+        receiver, outlet = call
+        if isinstance(answer, Exception):
+            outlet.fail([receiver], [answer])
         else:
-            outlet.deliver([receiver], [reply])
+            outlet.deliver([receiver], [answer])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from enum import IntEnum
 
 from aioinfer.errors import InferenceError, ServerClosedError, ServerPausedError
+from aioinfer.modes import long_lived
 from aioinfer.segments import Segment
 from aioinfer.transports.parcels import pack_error, unpack_error
 
@@ -37,6 +38,7 @@ class Control:
         segment: the page, in another process than the one that made it.
     """
 
+    @long_lived()
     def __init__(self, segment: Segment | None = None) -> None:
         self.segment = Segment.create(_BYTES) if segment is None else segment
         self.view = self.segment.view
@@ -44,6 +46,7 @@ class Control:
         self._known = 0, ""
 
     @classmethod
+    @long_lived()
     def opened(cls, descriptor: int) -> Control:
         """Map a page of another process; the descriptor is its own from now on."""
         return cls(Segment(descriptor, _BYTES, b""))

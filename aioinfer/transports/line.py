@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from tensordict import TensorDictBase
 
+from aioinfer.errors import own_error
 from aioinfer.interaction import Mode
 from aioinfer.transports.parcels import pack, pack_error, unpack
 from aioinfer.transports.requests import Request
@@ -94,10 +95,10 @@ class Line(ABC):
     def read(self) -> None:
         """Take in what has arrived, as far as it fits a buffer."""
         wire = self.wire
-        if wire.unsent:
-            wire.flush()
-            self._look_out()
         try:
+            if wire.unsent:
+                wire.flush()
+                self._look_out()
             words, frames = wire.receive()
             if words:
                 self.ask(words)
@@ -105,8 +106,8 @@ class Line(ABC):
                 self._take_in(frames)
         except EOFError:
             self.board.drop(self)
-        except Exception as error:  # rubbish: it must cost nobody else anything
-            _log.warning("hung up on a process that sent what is no request: %r", error)
+        except BaseException as error:  # rubbish, which may raise anything: it must cost nobody else anything
+            _log.warning("hung up on a process that sent what is no request: %s", type(error).__qualname__)
             self.board.drop(self)
 
     def _take_in(self, frames: Sequence[Frame]) -> None:
@@ -114,6 +115,8 @@ class Line(ABC):
             kind = text >> 60
             if kind == FromClient.JOIN:
                 self._join(payload or b"")
+            elif kind == FromClient.RELEASE:
+                self.release(payload or b"")
             elif kind == FromClient.DESCRIBE:
                 self.send(frame(word(FromServer.WELCOME), pack(self.describe())))
             elif not self.joined:
@@ -132,8 +135,9 @@ class Line(ABC):
             raise ValueError("it has joined already")
         try:
             welcome, descriptors = self.join(*unpack(payload))
-        except Exception as error:
-            self.send(frame(word(FromServer.ERROR, NUMBER), pack_error(error)))
+        except BaseException as error:  # of its pickle, perhaps
+            refusal = error if isinstance(error, Exception) else own_error(error)
+            self.send(frame(word(FromServer.ERROR, NUMBER), pack_error(refusal)))
         else:
             if self not in self.board.lines:  # it has ended meanwhile
                 self.leave()
@@ -152,6 +156,10 @@ class Line(ABC):
             count: how many.
             layouts: what they take the requests and replies to look like.
         """
+
+    def release(self, ticket: bytes) -> None:
+        """Clients that no process has used were closed; raise :class:`ValueError` if there are no such clients here."""
+        raise ValueError("there is nothing to release")
 
     @abstractmethod
     def describe(self) -> Any:
@@ -180,8 +188,12 @@ class Line(ABC):
 
     def send(self, data: bytes) -> None:
         """Send frames now, or as soon as there is room."""
-        if not self.wire.send(data):
-            self._look_out()
+        try:
+            if not self.wire.send(data):
+                self._look_out()
+        except OSError as error:  # it can't be watched
+            _log.warning("hung up on a process that can't be answered: %s", error)
+            self.board.drop(self)
 
     def _look_out(self) -> None:
         """Wait for room, if something is left unsent."""

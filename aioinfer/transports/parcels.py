@@ -15,7 +15,7 @@ from torch import Tensor
 from aioinfer.errors import ModelError
 from aioinfer.tensors import build
 
-__all__ = ["pack", "pack_error", "unpack", "unpack_error"]
+__all__ = ["pack", "pack_error", "unpack", "unpack_error", "unpack_or"]
 
 
 class _Pickler(pickle.Pickler):
@@ -38,7 +38,7 @@ def _bytes(tensor: Tensor) -> bytes:
 
 def _tensor(dtype: torch.dtype, shape: tuple[int, ...], data: bytes) -> Tensor:
     if not data:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     return torch.frombuffer(bytearray(data), dtype=dtype).view(shape)
 
 
@@ -54,6 +54,24 @@ def pack(message: Any) -> bytes:
 
 
 unpack: Callable[[bytes], Any] = pickle.loads
+
+
+def unpack_or(data: bytes, instead: Callable[[BaseException], Any]) -> Any:
+    """Unpickle what another process sent, whose classes may raise anything.
+
+    Args:
+        data: the pickle.
+        instead: makes what is returned where that raises. An exception that does not come again is none of the
+            pickle's but a signal handler's, and raised.
+    """
+    try:
+        return unpack(data)
+    except BaseException:
+        try:
+            unpack(data)
+        except BaseException as error:
+            return instead(error)
+        raise
 
 
 def pack_error(error: Exception) -> bytes:
@@ -78,15 +96,12 @@ def pack_error(error: Exception) -> bytes:
 def unpack_error(data: bytes) -> Exception:
     """Make the error that :func:`pack_error` has pickled; a :class:`ModelError` where its class is not known."""
     pickled, name, traceback_text = pickle.loads(data)
+    # The server's program may have classes that this one does not.
+    arrived, cause = unpack_or(pickled, lambda _: (None, None)) if pickled else (None, None)
     error: Exception = ModelError(name)
-    if pickled:
-        try:
-            arrived, cause = unpack(pickled)
-            if isinstance(arrived, Exception):
-                error = arrived
-                error.__cause__ = cause
-        except Exception:  # the server's program may have classes that this one does not
-            pass
+    if isinstance(arrived, Exception):
+        error = arrived
+        error.__cause__ = cause
     if traceback_text:
         error.add_note(traceback_text)
     return error
@@ -99,7 +114,7 @@ def _stand_in(error: BaseException | None) -> ModelError | None:
 def _text_of(error: BaseException) -> str:
     try:
         return str(error)
-    except Exception:
+    except BaseException:
         return "(its message can't be shown)"
 
 
@@ -108,5 +123,5 @@ def _traceback_of(error: BaseException | None) -> str:
         return ""
     try:
         return "in the server:\n" + "".join(traceback.format_exception(error))
-    except Exception:
+    except BaseException:
         return ""

@@ -11,9 +11,8 @@ from typing import Any
 
 from tensordict import TensorDictBase
 
-from aioinfer.client import AsyncInferenceClient, InferenceClient
 from aioinfer.columns import RowLayout
-from aioinfer.errors import InvalidRequestError, ModelError
+from aioinfer.errors import InvalidRequestError, ModelError, NoFreeSlotError
 from aioinfer.interaction import MODES
 from aioinfer.transports.addresses import Listener
 from aioinfer.transports.admission import Admission
@@ -27,6 +26,7 @@ from aioinfer.transports.wire import NUMBER, Wire
 __all__ = ["ProcessSlotTransport"]
 
 _PLACE = (1 << 32) - 1
+_WAYS_OUT = "close a client, or make a ProcessSlotTransport with more slots"
 
 
 class ProcessSlotTransport(ProcessTransport):
@@ -47,7 +47,7 @@ class ProcessSlotTransport(ProcessTransport):
     Args:
         request_spec: a TensorDict shaped as one request is, of plain tensors: nested, of any dtype, without elements or
             with a batch dimension, as you like. Its values don't matter. Other requests are refused at the client.
-        response_spec: the same for the replies, without the policy version.
+        response_spec: the same for the replies. The policy version is added to them whether it is declared or not.
         num_slots: how many clients there can be at a time.
         ctx: not needed: clients travel by any context. Accepted for those who know it from elsewhere.
         drop_undeclared: leave entries out that the specs don't have, instead of refusing what has them.
@@ -76,6 +76,7 @@ class ProcessSlotTransport(ProcessTransport):
         self._reply = RowLayout(response_spec, "response", drop_undeclared=drop_undeclared)
         self._free = list(reversed(range(num_slots)))
         self._leases: dict[bytes, list[int]] = {}  # by ticket, the slots of clients that no process has used yet
+        self._reserved = 0  # how many these are
         super().__init__(address)
 
     def _listen(self, listener: Listener) -> None:
@@ -84,51 +85,20 @@ class ProcessSlotTransport(ProcessTransport):
         super()._listen(listener)
 
     def _estate(self) -> dict[str, Any]:
-        names = ("num_slots", "_request", "_reply", "_free", "_leases")
+        names = ("num_slots", "_request", "_reply", "_free", "_leases", "_reserved")
         return {name: self.__dict__[name] for name in names}
 
     # -- clients ---------------------------------------------------------------------------------------
 
-    def client(self, *, copy: bool = True) -> InferenceClient:
-        """Make a blocking client. Hand it to a process, or use it in this one; the first to use it has its slot.
-
-        Args:
-            copy: ``False`` lends the caller a view of each reply, valid until this client's next request, and
-                while the client exists.
-
-        Raises:
-            RuntimeError: all slots are taken.
-        """
-        return self.clients(1, copy=copy)[0]
-
-    def async_client(self, *, copy: bool = True) -> AsyncInferenceClient:
-        """Make an awaitable client; see :meth:`client`."""
-        return self.async_clients(1, copy=copy)[0]
-
-    def clients(self, count: int, *, copy: bool = True) -> list[InferenceClient]:
-        """Make blocking clients for the threads of one process; hand them over together, as one object.
-
-        Args:
-            count: how many.
-            copy: see :meth:`client`.
-
-        Raises:
-            RuntimeError: fewer slots are free.
-        """
-        return self._lease(count, copy).clients()
-
-    def async_clients(self, count: int, *, copy: bool = True) -> list[AsyncInferenceClient]:
-        """Make awaitable clients for the tasks of one process; hand them over together, as one object."""
-        return self._lease(count, copy).async_clients()
-
     def _lease(self, count: int, copy: bool = True) -> SlotTicket:
         ticket = self._blank_ticket().renewed(count, copy=copy)
         if count > self.num_slots:
-            raise RuntimeError(f"there are {self.num_slots} slots, {count} were asked for")
-        if not self._given_away:  # else the server's process finds slots when the client is first used
+            raise NoFreeSlotError(f"there are {self.num_slots} slots, {count} were asked for; {_WAYS_OUT}")
+        if not self._serves_elsewhere:  # else the server's process finds slots when the client is first used
             self._look_for_room(count)
             with self._lock:
                 self._leases[ticket.id] = self._take_slots(count)
+                self._reserved += count
         return ticket
 
     def _blank_ticket(self) -> SlotTicket:
@@ -141,9 +111,8 @@ class ProcessSlotTransport(ProcessTransport):
         if not isinstance(count, int) or count < 1:
             raise ValueError(f"{count!r} is no number of slots")
         if count > len(self._free):
-            raise RuntimeError(
-                f"{len(self._free)} of {self.num_slots} slots are free, {count} were asked for; "
-                "make a ProcessSlotTransport with more"
+            raise NoFreeSlotError(
+                f"{len(self._free)} of {self.num_slots} slots are free, {count} were asked for; {_WAYS_OUT}"
             )
         return [self._free.pop() for _ in range(count)]
 
@@ -154,24 +123,31 @@ class ProcessSlotTransport(ProcessTransport):
     def _occupy(self, ticket: bytes, count: int) -> list[int]:
         self._look_for_room(count)
         with self._lock:
-            leased = self._leases.pop(ticket, None)
+            leased = self._end_lease(ticket)
             return self._take_slots(count) if leased is None else leased
+
+    def _end_lease(self, ticket: bytes) -> list[int] | None:
+        """Under the lock."""
+        leased = self._leases.pop(ticket, None)
+        if leased is not None:
+            self._reserved -= len(leased)
+        return leased
 
     def _vacate(self, slots: Sequence[int]) -> None:
         with self._lock:
             self._free += slots
 
+    def _release(self, ticket: bytes) -> None:
+        """The clients of a ticket were closed unused."""
+        with self._lock:
+            self._free += self._end_lease(ticket) or ()
+
     def callers(self) -> int | None:
-        leased = sum([len(slots) for slots in self._leases.values()])  # to processes that have not shown up
-        return self.num_slots - len(self._free) - leased
+        return self.num_slots - len(self._free) - self._reserved
 
     def open(self, admission: Admission) -> None:
-        if admission.version_key is not None and (admission.version_key,) in {leaf.path for leaf in self._reply.leaves}:
-            raise ValueError(
-                f'response_spec has "{admission.version_key}", which the server adds to every reply; '
-                "leave it out, or give the server another policy_version_key"
-            )
         super().open(admission)
+        self._memory.leave_out(admission.version_key)
 
     # -- the server's side -----------------------------------------------------------------------------
 
@@ -195,6 +171,11 @@ class _SlotLine(Line):
         self._slots = self._transport._occupy(ticket, count)
         self._entries = [self._entry(slot) for slot in self._slots]
         return self._slots, [self._transport._control.segment.fd, self._memory.segment.fd]
+
+    def release(self, ticket: bytes) -> None:
+        if self.joined:
+            raise ValueError("it has joined, and so uses its clients")
+        self._transport._release(ticket)
 
     def describe(self) -> SlotTicket:
         return self._transport._blank_ticket()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
@@ -47,6 +48,7 @@ class ProcessTransport(QueuedTransport):
 
     def _listen(self, listener: Listener) -> None:
         self._ended = False
+        self._process = os.getpid()
         self._control = Control()
         self._board = Switchboard(self._make_line, listener, lambda: self._queue.admission.stats.reject())
         self._poller = self._board.poller
@@ -98,8 +100,13 @@ class ProcessTransport(QueuedTransport):
     def _make_line(self, wire: Wire, board: Board) -> Line: ...
 
     @abstractmethod
-    def _lease(self, count: int, copy: bool) -> Ticket:
+    def _lease(self, count: int, copy: bool = True) -> Ticket:
         """What a process needs to make ``count`` clients."""
+
+    @property
+    def _serves_elsewhere(self) -> bool:
+        """Whether this process only knows the server's address: it gave the transport away, or is a forked child."""
+        return self._given_away or self._process != os.getpid()
 
     @property
     def address(self) -> str:
@@ -119,10 +126,14 @@ class ProcessTransport(QueuedTransport):
         )
 
     def client(self, *, copy: bool = True) -> InferenceClient:
-        """Make a blocking client. Hand it to a process, or use it in this one.
+        """Make a blocking client. Hand it to a process, or use it in this one; the first to use it has its slot.
 
         Args:
-            copy: ``False`` lends the caller a view of each reply, where the transport has slots.
+            copy: where replies lie in shared memory, ``False`` lends the caller a view of each, valid until this
+                client's next request. Others are the caller's own in any case.
+
+        Raises:
+            NoFreeSlotError: the transport has slots, and all are taken.
         """
         return self.clients(1, copy=copy)[0]
 
@@ -134,6 +145,13 @@ class ProcessTransport(QueuedTransport):
         """Make blocking clients for the threads of one process, which has one connection for all of them.
 
         Hand them over together, as one object.
+
+        Args:
+            count: how many.
+            copy: see :meth:`client`.
+
+        Raises:
+            NoFreeSlotError: fewer slots are free.
         """
         return self._lease(count, copy).clients()
 
@@ -141,11 +159,18 @@ class ProcessTransport(QueuedTransport):
         """Make awaitable clients for the tasks of one process, which has one connection for all of them.
 
         Hand them over together, as one object. Requests that are made in one tick of an event loop leave
-        together.
+        together. See :meth:`clients`.
         """
         return self._lease(count, copy).async_clients()
 
     # -- the server's side -----------------------------------------------------------------------------
+
+    def wait_for_work(self, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        while not self._queue.wait(1, 1, timeout):  # it returns when something was read, if only a wish to join
+            timeout = deadline - time.monotonic()
+            if timeout <= 0:
+                return
 
     def join(self, family: Sequence[PendingQueue], poller: Poller, lock: threading.RLock) -> None:
         self._board.move_to(poller)
@@ -225,8 +250,13 @@ class GivenTransport:
         return self._kind._inherit(self._estate, Listener(self._address, descriptor))
 
     def close(self) -> None:
-        """Let go of it, once the other process has started (this process)."""
-        os.close(self._descriptor)
+        """Let go of it, once the other process has started, or can't be (this process). Idempotent.
+
+        If nobody has taken it, nobody listens from then on: clients fail with :class:`ServerClosedError`.
+        """
+        if isinstance(self._descriptor, int) and self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_descriptor": DupFd(self._descriptor)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
@@ -15,7 +16,7 @@ from aioinfer.interaction import MODES
 from aioinfer.transports.addresses import Listener
 from aioinfer.transports.control import Control
 from aioinfer.transports.line import Board, Line, RemoteRequest
-from aioinfer.transports.parcels import pack, unpack
+from aioinfer.transports.parcels import pack, unpack, unpack_or
 from aioinfer.transports.processes import ProcessTransport
 from aioinfer.transports.receivers import Asked
 from aioinfer.transports.station import Station
@@ -102,7 +103,7 @@ class _ParcelLine(Line):
         for receiver, reply in zip(receivers, replies, strict=True):
             try:
                 data.append(frame(word(FromServer.REPLY, receiver.number), pack(reply)))
-            except Exception as error:  # what does not pickle may raise anything
+            except BaseException as error:  # what does not pickle may raise anything
                 self.fail([receiver], [own_error(error)])
             self.drop(receiver)
         self.send(b"".join(data))
@@ -114,7 +115,7 @@ class _ParcelLine(Line):
 def _unpack_request(payload: bytes) -> TensorDictBase:
     try:
         return unpack(payload)  # type: ignore[no-any-return]
-    except Exception as error:  # a class of the user's may raise anything
+    except BaseException as error:  # a class of the user's may raise anything, also SystemExit
         raise InvalidRequestError(
             f"the request can't be unpickled in the server's process: {type(error).__qualname__}: {error}"
         ) from error
@@ -129,28 +130,25 @@ class _ParcelTicket(Ticket):
             raise InvalidRequestError(f"a request must be a TensorDict, got {type(td).__qualname__}")
         try:
             return pack(td)
-        except Exception as error:  # what does not pickle may raise anything
-            raise InvalidRequestError(f"the request does not pickle: {type(error).__qualname__}: {error}") from error
+        except Exception:  # what does not pickle may raise anything
+            try:
+                pack(td)
+            except Exception as error:
+                raise InvalidRequestError(
+                    f"the request does not pickle: {type(error).__qualname__}: {error}"
+                ) from error
+            raise  # it does pickle: so it was a signal's handler that raised
 
 
 class _ParcelStation(Station):
-    def __init__(self, address: str, ticket: bytes, count: int) -> None:
-        super().__init__(address, ticket, count)
-        self._early = None  # requests may follow the wish to join at once
+    waits_for_welcome = False
 
-    def _welcome(self, news: Any, descriptors: Sequence[int]) -> None:
-        (control,) = descriptors
-        self.control = Control.opened(control)
+    def _welcome(self, news: Any, descriptors: Sequence[int]) -> Control:
+        (control,) = map(os.dup, descriptors)
+        return Control.opened(control)
 
     def _load(self, asked: Sequence[Asked]) -> bytes:
         return b"".join([frame(text, cargo) for _, text, cargo in asked])
 
     def _unload(self, numbers: Sequence[int], payloads: Iterable[bytes | None]) -> Sequence[Any]:
-        return [_unpack_reply(payload or b"") for _, payload in zip(numbers, payloads, strict=False)]
-
-
-def _unpack_reply(payload: bytes) -> Any:
-    try:
-        return unpack(payload)
-    except Exception as error:  # a class of the user's may raise anything
-        return own_error(error)
+        return [unpack_or(payload or b"", own_error) for _, payload in zip(numbers, payloads, strict=False)]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
+import weakref
+from typing import Self
 
 from aioinfer.client import AsyncInferenceClient, InferenceClient
-from aioinfer.errors import ServerClosedError
+from aioinfer.errors import ClientClosedError, ServerClosedError
 from aioinfer.transports.addresses import dial
 from aioinfer.transports.parcels import unpack
 from aioinfer.transports.tickets import Ticket
@@ -30,7 +32,7 @@ def connect(address: str, *, timeout: float | None = 10.0) -> Remote:
         TimeoutError: no answer within ``timeout``; the server has not started, or its event loop is blocked.
     """
     deadline = None if timeout is None else time.monotonic() + timeout
-    wire = Wire(dial(address))
+    wire = Wire(dial(address, timeout))
     try:
         wire.send(word(FromClient.DESCRIBE).to_bytes(8, sys.byteorder))
         while True:
@@ -48,18 +50,46 @@ def connect(address: str, *, timeout: float | None = 10.0) -> Remote:
 class Remote:
     """A server elsewhere, as :func:`connect` finds it. It makes clients; each connects when it is first used.
 
-    Where the transport has slots and too few are free then, the client's requests fail with :class:`RuntimeError`.
+    Where the transport has slots and too few are free then, the client's requests fail with :class:`NoFreeSlotError`.
+
+    Use it as a context manager, or as an async one, to close the clients that it has made.
     """
 
     def __init__(self, ticket: Ticket) -> None:
         self._ticket = ticket
+        self._tickets: weakref.WeakSet[Ticket] = weakref.WeakSet()
+        self._closed = False
+
+    def __reduce__(self) -> tuple[type[Remote], tuple[Ticket]]:
+        return Remote, (self._ticket,)  # what it has made stays here
+
+    def close(self) -> None:
+        """Close every client that was made here, and make no more. Idempotent; any thread."""
+        self._closed = True
+        for ticket in list(self._tickets):
+            ticket.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.close()
 
     def client(self, *, copy: bool = True) -> InferenceClient:
         """Make a blocking client.
 
         Args:
-            copy: ``False`` lends the caller a view of each reply, valid until this client's next request, and while
-                the client exists, where the transport has slots.
+            copy: ``False`` lends the caller a view of each reply, valid until this client's next request, where the
+                transport has slots.
+
+        Raises:
+            ClientClosedError: the connection was closed.
         """
         return self.clients(1, copy=copy)[0]
 
@@ -69,8 +99,15 @@ class Remote:
 
     def clients(self, count: int, *, copy: bool = True) -> list[InferenceClient]:
         """Make blocking clients for the threads of one process, which has one connection for all of them."""
-        return self._ticket.renewed(count, copy=copy).clients()
+        return self._renewed(count, copy).clients()
 
     def async_clients(self, count: int, *, copy: bool = True) -> list[AsyncInferenceClient]:
         """Make awaitable clients for the tasks of one process, which has one connection for all of them."""
-        return self._ticket.renewed(count, copy=copy).async_clients()
+        return self._renewed(count, copy).async_clients()
+
+    def _renewed(self, count: int, copy: bool) -> Ticket:
+        if self._closed:
+            raise ClientClosedError("this way to the server was closed; connect again")
+        ticket = self._ticket.renewed(count, copy=copy)
+        self._tickets.add(ticket)
+        return ticket

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from aioinfer.columns import Columns, RowLayout
 from aioinfer.errors import InvalidRequestError, ModelError
+from aioinfer.modes import long_lived
 from aioinfer.segments import Segment
 from aioinfer.tensors import Allocate
 
@@ -25,6 +26,28 @@ _FEW = 16
 
 class _InSlot(Protocol):
     slot: int
+
+
+class _Indices:
+    """Tensors of the numbers of slots, of which those that were used lately are kept."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, ...], Tensor] = {}
+
+    def __call__(self, slots: Sequence[int]) -> Tensor:
+        wanted = tuple(slots)
+        index = self._known.get(wanted)
+        if index is None:
+            if len(self._known) >= _KNOWN:
+                self._known.clear()
+            index = self._known[wanted] = self._make(wanted)
+        return index
+
+    def _make(self, slots: tuple[int, ...]) -> Tensor:
+        if torch.is_inference_mode_enabled():  # asked first, since the rest takes as long as the tensor
+            with long_lived():
+                return torch.tensor(slots, dtype=torch.int64, device="cpu")
+        return torch.tensor(slots, dtype=torch.int64, device="cpu")
 
 
 class SlotMemory:
@@ -44,6 +67,7 @@ class SlotMemory:
         descriptor: of the memory, in another process than the one that made it; its own from now on.
     """
 
+    @long_lived()
     def __init__(self, request: RowLayout, reply: RowLayout, count: int, descriptor: int | None = None) -> None:
         sizes = (8 * count, 8 * count, Columns.nbytes(request, count), Columns.nbytes(reply, count))
         starts = [0]
@@ -58,19 +82,19 @@ class SlotMemory:
         """Which weights computed each slot's reply."""
         self._time_column = self.segment.memory[pieces[0]].view(torch.float64)
         self._version_column = self.segment.memory[pieces[1]].view(torch.int64)
+        self._version_rows = self._version_column.unbind(0)
+        self._index = _Indices()
         self.requests = Columns(request, count, self.segment.memory[pieces[2]], self._index)
         self.replies = Columns(reply, count, self.segment.memory[pieces[3]], self._index)
-        self._indices: dict[tuple[int, ...], Tensor] = {}
-        self._gathered: tuple[Sequence[_InSlot], Tensor] = ((), torch.empty(0))
+        self._gathered: tuple[Sequence[_InSlot], Tensor] = (), self._index(())
+        self._written = self.replies
 
-    def _index(self, slots: Sequence[int]) -> Tensor:
-        known = tuple(slots)
-        index = self._indices.get(known)
-        if index is None:
-            if len(self._indices) >= _KNOWN:
-                self._indices.clear()
-            index = self._indices[known] = torch.tensor(known)
-        return index
+    def leave_out(self, key: str | None) -> None:
+        """Write no such entry of replies: the version, which has a place of its own, and may be declared all the same.
+
+        The memory stays as it is, since clients may have mapped it.
+        """
+        self._written = self.replies if key is None else self.replies.without(key)
 
     def note_times(self, slots: Sequence[int], now: float) -> None:
         """Write when the requests of these slots were submitted."""
@@ -79,6 +103,11 @@ class SlotMemory:
         else:
             for slot in slots:
                 self.times[slot] = now
+
+    def version(self, slot: int, size: torch.Size) -> Tensor:
+        """Which weights computed a slot's reply ``[*size]``, as a tensor of the caller's own."""
+        row = self._version_rows[slot]
+        return row.expand(size).clone() if size else row.clone()
 
     # -- the server's side -----------------------------------------------------------------------------
 
@@ -92,7 +121,7 @@ class SlotMemory:
 
     def scatter(self, requests: Sequence[_InSlot], output: TensorDictBase, keys: Set[str] | None, version: int) -> None:
         slots = self._slots(requests)
-        self.replies.scatter(slots, self.replies.layout.batch_values(output, keys))
+        self._written.scatter(slots, self._written.layout.batch_values(output, keys))
         if len(requests) > _FEW:
             self._version_column.index_fill_(0, slots, version)
         else:
@@ -110,7 +139,7 @@ class SlotMemory:
             self.versions[slot] = int(version.flatten()[0]) if version.numel() else 0
             reply = reply.exclude(version_key)
         try:
-            values = self.replies.layout.values(reply.to("cpu"))
+            values = self._written.layout.values(reply.to("cpu"))
         except InvalidRequestError as error:
             raise ModelError(str(error)) from None
-        self.replies.write_one(slot, values)
+        self._written.write_one(slot, values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from array import array
@@ -15,11 +16,13 @@ from torch import Tensor
 from aioinfer.columns import RowLayout
 from aioinfer.stamps import VersionStamps
 from aioinfer.tensors import build
+from aioinfer.transports.addresses import tell
 from aioinfer.transports.control import Control
 from aioinfer.transports.receivers import Asked
 from aioinfer.transports.slot_memory import SlotMemory
 from aioinfer.transports.station import Station
 from aioinfer.transports.tickets import Ticket
+from aioinfer.transports.wire import FromClient, frame, word
 
 __all__ = ["SlotTicket"]
 
@@ -50,6 +53,9 @@ class SlotTicket(Ticket):
     def _connect(self) -> Station:
         return _SlotStation(self)
 
+    def _give_back(self) -> None:
+        tell(self.address, frame(word(FromClient.RELEASE), self.id))
+
     def cargo(self, td: TensorDictBase) -> list[Tensor]:
         return self.request.values(td)
 
@@ -58,22 +64,25 @@ class _SlotStation(Station):
     def __init__(self, ticket: SlotTicket) -> None:
         self._layouts = ticket.request, ticket.reply, ticket.num_slots
         self._reply_size = ticket.reply.batch_size
-        self._one = torch.Size([1, *self._reply_size])
         self._copies = ticket.copies
         self._memory: SlotMemory | None = None
         self._slots: Sequence[int] = ()
         self._stamps = VersionStamps()
         super().__init__(ticket.address, ticket.id, ticket.count, ticket.layouts())
 
-    def _welcome(self, news: Any, descriptors: Sequence[int]) -> None:
-        control, memory = descriptors
+    def _welcome(self, news: Any, descriptors: Sequence[int]) -> Control:
+        control, memory = map(os.dup, descriptors)
         self._slots = news
         self._memory = SlotMemory(*self._layouts, memory)
-        self.control = Control.opened(control)
+        return Control.opened(control)
+
+    def _release(self) -> None:
+        self._memory = None
 
     def _load(self, asked: Sequence[Asked]) -> bytes:
         memory = self._memory
-        assert memory is not None
+        if memory is None:  # it was closed meanwhile: what is sent goes nowhere
+            return b""
         now = time.perf_counter()
         if len(asked) == 1:
             ((number, text, values),) = asked
@@ -88,6 +97,8 @@ class _SlotStation(Station):
         return array("Q", texts).tobytes()
 
     def _unload(self, numbers: Sequence[int], payloads: Iterable[bytes | None]) -> Sequence[TensorDictBase]:
+        if len(numbers) == 1:
+            return [self._unload_one(numbers[0])]
         memory, control = self._memory, self.control
         assert memory is not None
         assert control is not None
@@ -110,10 +121,10 @@ class _SlotStation(Station):
         source = memory.replies.read(slot) if self._copies else memory.replies.lend(slot)
         key = control.version_key()
         if key:
-            source[key] = self._stamps.make(memory.versions[slot], self._one, None)[0]
+            source[key] = memory.version(slot, self._reply_size)
         return build(source, self._reply_size, None)
 
     def _stamp(self, versions: Sequence[int], size: torch.Size) -> Sequence[Tensor]:
         if versions.count(versions[0]) == len(versions):
             return self._stamps.make(versions[0], torch.Size([len(versions), *size]), None)
-        return [torch.full(size, version) for version in versions]
+        return [torch.full(size, version, dtype=torch.int64, device="cpu") for version in versions]

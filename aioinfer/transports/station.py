@@ -4,36 +4,65 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import sys
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from itertools import repeat
-from typing import Any
+from typing import Any, Protocol
 
-from aioinfer.errors import PeerDiedError, ServerClosedError, own_error
+from torch import is_inference_mode_enabled
+
+from aioinfer.errors import (
+    ClientBusyError,
+    ClientClosedError,
+    InvalidRequestError,
+    PeerDiedError,
+    ServerClosedError,
+    own_error,
+)
 from aioinfer.interaction import caller_mode, number_of
-from aioinfer.transports.addresses import dial
+from aioinfer.modes import long_lived
+from aioinfer.transports.addresses import check_peer, delays, try_to_connect
 from aioinfer.transports.calls import Calls
 from aioinfer.transports.control import Control, State
-from aioinfer.transports.outlets import FUTURES, Outlet
+from aioinfer.transports.outlets import Outlet
 from aioinfer.transports.parcels import pack, unpack, unpack_error
-from aioinfer.transports.receivers import Asked, LoopDesk, Waiter
+from aioinfer.transports.receivers import WAITERS, Asked, FutureDesk, LoopDesk, Waiter
 from aioinfer.transports.turns import Turns
-from aioinfer.transports.wire import NUMBER, Frame, FromClient, FromServer, Wire, frame, word
+from aioinfer.transports.wire import NUMBER, Frame, FromClient, FromServer, Rest, Wire, frame, unix_socket, word
 
 __all__ = ["Station"]
 
 _PATIENT = word(FromClient.PATIENT_REQUEST)
+_PLACE = (1 << 32) - 1
+# Seconds after which a thread that reads sees that its client was closed, where others go on.
+_LOOK_UP = 0.25
+
+
+class Asking(Protocol):
+    """What a station needs to know of a client."""
+
+    claim: AbstractContextManager[object] | None
+    """Held while it makes sure that it has no request under way, and notes the next; where it may have one only."""
+    number: int
+    """Of its last request, in that case."""
 
 
 class Station(ABC):
     """One process's connection to a server, for a number of clients. It never blocks, except in ``wait``.
 
     Whoever waits reads, and settles what has come for others too: a blocked thread, one at a time; the event loops
-    that wait; and a thread for futures, while there are any. Any thread: everything. ``_receiving`` is held while
-    answers are read and settled, ``_lock`` guards what is asked before the server has taken this process in.
+    that wait; and a thread for futures, while there are any. Any thread: everything, but for what is said to be the
+    leader's. ``_lock`` guards what is asked before the server has taken this process in.
+
+    The main thread may be interrupted anywhere by an exception that a signal's handler raises. What it holds is the
+    lead of ``_turns``; what it has read remains with the wire until it is confirmed. ``leave`` settles what was read
+    and gives the lead back, and is called once more where it was interrupted itself.
 
     Args:
         address: where the server listens.
@@ -43,27 +72,77 @@ class Station(ABC):
 
     Raises:
         ServerClosedError: nobody listens there.
+        OSError: no descriptor is left.
     """
+
+    waits_for_welcome = True
+    """Whether requests must not be sent before the server has taken this process in."""
 
     def __init__(self, address: str, ticket: bytes, count: int, layouts: str = "") -> None:
         self.calls = Calls()
         self.dead: Exception | None = None
         self.control: Control | None = None
-        self._numbers = itertools.count()
-        self._descriptors: list[int] = []
+        self.futures = FutureDesk()
+        self.numbers = itertools.count()
+        """Of requests: those of a client are ``n << 32 | place``, of 56 bits."""
+        self._greeting = frame(word(FromClient.JOIN), pack((ticket, count, layouts)))
+        self._descriptors: dict[int, None] = {}
         self._early: list[Asked] | None = []  # what waits until this process is taken in
         self._lock = threading.Lock()
-        self._receiving = threading.Lock()
         self._turns = Turns()
         self._desks: dict[asyncio.AbstractEventLoop, LoopDesk] = {}
-        self._wire = Wire(dial(address))
-        self._wire.send(frame(word(FromClient.JOIN), pack((ticket, count, layouts))))
+        self._connected = False
+        self._alone = count == 1  # else a client may be closed without the connection
+        self._sock = unix_socket()
+        self._wire = Wire(self._sock)
+        try:
+            if not self._alone:
+                self._wire.look_up(_LOOK_UP)
+            if try_to_connect(self._sock, address):
+                self._join()
+            else:  # its backlog is full
+                dialler = object()
+                self._turns.leader[0] = dialler  # nobody reads before
+                threading.Thread(
+                    target=self._dial, args=(address, dialler), name="aioinfer-connect", daemon=True
+                ).start()
+        except BaseException:
+            self._wire.close()
+            raise
+
+    def _dial(self, address: str, dialler: object) -> None:
+        try:
+            for delay in delays():
+                if self.dead is not None:
+                    return
+                if try_to_connect(self._sock, address):
+                    self._join()
+                    return
+                time.sleep(delay)
+        except Exception as error:
+            self._die(error)
+        finally:
+            self._end_turn(dialler)
+
+    def _join(self) -> None:
+        check_peer(self._sock)
+        self._wire.send(self._greeting)
+        if not self.waits_for_welcome:
+            self._be_early_no_more()
+        self._connected = True
+        for desk in list(self._desks.values()):
+            desk.attach()
 
     # -- what depends on the transport -----------------------------------------------------------------
 
     @abstractmethod
-    def _welcome(self, news: Any, descriptors: Sequence[int]) -> None:
-        """The server has taken this process in."""
+    def _welcome(self, news: Any, descriptors: Sequence[int]) -> Control:
+        """The server has taken this process in.
+
+        Args:
+            news: what it says.
+            descriptors: what it shares; they belong to the station.
+        """
 
     @abstractmethod
     def _load(self, asked: Sequence[Asked]) -> bytes:
@@ -77,13 +156,17 @@ class Station(ABC):
         """The reply to one request that came without a payload."""
         return self._unload([number], [None])[0]
 
+    def _release(self) -> None:  # noqa: B027 - to have nothing is right for some
+        """Let go of what the server shares; views of it stay valid."""
+
     # -- asking ----------------------------------------------------------------------------------------
 
-    def ask(self, place: int, cargo: Any, receiver: Any, outlet: Outlet, *, patient: bool = False) -> Asked:
+    def ask(self, client: Asking, number: int, cargo: Any, receiver: Any, outlet: Outlet, patient: bool) -> Asked:
         """Note a request, which must be posted then.
 
         Args:
-            place: which of the clients asks.
+            client: whose it is.
+            number: its own.
             cargo: what the transport makes of a request.
             receiver: who gets the answer.
             outlet: the way there.
@@ -92,13 +175,24 @@ class Station(ABC):
         Raises:
             ServerClosedError: the server is shut down.
             ServerPausedError: it refuses requests for now.
+            ClientBusyError: the client has a request under way, and may not have two.
         """
-        control = self.control
+        control, calls = self.control, self.calls
         if control is not None and (state := control.view[0]):
             self.receive()  # perhaps it is gone, and another one listens there
             raise self._refusal(control, state) if self.dead is None else own_error(self.dead)
-        number = (next(self._numbers) & 0xFFFFFF) << 32 | place
-        self.calls[number] = (receiver, outlet)
+        if client.claim is None:
+            calls[number] = receiver, outlet
+        else:
+            with client.claim:
+                call = calls.get(client.number)
+                if call is not None and not _is_over(call[0]):
+                    raise ClientBusyError(
+                        "the client has a request under way; wait for its reply, cancel it, or make a client for each "
+                        "caller"
+                    )
+                calls[number] = receiver, outlet
+                client.number = number
         return number, number | number_of(caller_mode()) << 56 | (_PATIENT if patient else 0), cargo
 
     def post(self, asked: Sequence[Asked]) -> None:
@@ -111,7 +205,13 @@ class Station(ABC):
         control = self.control
         taken = control is None or not control.view[0]
         if asked and taken:
-            self._wire.send(self._load(asked))
+            try:
+                data = self._load(asked)
+            except BaseException:
+                if self._send_one_by_one(asked):  # so it was of a signal's handler, not of a request
+                    raise
+            else:
+                self._wire.send(data)
         if control is not None and (state := control.view[0]) and not (taken and state == State.CLOSED):
             if taken:
                 self.receive()  # it may have its answer
@@ -120,158 +220,266 @@ class Station(ABC):
         if self.dead is not None:
             self.calls.fail_all(self.dead)
 
+    def _send_one_by_one(self, asked: Sequence[Asked]) -> bool:
+        """Send requests of which some may not let themselves be loaded, and fail; say whether all did."""
+        all_did = True
+        for one in asked:
+            try:
+                data = self._load([one])
+            except BaseException as error:
+                all_did = False
+                refused = InvalidRequestError(f"the request can't be copied: {type(error).__qualname__}: {error}")
+                refused.__cause__ = error
+                self.count_refusal()
+                self.calls.fail(one[0], refused)
+            else:
+                self._wire.send(data)
+        return all_did
+
     def _refuse(self, number: int, control: Control, state: int) -> None:
         """Fail a request that the server may have got, or not, as it does not take any now."""
-        call = self.calls.pop(number, None)
-        if call is not None:
+        if number in self.calls:
             self._say(FromClient.CANCEL, number)
-            call[1].fail([call[0]], [control.refusal(state)])  # the server counts it, refused or cancelled
+            self.calls.fail(number, control.refusal(state))  # the server counts it, refused or cancelled
 
     def _refusal(self, control: Control, state: int) -> Exception:
         if state == State.REFUSING:
             self.count_refusal()
         return control.refusal(state)
 
-    def withdraw(self, number: int) -> bool:
-        """Give a request up; say whether it had no answer yet."""
-        call = self.calls.pop(number, None)
-        if call is None:
-            return False
-        call[1].drop(call[0])
-        self._say(FromClient.CANCEL, number)
-        return True
+    def withdraw(self, number: int) -> None:
+        """Give a request up, if it has no answer yet."""
+        call = self.calls.get(number)
+        if call is not None:
+            self._say(FromClient.CANCEL, number)  # first: the client may write its next request afterwards
+            self.calls.pop(number, None)
+            call[1].drop(call[0])
+
+    def close_client(self, place: int) -> None:
+        """One of several clients was closed: fail what it has under way."""
+        for number in list(self.calls):
+            if number & _PLACE == place:
+                self._say(FromClient.CANCEL, number)
+                self.calls.fail(number, client_closed())
 
     def count_refusal(self) -> None:
         """Tell the server that a request was refused here."""
         self._say(FromClient.REFUSED)
 
     def _say(self, kind: FromClient, number: int = 0) -> None:
-        self._wire.send(word(kind, number).to_bytes(8, sys.byteorder))
+        if self._connected and self.dead is None:
+            self._wire.send(word(kind, number).to_bytes(8, sys.byteorder))
 
     # -- answers ---------------------------------------------------------------------------------------
 
-    def receive(self, waiter: Waiter | None = None) -> None:
-        """Read what has come, and settle it.
-
-        Args:
-            waiter: wait until something has come, unless it has its answer by now.
-        """
-        if self._receiving.acquire(blocking=waiter is not None):  # else another thread settles what is there
+    def receive(self) -> None:
+        """Read what has come, and settle it, unless another thread does."""
+        reader, turns = object(), self._turns
+        try:
             try:
-                self._receive(waiter)
+                if turns.leader.setdefault(0, reader) is reader:
+                    self._receive(-1, None)
             finally:
-                self._receiving.release()
-        if self._wire.unsent:
+                self._end_turn(reader)
+        finally:
+            self._end_turn(reader)  # again, for where the first was interrupted
+        if self._wire.outbox:
             self._wire.flush()
 
-    def _receive(self, waiter: Waiter | None, number: int = -1) -> None:
-        """Under the lock: without it, another thread might read what ``waiter``, of a request, then waits for."""
-        if waiter is not None and waiter.done:
+    def _end_turn(self, reader: object) -> None:
+        """Settle what was read, if the lead was lost to an exception of a signal's handler; and give it back."""
+        if self._turns.leader.get(0) is reader:
+            if self.dead is None and self._wire.inbox[0]:
+                self._receive(-1, None)
+            if self.dead is not None:
+                self._close_wire()
+        self._turns.give_up(reader)
+
+    def _receive(self, number: int, waiter: Waiter | None, block: bool = False) -> None:
+        """Read and settle (leader).
+
+        Args:
+            number: of the leader's own request.
+            waiter: of the same.
+            block: wait until something has come.
+        """
+        if is_inference_mode_enabled():  # replies are kept by their callers, and some may be of callers outside of it
+            with long_lived():
+                self._receive(number, waiter, block)
             return
+        wire = self._wire
+        words: Sequence[int] = ()
+        frames: Sequence[Frame]
+        rest: Rest | None
         try:
             if self.control is None:
-                words: Sequence[int] = ()
-                frames, descriptors = self._wire.receive_descriptors(4)
-                self._descriptors += descriptors
+                frames, rest = wire.peek_descriptors(self._descriptors)
             else:
-                words, frames = self._wire.receive(block=waiter is not None)
+                words, frames, rest = wire.peek(block)
         except EOFError:
             self._die()
             return
-        if len(words) == 1 and words[0] == number and waiter is not None and self.calls.pop(number, None) is not None:
+        except OSError as error:  # of descriptors
+            self._die(error)
+            return
+        if waiter is not None and len(words) == 1 and words[0] == number:
             waiter.settle(self._unload_one(number), None)
-        elif words:
-            self.calls.hand_out(words, repeat(None), self._unload)
-        elif frames:
-            self._handle(frames)
+            self.calls.pop(number, None)
+        elif waiter is not None and len(frames) == 1 and frames[0][0] == number:
+            (answer,) = self._unload((number,), (frames[0][1],))
+            WAITERS.answer(waiter, answer)
+            self.calls.pop(number, None)
+        elif words or frames:
+            try:
+                self._settle(words, frames)
+            except BaseException:
+                self._settle_once_more(words, frames)
+                if self.dead is None:  # so it was of a signal's handler
+                    raise
+            if self.dead is not None:
+                return
+        if rest is None:
+            wire.inbox[0].clear()
+        else:
+            wire.inbox = rest
 
-    def _handle(self, frames: Sequence[Frame]) -> None:
+    def _settle_once_more(self, words: Sequence[int], frames: Sequence[Frame]) -> None:
+        try:
+            self._settle(words, frames)
+        except BaseException as error:
+            self._die(_unreadable(error))
+
+    def _settle(self, words: Sequence[int], frames: Sequence[Frame]) -> None:
+        """Do what was said; called again with the same, go on where it was interrupted."""
+        if words:
+            self.calls.hand_out(words, repeat(None), self._unload)
+            return
         numbers: list[int] = []
-        payloads: list[bytes | None] = []
+        payloads: list[bytes] = []
+        errors: set[int] = set()
         for text, payload in frames:
-            kind, number = text >> 60, text & NUMBER
-            if kind == FromServer.REPLY:
-                numbers.append(number)
-                payloads.append(payload)
-            elif kind == FromServer.WELCOME:
-                self._welcome(unpack(payload or b""), self._descriptors)
+            kind, number, data = text >> 60, text & NUMBER, payload or b""
+            if kind == FromServer.WELCOME:
+                if self.control is None:
+                    self.control = self._welcome(unpack(data), list(self._descriptors))
+                    self._close_descriptors()
                 self._be_early_no_more()
-            elif number == NUMBER:
-                self._die(unpack_error(payload or b""))
+            elif kind == FromServer.ERROR and number == NUMBER:
+                self._die(unpack_error(data))
             else:
-                self.calls.fail(number, unpack_error(payload or b""))
-        if numbers:
-            self.calls.hand_out(numbers, payloads, self._unload)
+                if kind == FromServer.ERROR:
+                    errors.add(number)
+                numbers.append(number)
+                payloads.append(data)
+        self.calls.hand_out(numbers, payloads, partial(self._unload_some, errors) if errors else self._unload)
+
+    def _unload_some(self, errors: set[int], numbers: Sequence[int], payloads: Iterable[bytes]) -> Sequence[Any]:
+        """Do as ``_unload`` where some of the answers are errors."""
+        return [
+            unpack_error(payload) if number in errors else self._unload([number], [payload])[0]
+            for number, payload in zip(numbers, payloads, strict=True)
+        ]
 
     def _be_early_no_more(self) -> None:
         with self._lock:
-            early, self._early = self._early, None
+            early = self._early
+            while early:  # one by one: what was posted is not early any more, wherever this is interrupted
+                if early[0][0] in self.calls:
+                    self._send_one_by_one(early[:1])
+                del early[0]
+            self._early = None
         control = self.control
-        if early is not None:
-            self.post([asked for asked in early if asked[0] in self.calls])
-        elif control is not None and (state := control.view[0]) not in (State.OPEN, State.CLOSED):
+        if control is not None and (state := control.view[0]) not in (State.OPEN, State.CLOSED):
             for number in list(self.calls):  # as if it had been seen when they were sent
                 self._refuse(number, control, state)
 
+    # -- the end ---------------------------------------------------------------------------------------
+
     def _die(self, error: Exception | None = None) -> None:
-        """Fail everything: the other end is gone, or does not want this process."""
+        """Fail everything: the other end is gone, or does not want this process, or this process closed its clients."""
         if error is None and self.control is None:
             error = ServerClosedError("the server went away before it took this process in")
         elif error is None and self.control is not None and self.control.view[0] >= State.CLOSED:
             error = self.control.refusal(self.control.view[0])
-        self.dead = error or PeerDiedError("the server's process is gone")
+        self.dead = self.dead or error or PeerDiedError("the server's process is gone")
+        self._wire.shut_down()
         self.calls.fail_all(self.dead)
         for desk in list(self._desks.values()):
             desk.close()
 
+    def close(self) -> None:
+        """The last client was closed: hang up, and fail what is under way. Any thread."""
+        self.dead = self.dead or client_closed()
+        self._wire.shut_down()  # who reads now finds the end, and lets go of the rest
+        self.calls.fail_all(self.dead)
+        self.receive()
+
+    def desk_is_closed(self) -> None:
+        """An event loop has let go of the wire."""
+        self.receive()
+
+    def _close_wire(self) -> None:
+        """Let go of everything, as soon as no event loop watches the wire (leader)."""
+        assert self.dead is not None
+        if self.calls:
+            self._die()
+        self._close_descriptors()
+        self._release()
+        if not any(desk.attached for desk in list(self._desks.values())):
+            self._wire.close()
+
+    def _close_descriptors(self) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[0])
+
     # -- threads that wait -----------------------------------------------------------------------------
 
     def wait(self, number: int, waiter: Waiter, timeout: float | None) -> None:
-        """Block until the waiter of a request has its answer, the station is dead, or ``timeout`` seconds passed."""
+        """Block until the waiter of a request has its answer, the station is dead, or ``timeout`` seconds passed.
+
+        ``leave`` must be called then, whatever was raised.
+        """
         deadline = None if timeout is None else time.monotonic() + timeout
-        if self._wire.unsent:  # whoever reads now does not look for room
+        wire, leader = self._wire, self._turns.leader
+        if wire.outbox:  # whoever reads now does not look for room
             self._make_room(waiter, deadline)
-        if timeout is None and self._can_block() and self._turns.take():
-            try:  # most often, one thread waits alone, and gets nothing but its reply
-                with self._receiving:
-                    while not waiter.done and self.dead is None and self._can_block():
-                        self._receive(waiter, number)
-            finally:
-                self._turns.give_back()
+        left: float | None = None
+        in_line = False
+        while not waiter.done and self.dead is None:
+            if deadline is not None and (left := deadline - time.monotonic()) <= 0:
+                return
+            if leader.setdefault(0, waiter) is waiter:
+                if left is None and self.control is not None and not wire.outbox:
+                    self._receive(number, waiter, True)
+                elif wire.wait(left if self._alone else min(_LOOK_UP if left is None else left, _LOOK_UP)):
+                    self._receive(number, waiter)
+                    if wire.outbox:
+                        wire.flush()
+            elif in_line and waiter.bell is not None:
+                waiter.bell.wait(left)
+            else:  # and then once more for the lead: who leaves it looks at the line afterwards
+                self._turns.line_up(waiter)
+                in_line = True
+
+    def leave(self, number: int, waiter: Waiter) -> None:
+        """Wait no more; withdraw the request if it has no answer. It may be called again if it was interrupted."""
+        if waiter.bell is not None:
+            self._turns.step_out(waiter)
+        if self.dead is None and not self._wire.inbox[0]:
+            self._turns.give_up(waiter)
+        else:
+            self._end_turn(waiter)
         if not waiter.done:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            self._turns.wait(self._read_here, waiter, left)
+            self.withdraw(number)
+        waiter.left = True
 
     def _make_room(self, waiter: Waiter, deadline: float | None) -> None:
         """Send what is left to send, as the server reads."""
-        while self._wire.unsent and not waiter.done and self.dead is None:
+        while self._wire.outbox and not waiter.done and self.dead is None:
             left = None if deadline is None else deadline - time.monotonic()
             if (left is not None and left <= 0) or not self._wire.wait_for_room(left):
                 return
             self._wire.flush()
-
-    def _can_block(self) -> bool:
-        return self.control is not None and not self._wire.unsent
-
-    def _read_here(self, waiter: Waiter, left: float | None) -> bool:
-        """Block for up to ``left`` seconds until something has come, and settle it; say whether more can come."""
-        if left is None and self._can_block():
-            self.receive(waiter)
-        elif self._wire.wait(left):
-            self.receive()
-        return self.dead is None
-
-    # -- futures of threads ----------------------------------------------------------------------------
-
-    def attend_futures(self) -> None:
-        """See to it that a thread reads while futures wait."""
-        self._turns.wait_while(self._futures_wait, self._wait_for_others)
-
-    def _wait_for_others(self, seconds: float) -> None:
-        self.wait(-1, Waiter(), seconds)
-
-    def _futures_wait(self) -> bool:
-        return self.dead is None and any(outlet is FUTURES for _, outlet in list(self.calls.values()))
 
     # -- event loops -----------------------------------------------------------------------------------
 
@@ -283,8 +491,30 @@ class Station(ABC):
             for old in [old for old in self._desks if old.is_closed()]:
                 del self._desks[old]
             desk = self._desks[loop] = LoopDesk(self, loop, self._wire)
+            if self._connected:
+                desk.attach()
         return desk
 
     def __del__(self) -> None:
         for desk in getattr(self, "_desks", {}).values():
             desk.close()
+        if hasattr(self, "_descriptors"):
+            self._close_descriptors()
+
+
+def _is_over(receiver: Any) -> bool:
+    """Whether a call has its answer, though its number may still be noted."""
+    return receiver.done if type(receiver) is Waiter else bool(receiver.done())
+
+
+def client_closed() -> ClientClosedError:
+    """Make the error for whoever uses a client that was closed."""
+    return ClientClosedError("the client was closed; make another one")
+
+
+def _unreadable(error: BaseException) -> PeerDiedError:
+    named = PeerDiedError(
+        f"hung up on the server, since what it says can't be handled: {type(error).__qualname__}: {error}"
+    )
+    named.__cause__ = error
+    return named

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -99,19 +100,31 @@ class Switchboard:
         while True:
             try:
                 sock = self.listener.accept()
-            except OSError:  # no descriptors are left: whoever dials waits
+                if sock is None:
+                    return
+                self._take_in(sock)
+            except OSError:  # no descriptors are left, or no memory: whoever dials waits
                 self.door.forget(self.listener)
                 again = threading.Timer(_DEAF, self._listen_again)
                 again.daemon = True
                 again.start()
                 return
-            if sock is None:
-                return
-            line = self._make_line(Wire(sock), self)
+
+    def _take_in(self, sock: socket.socket) -> None:
+        wire = Wire(sock)
+        try:
+            line = self._make_line(wire, self)
             with self._lock:
                 self.lines[line] = False
-            self.door.watch(line.wire, line.read)
-            line.read()
+            try:
+                self.door.watch(wire, line.read)
+            except BaseException:
+                self.drop(line)
+                raise
+        except BaseException:
+            wire.close()
+            raise
+        line.read()
 
     def _listen_again(self) -> None:
         with self.poller.lock:

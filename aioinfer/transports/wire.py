@@ -9,6 +9,7 @@ A payload is its length, a word too, and as many bytes, padded to whole words.
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import select
@@ -17,9 +18,11 @@ import struct
 import threading
 import weakref
 from array import array
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from enum import IntEnum
-from typing import TypeAlias
+from functools import partial
+from typing import Any, TypeAlias
 
 __all__ = [
     "NUMBER",
@@ -27,6 +30,7 @@ __all__ = [
     "Frame",
     "FromClient",
     "FromServer",
+    "Rest",
     "Wire",
     "accept",
     "frame",
@@ -38,12 +42,17 @@ __all__ = [
 Frame: TypeAlias = tuple[int, bytes | None]
 """A word, and its payload if it has one."""
 
+Rest: TypeAlias = tuple[list[Any], bytearray, int]
+"""What a wire has received and not handed out; see :attr:`Wire.inbox`."""
+
 NUMBER = (1 << 56) - 1
 """The bits of a word that are the request's number."""
 PLAIN = 1 << 60
 """Words below are requests, or replies, without a payload."""
 _PAYLOAD = 1 << 63
 _BUFFER_BYTES = 1 << 16
+# A socket takes so many bytes at once, or none: the kernel does not split less than half of its buffer.
+_WHOLE_BYTES = 1 << 15
 
 
 class FromClient(IntEnum):
@@ -58,6 +67,8 @@ class FromClient(IntEnum):
     JOIN = 4
     DESCRIBE = 5
     """Whoever dials wants to know what it takes to join."""
+    RELEASE = 6
+    """Clients that were never used were closed: nobody will join for them."""
 
 
 class FromServer(IntEnum):
@@ -84,18 +95,26 @@ class Wire:
     Any thread may send; one at a time may receive. What a system call handed to the kernel before ``send`` returns is
     there for whoever has received it: so memory that was written before is read as it was written, on any processor.
 
+    A thread may be interrupted anywhere by an exception of a signal's handler. So what a system call has done is noted
+    by the same call of C code (``list.extend`` over ``map``), and nothing is done twice or forgotten afterwards.
+
     Args:
-        sock: a connected stream socket, which belongs to the wire from now on; forked children don't have it.
+        sock: a stream socket, which belongs to the wire from now on; forked children don't have it. It is connected
+            before anything is sent.
     """
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(True)  # what must not block says so itself
         self._sock = sock
-        self._lock = threading.Lock()  # guards what follows
-        self._unsent = bytearray()
-        self._partial = bytearray()
+        self._lock = threading.Lock()  # guards what is unsent
+        self.outbox: deque[tuple[bytes, list[int]]] = deque()
+        """What waits until the other end has read more, see :meth:`flush`: frames, and how many bytes left when."""
         self._words = array("Q", bytes(_BUFFER_BYTES))
         self._buffer = memoryview(self._words).cast("B")
+        self.inbox: Rest = [], bytearray(), 0
+        """What was received and not confirmed, once at most; the frame that has begun before; its confirmed bytes."""
+        self._receive: Callable[[int], Any] = partial(sock.recv_into, self._buffer, 0)
+        self._receive_message: Callable[[int], Any] = partial(sock.recvmsg_into, [self._buffer], _DESCRIPTOR_BYTES)
         _sockets.add(sock)
         weakref.finalize(self, sock.close)
 
@@ -107,12 +126,12 @@ class Wire:
     @property
     def half_read(self) -> bool:
         """Whether the beginning of a frame has arrived, and its end has not."""
-        return bool(self._partial)
+        return self.inbox[2] > 0
 
     @property
     def unsent(self) -> bool:
         """Whether something waits until the other end has read more; see :meth:`flush`."""
-        return bool(self._unsent)
+        return bool(self.outbox)
 
     def send(self, data: bytes) -> bool:
         """Send frames, or keep them until there is room; say whether all have left.
@@ -120,52 +139,61 @@ class Wire:
         Where the other end is gone, they are dropped.
         """
         with self._lock:
-            if not self._unsent:
-                sent = self._try(data)
+            if not self.outbox and len(data) <= _WHOLE_BYTES:  # such a frame leaves whole, or not at all
+                try:
+                    sent = self._sock.send(data, _DONT_WAIT)
+                except BlockingIOError:
+                    sent = 0
+                except OSError:  # the other end is gone: so much for the data; who receives is told
+                    return True
                 if sent == len(data):
                     return True
                 data = data[sent:]
-            self._unsent += data
-            return False
+            self.outbox.append((data, []))
+            self._flush()
+            return not self.outbox
 
     def send_descriptors(self, data: bytes, descriptors: Sequence[int]) -> None:
         """Send frames and descriptors.
 
         Raises:
             BlockingIOError: there is no room; the other end has not read what came before.
+            OSError: it is gone, or can't be sent any.
         """
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", descriptors))]
         with self._lock:
-            if self._unsent:
+            if self.outbox:
                 raise BlockingIOError
-            try:
-                sent = self._sock.sendmsg([data], rights, _DONT_WAIT)
-            except BlockingIOError:
-                raise
-            except OSError:  # gone
-                return
-            self._unsent += data[sent:]
+            sent = self._sock.sendmsg([data], rights, _DONT_WAIT)
+            if sent < len(data):
+                self.outbox.append((data[sent:], []))
 
     def flush(self) -> None:
         """Send what was kept, as far as there is room."""
         with self._lock:
-            del self._unsent[: self._try(self._unsent)]
+            self._flush()
 
-    def _try(self, data: bytes | bytearray) -> int:
-        try:
-            return self._sock.send(data, _DONT_WAIT)
-        except BlockingIOError:
-            return 0
-        except OSError:  # the other end is gone: so much for the data; who receives is told
-            return len(data)
+    def _flush(self) -> None:
+        while self.outbox:
+            data, sent = self.outbox[0]
+            done = sum(sent)
+            if done == len(data):
+                self.outbox.popleft()
+                continue
+            try:
+                sent.extend(map(self._sock.send, (memoryview(data)[done:],), _NOW))
+            except BlockingIOError:
+                return
+            except OSError:
+                self.outbox.clear()
 
     def readable(self) -> bool:
         """Whether something has arrived, if only the other end's end."""
-        return _poll([(self, select.POLLIN)], 0)
+        return bool(self.inbox[0]) or _poll([(self, select.POLLIN)], 0)
 
     def wait(self, timeout: float | None) -> bool:
         """Block until something has arrived, or there is room for what was kept, or ``timeout`` seconds passed."""
-        return wait_for_any([self], timeout)
+        return bool(self.inbox[0]) or wait_for_any([self], timeout)
 
     def wait_for_room(self, timeout: float | None) -> bool:
         """Block until there is room for what was kept, or the other end is gone, or ``timeout`` seconds passed."""
@@ -173,48 +201,87 @@ class Wire:
 
     # -- receiving -------------------------------------------------------------------------------------
 
-    def receive(self, *, block: bool = False) -> tuple[Sequence[int], Sequence[Frame]]:
+    def receive(self) -> tuple[Sequence[int], Sequence[Frame]]:
         """Return what has arrived, if anything: requests or replies without payloads, as words; or else frames.
-
-        Args:
-            block: wait until something has arrived.
 
         Raises:
             EOFError: the other end is closed, or its process gone.
         """
-        try:
-            size = self._sock.recv_into(self._buffer, 0, 0 if block else _DONT_WAIT)
-        except BlockingIOError:
-            return (), ()
-        except OSError as error:
-            raise EOFError from error
+        words, frames, rest = self.peek()
+        if rest is None:
+            self.inbox[0].clear()
+        else:
+            self.inbox = rest
+        return words, frames
+
+    def peek(self, block: bool = False) -> tuple[Sequence[int], Sequence[Frame], Rest | None]:
+        """Do as :meth:`receive`, but return the same again until it is confirmed, by a change of ``inbox``.
+
+        Args:
+            block: wait until something has arrived, or for as long as :meth:`look_up` says.
+
+        Returns:
+            Words, and ``None``: ``inbox[0].clear()`` confirms them; or frames, and what ``inbox`` is to be then.
+        """
+        received, _, begun = self.inbox
+        if not received:
+            try:
+                received.extend(map(self._receive, _FOR_EVER if block else _NOW))
+            except BlockingIOError:
+                return (), (), None
+            except OSError as error:
+                raise EOFError from error
+        size = received[0]
         if size == 0:
             raise EOFError
-        if size == 8 and not self._partial and self._words[0] < PLAIN:
-            return self._words[:1], ()
-        if size % 8 == 0 and not self._partial:
+        if size == 8 and not begun and self._words[0] < PLAIN:
+            return self._words[:1], (), None
+        if size % 8 == 0 and not begun:
             words = self._words[: size // 8].tolist()
             if max(words) < PLAIN:
-                return words, ()
-        return (), self._parse(self._buffer[:size])
+                return words, (), None
+        return (), *self._parse(size)
 
-    def receive_descriptors(self, limit: int) -> tuple[Sequence[Frame], list[int]]:
-        """Do as :meth:`receive`, and return the descriptors that came along."""
-        try:
-            data, descriptors, _, _ = socket.recv_fds(self._sock, _BUFFER_BYTES, limit, _RECEIVE_FLAGS | _DONT_WAIT)
-        except BlockingIOError:
-            return (), []
-        except OSError as error:
-            raise EOFError from error
-        if not data:
+    def peek_descriptors(self, descriptors: dict[int, None]) -> tuple[Sequence[Frame], Rest | None]:
+        """Do as :meth:`peek`, and add the descriptors that came along.
+
+        Args:
+            descriptors: gets them as keys; the caller closes them, also where this raises.
+
+        Raises:
+            OSError: there were more of them than this process may have.
+        """
+        received = self.inbox[0]
+        if not received:
+            try:
+                received.extend(map(self._receive_message, _RECEIVE_NOW))
+            except BlockingIOError:
+                return (), None
+            except OSError as error:
+                raise EOFError from error
+        size, messages, flags, _ = received[0]
+        for level, kind, data in messages:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                rights = array("i")
+                rights.frombytes(data[: len(data) - len(data) % rights.itemsize])
+                for descriptor in rights:
+                    descriptors[descriptor] = None
+                    os.set_inheritable(descriptor, False)
+        if flags & socket.MSG_CTRUNC:
+            raise OSError(errno.EMFILE, "no file descriptor is left for what the server shares; raise `ulimit -n`")
+        if size == 0:
             raise EOFError
-        for descriptor in descriptors:
-            os.set_inheritable(descriptor, False)
-        return self._parse(memoryview(data)), descriptors
+        return self._parse(size)
 
-    def _parse(self, data: memoryview) -> Sequence[Frame]:
-        partial = self._partial
-        partial += data
+    def look_up(self, seconds: float) -> None:
+        """Let a :meth:`peek` that blocks return so often, also if nothing has arrived."""
+        whole = int(seconds)
+        timeout = struct.pack("@ll", whole, int((seconds - whole) * 1e6))
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeout)
+
+    def _parse(self, size: int) -> tuple[Sequence[Frame], Rest]:
+        _, partial, kept = self.inbox
+        partial[kept:] = self._buffer[:size]
         frames: list[Frame] = []
         position = 0
         while len(partial) - position >= 8:
@@ -231,8 +298,15 @@ class Wire:
                 break
             frames.append((word & ~_PAYLOAD, bytes(partial[position + 16 : position + 16 + length])))
             position = end
-        del partial[:position]
-        return frames
+        left = partial[position:] if position else partial
+        return frames, ([], left, len(left))
+
+    def shut_down(self) -> None:
+        """Hang up, but keep the descriptor: whoever waits for something to arrive sees the end of it."""
+        try:
+            self._sock.shutdown(socket.SHUT_RDWR)
+        except OSError:  # it is not connected, or was closed
+            pass
 
     def close(self) -> None:
         """Hang up. Idempotent."""
@@ -247,13 +321,18 @@ def wait_for_any(wires: Sequence[Wire], timeout: float | None) -> bool:
 def _poll(wires: Sequence[tuple[Wire, int]], timeout: float | None) -> bool:
     poll = select.poll()
     for wire, events in wires:
-        poll.register(wire, events)
+        if (descriptor := wire.fileno()) < 0:  # closed: there is nothing to wait for
+            return True
+        poll.register(descriptor, events)
     return bool(poll.poll(None if timeout is None else min(math.ceil(timeout * 1000), 2**31 - 1)))
 
 
 _DONT_WAIT = socket.MSG_DONTWAIT
+_NOW = (_DONT_WAIT,)
+_RECEIVE_NOW = (_DONT_WAIT | getattr(socket, "MSG_CMSG_CLOEXEC", 0),)
+_FOR_EVER = (0,)
+_DESCRIPTOR_BYTES = socket.CMSG_SPACE(4 * array("i").itemsize)
 _ONE = struct.Struct("=Q")
-_RECEIVE_FLAGS = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 
 # A forked child must not hold its parent's sockets: nobody would see the parent's end of one closed.
 _sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
