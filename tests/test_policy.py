@@ -41,7 +41,7 @@ def test_it_takes_a_transport_in_place_of_a_client() -> None:
 
 def test_it_refuses_what_does_not_block() -> None:
     with pytest.raises(TypeError, match="blocking"):
-        PolicyClientModule(ThreadingTransport().async_client())  # type: ignore[arg-type]
+        PolicyClientModule(ThreadingTransport().async_client())
 
 
 def test_each_element_of_a_batch_is_a_request() -> None:

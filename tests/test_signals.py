@@ -172,27 +172,31 @@ def shut_down_inside(server: InferenceServer, action: Callable[[], Any], seconds
         assert time.monotonic() - started < HANG / 2
 
 
+def _actions(server: InferenceServer) -> dict[str, Callable[[], Any]]:
+    client = server.client()
+
+    def pause() -> None:
+        with server.paused():
+            pass
+
+    return {
+        "call": lambda: client(request(1)),
+        "bounded": lambda: client(request(1), wait=True),
+        "submit": lambda: client.submit(request(1)).result(),
+        "stats": server.stats,
+        "update": lambda: server.update_weights(policy(1.0)),
+        "pause": pause,
+    }
+
+
 @pytest.mark.parametrize("what", ["call", "submit", "bounded", "stats", "update", "pause"])
 def test_a_signal_handler_may_shut_the_server_down(what: str) -> None:
     chance = random.Random(1)
-    options = {"max_pending": 4} if what == "bounded" else {}
+    max_pending = 4 if what == "bounded" else None
     for _ in range(60):
-        server = InferenceServer(policy(0.0), ThreadingTransport(), **options).start()
-        client = server.client()
-
-        def pause(server: InferenceServer = server) -> None:
-            with server.paused():
-                pass
-
-        actions: dict[str, Callable[[], Any]] = {
-            "call": lambda client=client: client(request(1)),
-            "bounded": lambda client=client: client(request(1), wait=True),
-            "submit": lambda client=client: client.submit(request(1)).result(),
-            "stats": server.stats,
-            "update": lambda server=server: server.update_weights(policy(1.0)),
-            "pause": pause,
-        }
-        shut_down_inside(server, actions[what], chance.uniform(1e-5, 3e-3))
+        server = InferenceServer(policy(0.0), ThreadingTransport(), max_pending=max_pending).start()
+        action = _actions(server)[what]
+        shut_down_inside(server, action, chance.uniform(1e-5, 3e-3))
         assert not server.is_alive
 
 

@@ -55,7 +55,8 @@ def process_slots(asked: TensorDictBase | None = None, reply: TensorDictBase | N
     )
 
 
-TRANSPORTS: dict[str, Callable[..., InferenceTransport]] = {
+# Of one server: "joined" is a list of transports.
+TRANSPORTS: dict[str, Callable[..., Any]] = {
     "threading": ThreadingTransport,
     "slots": lambda: SlotTransport(16),
     "slots-preallocated": lambda: SlotTransport(16, preallocate=True),

@@ -13,6 +13,9 @@ __all__ = ["Poller"]
 
 Handler = Callable[[], None]
 
+# Seconds after which a thread that waits for the lock returns, to see whether it is to end.
+_LOCK_PATIENCE = 0.05
+
 
 class _Source(Protocol):
     def fileno(self) -> int: ...
@@ -45,22 +48,29 @@ class Poller:
 
     def wait(self, timeout: float | None) -> bool:
         """Block until the bell rings, or handlers were called, or ``timeout`` seconds passed; say whether it rang."""
-        return self._handle(self._selector.select(timeout))
+        events = self._selector.select(timeout)
+        if not self.lock.acquire(timeout=_LOCK_PATIENCE):  # whoever holds it may wait for this very thread to end
+            return True
+        try:
+            return self._handle(events)
+        finally:
+            self.lock.release()
 
     def look(self) -> None:
         """Call the handlers of descriptors that are readable now."""
-        self._handle(self._sources.select(0))
+        with self.lock:
+            self._handle(self._sources.select(0))
 
     def _handle(self, events: Sequence[tuple[selectors.SelectorKey, int]]) -> bool:
+        """Under the lock."""
         rang = False
-        with self.lock:
-            for key, _ in events:
-                if key.data is not None:
-                    key.data()
-                else:
-                    rang = True
-                    with suppress(BlockingIOError):
-                        os.read(self._reader, 8)
+        for key, _ in events:
+            if key.data is not None:
+                key.data()
+            else:
+                rang = True
+                with suppress(BlockingIOError):
+                    os.read(self._reader, 8)
         return rang
 
     def watch(self, source: _Source, handler: Handler, *, writable: bool = False) -> None:

@@ -19,6 +19,7 @@ from aioinfer.errors import ServerClosedError
 from aioinfer.transports.addresses import Listener
 from aioinfer.transports.admission import Admission
 from aioinfer.transports.control import Control, State
+from aioinfer.transports.futures import run_in_thread
 from aioinfer.transports.line import Board, Line
 from aioinfer.transports.pending import PendingQueue
 from aioinfer.transports.poller import Poller
@@ -200,10 +201,16 @@ class ProcessTransport(QueuedTransport):
     def _publish(self, admission: Admission) -> None:
         if admission is not self._queue.admission:
             return
+        while True:
+            state = self._state(admission)
+            self._control.set_state(state, admission.closed)
+            if self._state(admission) is state:  # else another thread has changed it while it was written
+                return
+
+    def _state(self, admission: Admission) -> State:
         if admission.closed is not None:
-            self._control.set_state(State.ENDED if self._ended else State.CLOSED, admission.closed)
-        else:
-            self._control.set_state(State.REFUSING if admission.refusing else State.OPEN)
+            return State.ENDED if self._ended else State.CLOSED
+        return State.REFUSING if admission.refusing else State.OPEN
 
     def close(self, error: ServerClosedError) -> None:
         self._queue.admission.close(error)  # first: what is sent after the reading finds it closed
@@ -226,7 +233,10 @@ class ProcessTransport(QueuedTransport):
         self._queue.ring()  # it does not hear of what another thread has read
 
     def pending(self) -> int:
-        self.look()
+        if threading.current_thread() is threading.main_thread():
+            run_in_thread(self.look, "aioinfer-look").result()  # no signal handler interrupts it there
+        else:
+            self.look()
         return super().pending()
 
     def wait_for_pending(self, at_least: int, enough: int, timeout: float | None) -> int:

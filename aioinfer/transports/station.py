@@ -216,7 +216,7 @@ class Station(ABC):
             if taken:
                 self.receive()  # it may have its answer
             for number, _, _ in asked:
-                self._refuse(number, control, state)
+                self._refuse(number, control, state, sent=taken)
         if self.dead is not None:
             self.calls.fail_all(self.dead)
 
@@ -236,11 +236,14 @@ class Station(ABC):
                 self._wire.send(data)
         return all_did
 
-    def _refuse(self, number: int, control: Control, state: int) -> None:
-        """Fail a request that the server may have got, or not, as it does not take any now."""
+    def _refuse(self, number: int, control: Control, state: int, *, sent: bool = True) -> None:
+        """Fail a request that the server may have got, or not, as it does not take any now; the server counts it."""
         if number in self.calls:
-            self._say(FromClient.CANCEL, number)
-            self.calls.fail(number, control.refusal(state))  # the server counts it, refused or cancelled
+            if sent:
+                self._say(FromClient.CANCEL, number)
+                self.calls.fail(number, control.refusal(state))
+            else:
+                self.calls.fail(number, self._refusal(control, state))
 
     def _refusal(self, control: Control, state: int) -> Exception:
         if state == State.REFUSING:
