@@ -212,7 +212,7 @@ async def test_aclose_does_not_block_its_loop_whatever_the_transport_does() -> N
 async def test_aclose_of_a_hosted_server_needs_no_thread_of_anybodys_pool() -> None:
     """All of anyio's threads may be callers that wait for this very server."""
     model = GatedModel()
-    server = InferenceServer(model, ThreadingTransport()).start()
+    server = InferenceServer(model, ThreadingTransport(), max_batch_size=1).start()
     limiter = anyio.to_thread.current_default_thread_limiter()
     before, limiter.total_tokens = limiter.total_tokens, 4
     ended: list[type[BaseException]] = []

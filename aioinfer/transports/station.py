@@ -205,13 +205,7 @@ class Station(ABC):
         control = self.control
         taken = control is None or not control.view[0]
         if asked and taken:
-            try:
-                data = self._load(asked)
-            except BaseException:
-                if self._send_one_by_one(asked):  # so it was of a signal's handler, not of a request
-                    raise
-            else:
-                self._wire.send(data)
+            self._send(asked)
         if control is not None and (state := control.view[0]) and not (taken and state == State.CLOSED):
             if taken:
                 self.receive()  # it may have its answer
@@ -219,6 +213,16 @@ class Station(ABC):
                 self._refuse(number, control, state, sent=taken)
         if self.dead is not None:
             self.calls.fail_all(self.dead)
+
+    def _send(self, asked: Sequence[Asked]) -> None:
+        """Send requests together, but for those that don't let themselves be loaded, which fail."""
+        try:
+            data = self._load(asked)
+        except BaseException:
+            if self._send_one_by_one(asked):  # so it was of a signal's handler, not of a request
+                raise
+        else:
+            self._wire.send(data)
 
     def _send_one_by_one(self, asked: Sequence[Asked]) -> bool:
         """Send requests of which some may not let themselves be loaded, and fail; say whether all did."""
@@ -385,11 +389,9 @@ class Station(ABC):
 
     def _be_early_no_more(self) -> None:
         with self._lock:
-            early = self._early
-            while early:  # one by one: what was posted is not early any more, wherever this is interrupted
-                if early[0][0] in self.calls:
-                    self._send_one_by_one(early[:1])
-                del early[0]
+            # Where this is interrupted it is done again: a request that comes twice is answered once.
+            if early := [asked for asked in self._early or () if asked[0] in self.calls]:
+                self._send(early)
             self._early = None
         control = self.control
         if control is not None and (state := control.view[0]) not in (State.OPEN, State.CLOSED):
