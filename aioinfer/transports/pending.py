@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import threading
 import time
@@ -17,7 +18,7 @@ from tensordict import TensorDict, TensorDictBase
 from aioinfer.errors import ServerClosedError, own_error
 from aioinfer.interaction import caller_mode
 from aioinfer.transports.admission import Admission
-from aioinfer.transports.bells import Bell, LockBell
+from aioinfer.transports.bells import RINGING, Bell, LockBell
 from aioinfer.transports.outlets import Outlet
 from aioinfer.transports.requests import Request, answer
 from aioinfer.transports.room import RoomQueue, seconds_left
@@ -53,7 +54,8 @@ class PendingQueue:
         self._requests: deque[Request] = deque()
         self._patient: deque[Request] = deque()  # those of other processes that wait for room
         self._closed: ServerClosedError | None = None
-        self._wanted = self._enough = 0  # model thread: what it sleeps for, see wait; 0: it does not sleep
+        self._wanted = self._enough = 0  # what the model thread sleeps for, see wait
+        self._to_be_woken: list[bool] = []  # one element while it sleeps, which whoever wakes it takes
         self.room = RoomQueue(self._full)
         self.waking: list[bool] = []
         self.sleepers = Sleepers(self.waking, self.ring)
@@ -65,6 +67,7 @@ class PendingQueue:
         self._family = family
         self.bell = bell
         self._lock = lock
+        self._ring_once = self._to_be_woken.pop, bell.ring_in_c
 
     def leave(self, bell: Bell) -> None:
         """Have a model thread of its own."""
@@ -75,6 +78,7 @@ class PendingQueue:
         self._requests.clear()
         self._patient.clear()
         self.waking.clear()
+        self._to_be_woken.clear()
         self.admission.leave_to_parent()
         self._closed = self.admission.closed
         self.leave(LockBell() if isinstance(self.bell, LockBell) else self.bell)
@@ -201,8 +205,16 @@ class PendingQueue:
 
     def ring(self) -> None:
         """Wake the model thread if it sleeps and what it waits for is there."""
-        if 0 < self._wanted <= (count := self._count()) and (not self.waking or count >= self._enough):
-            self.wake()
+        if (
+            self._to_be_woken
+            and self._wanted <= (count := self._count())
+            and (not self.waking or count >= self._enough)
+        ):
+            try:
+                # One call of C code: no signal handler can come in between, and leave a sleeper whom nobody wakes.
+                list(map(operator.call, self._ring_once))
+            except (IndexError, *RINGING):  # another thread was quicker
+                pass
 
     def wake(self) -> None:
         """Make the running ``wait``, or else the next one, return."""
@@ -229,6 +241,7 @@ class PendingQueue:
         family = self._family
         for queue in family:
             queue._wanted, queue._enough = at_least, enough
+            queue._to_be_woken.append(True)
         pending = self._count()
         if timeout != 0 and pending < enough and self._waking():
             self._hold_back(_MOST_HOLD_BACK if timeout is None else min(timeout, _MOST_HOLD_BACK))
@@ -237,7 +250,7 @@ class PendingQueue:
                 queue.sleepers.wake_all()  # nobody is on the way who would
             self.bell.wait(timeout)
         for queue in family:
-            queue._wanted = 0
+            queue._to_be_woken.clear()
         return self._count()
 
     def _hold_back(self, limit: float) -> None:

@@ -7,6 +7,7 @@ import selectors
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Protocol
 
 __all__ = ["Poller"]
@@ -36,6 +37,7 @@ class Poller:
         self._selector = selectors.DefaultSelector()
         self._sources = selectors.DefaultSelector()  # the same, but for the bell
         self._reader, self._writer = _bell_descriptors()
+        self.ring_in_c: Callable[[], object] = partial(os.write, self._writer, _ONE)
         self._selector.register(self._reader, selectors.EVENT_READ)
 
     def fileno(self) -> int:

@@ -32,7 +32,7 @@ class Waiter:
         bell: wakes the thread.
     """
 
-    __slots__ = ("_bell", "_gone", "_outcome", "_resumed", "_sleepers", "_ticket")
+    __slots__ = ("_bell", "_gone", "_resumed", "_sleepers", "_ticket", "outcome")
 
     def __init__(self, sleepers: Sleepers, bell: Bell) -> None:
         self._sleepers = sleepers
@@ -40,11 +40,8 @@ class Waiter:
         self._ticket = [True]
         self._gone = False
         self._resumed = False
-        self._outcome: Outcome | None = None
-
-    def is_unread(self) -> bool:
-        """Whether the outcome is there, and the thread has not read it."""
-        return self._outcome is not None and not self._gone
+        self.outcome: Outcome | None = None
+        """What the thread has not read yet."""
 
     def settle(self, reply: TensorDictBase | None, error: Exception | None) -> bool:
         """Model thread: leave the outcome, and say whether somebody is there to be woken for it."""
@@ -52,7 +49,7 @@ class Waiter:
             self._ticket.pop()
         except IndexError:
             return False
-        self._outcome = reply, error
+        self.outcome = reply, error
         return True
 
     def release(self) -> None:
@@ -73,12 +70,12 @@ class Waiter:
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         woken = self._bell.wait(timeout)
-        while woken and self._outcome is None:  # released once more for the outcome before this one
+        while woken and self.outcome is None:  # released once more for the outcome before this one
             woken = self._bell.wait(None if deadline is None else deadline - time.monotonic())
         if not woken:
             self._gone = True
         settled = woken or not self._leave()
-        outcome, self._outcome = self._outcome, None
+        outcome, self.outcome = self.outcome, None
         if settled:
             self._resume()
         if outcome is None:
@@ -138,19 +135,25 @@ class Sleepers:
         self._waking = waking
         self._ring = ring
         self._asleep: deque[Waiter] = deque()
-        self._unread: set[Waiter] = set()  # those that sleep, and some that don't any more
+        self._unread: list[Waiter] = []  # those that sleep, and some that don't any more
 
     def deliver(self, receivers: Sequence[Waiter], replies: Sequence[TensorDictBase]) -> None:
+        self._forget_those_that_have_read()
         self._wake([w for w, reply in zip(receivers, replies, strict=True) if w.settle(reply, None)])
 
     def fail(self, receivers: Sequence[Waiter], errors: Sequence[Exception]) -> None:
+        self._forget_those_that_have_read()
         self._wake([w for w, error in zip(receivers, errors, strict=True) if w.settle(None, error)])
 
     def drop(self, receiver: Waiter) -> None:
         pass
 
+    def _forget_those_that_have_read(self) -> None:
+        """Before others are settled: a waiter is used again."""
+        self._unread = [waiter for waiter in self._unread if waiter.outcome is not None]
+
     def _wake(self, waiters: Sequence[Waiter]) -> None:
-        self._unread = {*filter(Waiter.is_unread, self._unread), *waiters}
+        self._unread += waiters
         self._waking.extend([True] * len(waiters))
         self._asleep.extend(waiters)
         for _ in range(min(_WAKE_WIDTH, len(waiters))):
@@ -177,6 +180,6 @@ class Sleepers:
         """Wake all that are left: the chain takes long, or broke with a thread that was interrupted."""
         self._asleep.clear()
         for waiter in self._unread:
-            if waiter.is_unread():
+            if waiter.outcome is not None:
                 waiter.release()
-        self._unread = set()
+        self._unread = []
