@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
+from operator import attrgetter
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -82,7 +83,8 @@ def read(source: WeightsLike, strategy: Strategy) -> Weights:
     if isinstance(source, TensorDictBase):
         return _weights(_entries_of_tensordict(source))
     if isinstance(source, nn.Module) and strategy == "tensordict":
-        return _weights(chain(_tensors_of_module(source), _extra_states_of_module(source)))
+        parts = list(source.named_modules(remove_duplicate=False))
+        return _weights(chain(_tensors_of_parts(parts), _extra_states_of_parts(parts)))
     if isinstance(source, nn.Module):
         return _weights(source.state_dict().items())
     if isinstance(source, Mapping):
@@ -92,8 +94,9 @@ def read(source: WeightsLike, strategy: Strategy) -> Weights:
 
 def tensors_of(model: nn.Module | TensorDictBase) -> dict[str, Tensor]:
     """Find the tensors of a model as :func:`read` does, without asking it for extra states."""
-    entries = _tensors_of_module(model) if isinstance(model, nn.Module) else _entries_of_tensordict(model)
-    return _weights(entries).tensors
+    if isinstance(model, nn.Module):
+        return _weights(_tensors_of_parts(list(model.named_modules(remove_duplicate=False)))).tensors
+    return _weights(_entries_of_tensordict(model)).tensors
 
 
 def _weights(entries: Iterable[tuple[Any, Any]]) -> Weights:
@@ -114,8 +117,17 @@ def _weights(entries: Iterable[tuple[Any, Any]]) -> Weights:
     return Weights(tensors, extra_states)
 
 
+_USUAL = {Tensor, nn.Parameter}
+
+
 def _obstacle(value: Any) -> str | None:
     """Why the values of an entry can't be copied byte by byte, and the way out; ``None`` if they can."""
+    if (
+        type(value) in _USUAL
+        and value.layout is torch.strided
+        and not (value.is_nested or value.is_quantized or value.is_meta or value.is_conj() or value.is_neg())
+    ):
+        return None
     if not isinstance(value, Tensor):
         return f"is of type {type(value).__qualname__}; leave it out, or make it the extra state of a module"
     if is_lazy(value):
@@ -135,14 +147,24 @@ def _obstacle(value: Any) -> str | None:
     return None
 
 
-def _tensors_of_module(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    # Duplicates too: a tied parameter has several names, and each must be found by whoever unties it.
-    yield from module.named_parameters(remove_duplicate=False)
-    yield from module.named_buffers(remove_duplicate=False)
+Parts: TypeAlias = "list[tuple[str, nn.Module]]"
 
 
-def _extra_states_of_module(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    for name, part in module.named_modules(remove_duplicate=False):
+def _tensors_of_parts(parts: Parts) -> Iterator[tuple[str, Any]]:
+    """The parameters and then the buffers of modules, as ``named_parameters`` and ``named_buffers`` find them.
+
+    Duplicates too: a tied parameter has several names, and each must be found by whoever unties it. To find the
+    modules once takes a third of the time.
+    """
+    for members in (attrgetter("_parameters"), attrgetter("_buffers")):
+        for prefix, part in parts:
+            for name, value in members(part).items():
+                if value is not None:
+                    yield f"{prefix}.{name}" if prefix else name, value
+
+
+def _extra_states_of_parts(parts: Parts) -> Iterator[tuple[str, Any]]:
+    for name, part in parts:
         if type(part).get_extra_state is not nn.Module.get_extra_state:
             yield f"{name}.{EXTRA_STATE}" if name else EXTRA_STATE, part.get_extra_state()
 
