@@ -4,7 +4,17 @@ import pickle
 
 import pytest
 
-from aioinfer import errors
+from aioinfer import (
+    ClientBusyError,
+    ClientClosedError,
+    InferenceError,
+    NoFreeSlotError,
+    PeerDiedError,
+    ServerClosedError,
+    ServerNotRunningError,
+    ServerStartError,
+    errors,
+)
 from aioinfer.errors import InferenceError, ModelError, own_error
 
 
@@ -61,3 +71,21 @@ def test_every_error_pickles_and_is_an_inference_error(name: str) -> None:
     copy = pickle.loads(pickle.dumps(kind("a message")))
     assert type(copy) is kind
     assert str(copy) == "a message"
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        ServerClosedError,
+        PeerDiedError,
+        ServerStartError,
+        ServerNotRunningError,
+        NoFreeSlotError,
+        ClientBusyError,
+        ClientClosedError,
+    ],
+)
+def test_what_ends_a_call_for_good_is_a_runtime_error_too(kind: type[Exception]) -> None:
+    """As users of other inference servers catch it."""
+    assert issubclass(kind, InferenceError)
+    assert issubclass(kind, RuntimeError)
