@@ -15,7 +15,7 @@ from aioinfer import (
     ServerStartError,
     errors,
 )
-from aioinfer.errors import InferenceError, ModelError, own_error
+from aioinfer.errors import ModelError, own_error
 
 
 class Odd(Exception):
