@@ -127,6 +127,8 @@ def _twin(original: BaseException) -> Exception | None:
         try:
             twin = make(original)
             if type(twin) is type(original) and twin is not original and str(twin) == str(original):
+                if hasattr(original, "__notes__"):
+                    twin.__notes__ = list(original.__notes__)
                 return twin
         except BaseException:  # a class of the user's may raise anything here
             continue

@@ -79,6 +79,11 @@ class ModelThread:
         self._holds.discard(reason)
         self._notify()
 
+    @property
+    def is_held(self) -> bool:
+        """Whether no batch is to be served."""
+        return bool(self._holds)
+
     def stop(self) -> None:
         """End the thread after the batch that runs now."""
         self._stopping = True

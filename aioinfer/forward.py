@@ -112,18 +112,21 @@ class ForwardPass:
         else:
             yield Outcome(requests, replies, None, time.perf_counter() - started)
             return
-        seconds = time.perf_counter() - started
-        parts = self._parts(requests, failure)
-        if not isinstance(failure, UnlikeRequestsError) or not parts:
-            rerun = set(map(id, chain.from_iterable(parts)))
-            yield Outcome([request for request in requests if id(request) not in rerun], None, failure, seconds)
-        served = True
-        for part in parts:
-            for outcome in self._outcomes(part, again=again or not isinstance(failure, UnlikeRequestsError)):
-                served &= outcome.error is None or not outcome.requests
-                yield outcome
-        if len(parts) > 1 and served and not again and not isinstance(failure, UnlikeRequestsError):
-            self._warn(failure, len(requests))
+        try:
+            seconds = time.perf_counter() - started
+            parts = self._parts(requests, failure)
+            if not isinstance(failure, UnlikeRequestsError) or not parts:
+                rerun = set(map(id, chain.from_iterable(parts)))
+                yield Outcome([request for request in requests if id(request) not in rerun], None, failure, seconds)
+            served = True
+            for part in parts:
+                for outcome in self._outcomes(part, again=again or not isinstance(failure, UnlikeRequestsError)):
+                    served &= outcome.error is None or not outcome.requests
+                    yield outcome
+            if len(parts) > 1 and served and not again and not isinstance(failure, UnlikeRequestsError):
+                self._warn(failure, len(requests))
+        finally:
+            del failure  # its traceback leads here: it must not lead back
 
     def _parts(self, requests: Sequence[Request], failure: BaseException) -> list[Sequence[Request]]:
         """Which of the requests that have failed together run again, and which of them together."""

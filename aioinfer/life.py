@@ -185,9 +185,10 @@ class ServerLife(ABC):
                 raise RuntimeError("the server runs already, or its worker has not ended since the last shutdown")
             if self._admission.closed is not None or self._admission.superseded:
                 self._admission = self._open_transport()
-            self._process = os.getpid()
-            self._worker = self._make_worker(self._admission)
-            return self._worker, self._worker.start()
+            worker = self._make_worker(self._admission)
+            opened = worker.start()
+            self._process, self._worker = os.getpid(), worker
+            return worker, opened
 
     def _running(self) -> Worker:
         worker = self._worker

@@ -133,6 +133,8 @@ class PolicyClientModule(TensorDictModuleBase):
                         pending.append((index, self.submit(requests[index])))
                     except ClientBusyError:  # it has one request under way at a time
                         break
+                    if _is_overloaded(pending[-1][1]):
+                        break
                 for index, future in pending:
                     try:
                         replies[index] = future.result()
@@ -146,3 +148,8 @@ class PolicyClientModule(TensorDictModuleBase):
                 with self._calling():
                     replies[left[0]] = self.client(self._request(requests[left[0]]), wait=True)
         return [replies[index] for index in range(len(requests))]
+
+
+def _is_overloaded(future: Future[TensorDictBase]) -> bool:
+    """Whether the server has refused a request already, since it has no room."""
+    return future.done() and not future.cancelled() and isinstance(future.exception(), ServerOverloadedError)

@@ -275,8 +275,9 @@ class InferenceServer(ServerLife):
 
         Args:
             pending: what becomes of requests that are pending when it begins: ``"keep"`` lets them wait,
-                ``"wait"`` serves them first, ``"reject"`` fails them, and what is submitted inside too, with
-                :class:`ServerPausedError`. With the others, what is submitted inside waits.
+                ``"wait"`` serves them first, unless another pause is under way, ``"reject"`` fails them, and what
+                is submitted inside too, with :class:`ServerPausedError`. With the others, what is submitted inside
+                waits.
 
         To shut down inside with ``drain=True`` serves nothing, and takes its whole timeout.
 

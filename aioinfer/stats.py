@@ -101,6 +101,10 @@ class StatsRecorder:
         self._news: deque[Callable[[], None]] = deque()
         self._clear()
 
+    def leave_to_parent(self) -> None:
+        """In a forked child: another thread may have held the lock."""
+        self._lock = threading.RLock()
+
     def _clear(self) -> None:
         self._ok = self._failed = self._cancelled = self._rejected = self._batched = self._failed_passes = 0
         self._updates = self._refused_updates = 0

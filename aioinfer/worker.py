@@ -77,7 +77,12 @@ class Worker:
     def start(self) -> Future[None]:
         """Start serving; the future resolves when the model is where it runs, or fails if it can't get there."""
         self._admission.serving = True
-        return self._thread.start()
+        try:
+            return self._thread.start()
+        except BaseException:  # no thread can be made
+            self._admission.serving = False
+            self._at_end()
+            raise
 
     def is_alive(self) -> bool:
         """Whether the thread runs, or is about to."""
@@ -116,6 +121,7 @@ class Worker:
         with self._lock:
             self._abandoned = error
             requests, self._unsettled = self._unsettled, ()
+        self._stats.fail(len(requests))
         self._fail(requests, error)
 
     def _on_end(self, cause: BaseException | None) -> None:
@@ -165,7 +171,12 @@ class Worker:
     def _serve_pending_and_hold(self, pause: object) -> None:
         left = self._transport.pending()  # those that come meanwhile wait
         try:
-            while left > 0 and self._transport.wait_for_pending(1, 1, 0.0) and not self._admission.closed:
+            while (
+                left > 0
+                and not self._thread.is_held  # by another pause, for which they wait
+                and self._transport.wait_for_pending(1, 1, 0.0)
+                and not self._admission.closed
+            ):
                 if requests := self._transport.take(min(left, self._rule.max_batch_size)):
                     self._answer(requests, DispatchReason.DRAIN)
                     left -= len(requests)
@@ -210,8 +221,9 @@ class Worker:
                 self._passes += 1
                 if self._by_turns:
                     self._pass_alone = outcome.seconds
-                if self._claim(outcome):
-                    self._settle(outcome, reason, taken_at)
+                if not self._claim(outcome):  # abandoned, and what is left need not be computed
+                    return
+                self._settle(outcome, reason, taken_at)
         except BaseException as error:  # nothing of the model's: it must not end the server all the same
             _log.exception("a batch could not be served")
             with self._lock:

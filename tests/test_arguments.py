@@ -231,3 +231,10 @@ def test_what_is_no_client_is_refused_as_a_policy() -> None:
             PolicyClientModule(bad)
     transport = MPTransport()
     assert isinstance(PolicyClientModule(transport).client, InferenceClient)
+
+
+def test_a_batch_beyond_the_bound_offers_little_more_than_there_is_room_for() -> None:
+    with InferenceServer(linear(), ThreadingTransport(), max_pending=4) as server:
+        remote = PolicyClientModule(server, in_keys=["observation"], out_keys=["action"])
+        remote(TensorDict({"observation": torch.randn(200, 3)}, batch_size=[200]))
+        assert server.stats().rejected <= 201

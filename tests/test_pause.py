@@ -198,3 +198,14 @@ def test_bad_ways_to_pause_are_refused() -> None:
         server.paused()
     with server, pytest.raises(ValueError, match='"keep", "wait" or "reject"'):
         server.paused("abort")  # type: ignore[arg-type]
+
+
+def test_a_pause_that_serves_first_serves_nothing_inside_another() -> None:
+    passes: list[int] = []
+    with InferenceServer(lambda td: passes.append(1) or double(td), ThreadingTransport()) as server:  # type: ignore[func-returns-value]
+        with server.paused():
+            asked = server.client().submit(request(1))
+            with server.paused("wait"):
+                assert not passes
+            assert not asked.done()
+        assert is_double(asked.result(HANG), 1)

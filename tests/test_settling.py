@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import queue
 import random
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -453,3 +455,135 @@ def test_a_worker_that_dies_fails_what_is_pending_and_says_of_what(caplog: pytes
     server.shutdown()
     assert "worker died" in caplog.text
     assert sys.exc_info() == (None, None, None)
+
+
+# -- ends beside the model thread ---------------------------------------------------------------------------
+
+
+def test_a_client_that_is_closed_beside_a_sleeping_server_keeps_nobody_from_being_heard() -> None:
+    """Its task never runs again, so that its event loop never says that it has heard of the end."""
+    with InferenceServer(double, SlotTransport(2)) as server:
+        loop = asyncio.new_event_loop()
+        client = server.async_client()
+
+        async def submit() -> None:
+            client.submit(request(1))
+
+        with server.paused():
+            loop.run_until_complete(submit())
+            client.close()
+        other = server.client()
+        for value in range(3):
+            assert is_double(other(request(value), HANG), value)
+        loop.close()
+
+
+def test_many_callers_of_a_closed_loop_that_wait_for_room_end_nobody() -> None:
+    model = GatedModel()
+    with InferenceServer(model, ThreadingTransport(), max_pending=1) as server:
+        first = server.client().submit(request(0))
+        assert model.entered.wait(HANG)
+        second = server.client().submit(request(1))
+        loop = asyncio.new_event_loop()
+        client = server.async_client()
+
+        async def wait() -> list[asyncio.Task[TensorDictBase]]:
+            tasks = [asyncio.ensure_future(client(request(2), wait=True)) for _ in range(1500)]
+            await asyncio.sleep(0)
+            return tasks
+
+        tasks = loop.run_until_complete(wait())
+        for task in tasks:
+            task._log_destroy_pending = False  # type: ignore[attr-defined]
+        loop.close()
+        model.open()
+        for value, future in enumerate((first, second)):
+            assert is_double(future.result(HANG), value)
+        assert is_double(server.client()(request(5), HANG), 5)
+        for task in tasks:
+            task.get_coro().close()
+
+
+def test_a_server_whose_thread_cannot_be_made_can_be_started_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    transport = ThreadingTransport()
+    server = InferenceServer(double, transport)
+    start = threading.Thread.start
+
+    def fail(thread: threading.Thread) -> None:
+        if thread.name == "aioinfer-model":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        server.start()
+    assert not server.is_alive
+    assert not server.health().ready
+    monkeypatch.undo()
+    with server:
+        assert is_double(server.client()(request(1), HANG), 1)
+
+
+def test_an_abandoned_batch_is_counted_and_not_run_again() -> None:
+    entered, go_on = threading.Event(), threading.Event()
+    passes: list[int] = []
+
+    def model(td: TensorDictBase) -> TensorDictBase:
+        passes.append(len(td))
+        entered.set()
+        assert go_on.wait(HANG)
+        raise ArithmeticError
+
+    server = InferenceServer(model, ThreadingTransport())
+    futures = [server.client().submit(request(value)) for value in range(8)]
+    server.start()
+    assert entered.wait(HANG)
+    server.shutdown(timeout=0.01)
+    for future in futures:
+        with pytest.raises(ServerClosedError):
+            future.result(HANG)
+    go_on.set()
+    eventually(lambda: not server.is_alive)
+    assert passes == [8]
+    assert server.stats().failed == 8
+
+
+def test_a_note_that_one_caller_adds_to_its_error_shows_in_no_others() -> None:
+    def model(td: TensorDictBase) -> TensorDictBase:
+        error = ArithmeticError("no")
+        error.add_note("of the model")
+        raise error
+
+    server = InferenceServer(model, ThreadingTransport(), split_failed_batches=False)
+    futures = [server.client().submit(request(value)) for value in range(2)]
+    with server:
+        one, other = [future.exception(HANG) for future in futures]
+    assert one is not None
+    assert other is not None
+    one.add_note("mine")
+    assert other.__notes__ == ["of the model"]
+
+
+def test_a_failed_call_leaves_nothing_to_the_garbage_collector() -> None:
+    class Refusal(ArithmeticError):
+        """Unlike its base class, it can be referred to weakly."""
+
+    def model(td: TensorDictBase) -> TensorDictBase:
+        raise Refusal("no")
+
+    with InferenceServer(model, ThreadingTransport()) as server:
+        client, td = server.client(), request(1)
+
+        def call() -> weakref.ref[BaseException]:
+            try:
+                client(td, HANG)
+            except Refusal as error:
+                return weakref.ref(error)
+            raise AssertionError
+
+        gc.disable()
+        try:
+            error = call()
+            assert error() is None
+        finally:
+            gc.enable()

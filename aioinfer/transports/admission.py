@@ -99,6 +99,7 @@ class Admission:
     def leave_to_parent(self) -> None:
         """In a forked child: the server is in the parent, and so is all that hears of its end."""
         self._watchers.clear()
+        self.stats.leave_to_parent()
         if self.serving:
             self.serving = False
             self.closed = ServerClosedError(

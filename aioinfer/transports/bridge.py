@@ -42,7 +42,7 @@ class OpenRequests:
         self._futures: set[concurrent.futures.Future[TensorDictBase]] = set()
         self._closed: ServerClosedError | None = None
         self._lock = threading.RLock()
-        self._submitting = 0
+        self._submitting: set[object] = set()
         self._claimed: deque[None] = deque()  # an element for each; a count could not be changed in one step
 
     def open(self, admission: Admission) -> None:
@@ -59,21 +59,22 @@ class OpenRequests:
     def submit(self, submit: Submit, td: TensorDictBase) -> concurrent.futures.Future[TensorDictBase]:
         """Check a request, count it against ``max_pending``, and submit it; raise what refuses it."""
         self.admission.check(td)
-        with self._lock:
-            full = self._full()
-            self._submitting += not full
-        if full:
-            raise self.admission.overloaded()
+        place = object()
         try:
+            with self._lock:
+                full = self._full()
+                if not full:
+                    self._submitting.add(place)
+            if full:
+                raise self.admission.overloaded()
             future = submit(stamp(td, caller_mode()))
             self._futures.add(future)
+            self._submitting.discard(place)
         except BaseException:
-            with self._lock:
-                self._submitting -= 1
-            self.room.announce(1)
+            if place in self._submitting:
+                self._submitting.discard(place)
+                self.room.announce(1)
             raise
-        with self._lock:
-            self._submitting -= 1
         future.add_done_callback(self._on_done)
         if self._closed is not None:
             _fail(future, self._closed)
@@ -86,7 +87,7 @@ class OpenRequests:
 
     def _full(self) -> bool:
         limit = self.admission.max_pending
-        return limit is not None and self.pending + self._submitting >= limit and self.admission.closed is None
+        return limit is not None and self.pending + len(self._submitting) >= limit and self.admission.closed is None
 
     def claim(self, count: int) -> None:
         """The server took ``count`` requests to compute them."""

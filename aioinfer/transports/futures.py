@@ -36,7 +36,8 @@ class _Condition(_thread.RLock):  # type: ignore[misc]  # it is a base in fact
 class Future(concurrent.futures.Future[T]):
     """A ``concurrent.futures.Future`` for callers and for jobs of ours.
 
-    A thread that waits for it and is interrupted by a signal handler that raises holds no lock afterwards. Whatever a
+    A thread that waits for its ``result`` or ``exception`` and is interrupted by a signal handler that raises holds no
+    lock afterwards. (One in ``concurrent.futures.wait`` or ``as_completed`` may: these lock in Python.) Whatever a
     callback raises is logged, and costs neither the other callbacks nor the thread that settles the future.
     """
 
@@ -54,6 +55,9 @@ class Future(concurrent.futures.Future[T]):
                 self.set_exception(error)
         except concurrent.futures.InvalidStateError:
             pass
+
+    def set_running_or_notify_cancel(self) -> bool:
+        return self._state != "CANCELLED_AND_NOTIFIED" and super().set_running_or_notify_cancel()
 
     def cancel(self) -> bool:
         cancelled = super().cancel()

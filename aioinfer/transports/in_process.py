@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import weakref
 from abc import abstractmethod
 from functools import partial
@@ -26,16 +25,14 @@ class InProcessTransport(QueuedTransport):
     def __init__(self) -> None:
         super().__init__()
         self._outlets: weakref.WeakValueDictionary[int, LoopOutlet] = weakref.WeakValueDictionary()
-        self._outlets_lock = threading.RLock()
 
     def _outlet(self) -> LoopOutlet:
         """The one outlet of the running event loop; it lives while a client or a request uses it."""
         loop = asyncio.get_running_loop()
-        with self._outlets_lock:
-            outlet = self._outlets.get(id(loop))
-            if outlet is None:
-                outlet = self._outlets[id(loop)] = LoopOutlet(loop, self._queue.waking, self._queue.ring)
-            return outlet
+        outlet = self._outlets.get(id(loop))  # which no other thread asks for
+        if outlet is None:
+            outlet = self._outlets[id(loop)] = LoopOutlet(loop, self._queue.waking, self._queue.ring)
+        return outlet
 
 
 class InProcessClient(InferenceClient):

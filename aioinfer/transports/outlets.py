@@ -67,7 +67,8 @@ class LoopOutlet:
     the batch. From the delivery of a batch to the end of the tick in which its tasks run, the next
     batch is held back for what they are about to ask.
 
-    Loop thread only: ``ring_at_end_of_tick``, ``_ringing``. Model thread: ``deliver``, ``fail``, ``drop``.
+    Loop thread only: ``ring_at_end_of_tick``, ``_ringing``. Model thread, or who ends a request in its stead:
+    ``deliver``, ``fail``, ``drop``.
 
     Args:
         loop: whose tasks.
@@ -81,7 +82,7 @@ class LoopOutlet:
         self.loop = loop
         self._waking = waking
         self._ring = ring
-        self._ringing = False
+        self._ringing: list[bool] = []  # an element while the end of a tick is to come
         self._thread = threading.get_ident()
 
     def runs_here(self) -> bool:
@@ -91,12 +92,13 @@ class LoopOutlet:
     def ring_at_end_of_tick(self) -> None:
         """Ring once, when every task that this tick wakes has run."""
         if not self._ringing:
-            self.loop.call_soon(self._end_of_tick)
-            self._ringing = True  # afterwards: an interrupted task must not keep those to come from being heard
+            self._end_tick()
 
-    def _end_of_tick(self) -> None:
-        self._ringing = False
-        self._ring()
+    def _end_tick(self) -> None:
+        # The flag is lowered in C, and raised last: an interrupted callback must not keep later ones from being heard.
+        self.loop.call_soon(self._ringing.clear)
+        self.loop.call_soon(self._ring)
+        self._ringing.append(True)
 
     def deliver(self, receivers: Sequence[asyncio.Future[TensorDictBase]], replies: Sequence[TensorDictBase]) -> None:
         self._call_soon(asyncio.Future.set_result, receivers, replies)
@@ -125,16 +127,12 @@ class LoopOutlet:
             for future, outcome in zip(futures, outcomes, strict=True):
                 if not future.done():
                     settle(future, outcome)
-            self.loop.call_soon(self._delivered)
-            self._ringing = True  # by _delivered, which comes after the tasks that were woken just now
+            self.loop.call_soon(self._awake)
+            self._end_tick()  # after the tasks that were woken just now
         except BaseException:
             if not interrupted:  # by a signal handler: the others get their replies all the same
                 self.loop.call_soon(self._settle, settle, futures, outcomes, True)
             raise
-
-    def _delivered(self) -> None:
-        self._awake()
-        self._end_of_tick()
 
     def _awake(self) -> None:
         try:

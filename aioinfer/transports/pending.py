@@ -30,8 +30,6 @@ __all__ = ["PendingQueue"]
 # has run for the one time, or until the other has passed. 64 threads take 0.4 to 1 ms on two cores.
 _HOLD_BACK = 0.001
 _MOST_HOLD_BACK = 0.005
-# Seconds after which a model thread that waits for the lock looks whether the server has ended.
-_LOCK_PATIENCE = 0.05
 
 
 class PendingQueue:
@@ -168,7 +166,10 @@ class PendingQueue:
                 self._requests.append(request)
             elif patient:
                 self._patient.append(request)
-                self._move_patient()  # the model thread may have made room, and seen nobody who waits for it
+        for queue in self._family:  # the model thread may have made room, and not got the lock
+            if queue._patient and not self._full():
+                with self._lock:
+                    queue._move_patient()
         return patient or not full
 
     def _remove_cancelled(self) -> None:
@@ -181,14 +182,12 @@ class PendingQueue:
                 self._drop([request])
 
     def _admit_patient(self) -> None:
-        """Model thread: let requests become pending that have waited for room, as far as there is some."""
-        while not self._lock.acquire(timeout=_LOCK_PATIENCE):
-            if self._closed is not None:  # whoever holds the lock may wait for the model thread to end
-                return
-        try:
-            self._move_patient()
-        finally:
-            self._lock.release()
+        """Model thread: let requests become pending that have waited for room, unless who has the lock will do so."""
+        if self._lock.acquire(blocking=False):
+            try:
+                self._move_patient()
+            finally:
+                self._lock.release()
 
     def _move_patient(self) -> None:
         """Under the lock."""
@@ -248,7 +247,9 @@ class PendingQueue:
         elif pending < at_least:
             for queue in family:
                 queue.sleepers.wake_all()  # nobody is on the way who would
-            self.bell.wait(timeout)
+                queue._enough = 0  # nobody is waited for now, whoever is settled beside this thread
+            if self._count() < at_least:
+                self.bell.wait(timeout)
         for queue in family:
             queue._to_be_woken.clear()
         return self._count()

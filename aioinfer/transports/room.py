@@ -13,7 +13,8 @@ from aioinfer.transports.bells import LockBell
 
 __all__ = ["RoomQueue", "seconds_left"]
 
-Listener = Callable[[], None]
+Listener = Callable[[], bool]
+"""Wakes a caller, and says whether it could."""
 T = TypeVar("T")
 
 
@@ -43,12 +44,13 @@ class RoomQueue:
 
     def announce(self, count: int | None = None) -> None:
         """Wake the ``count`` callers that have waited longest; all, if ``None``."""
-        for _ in range(len(self._listeners) if count is None else count):
+        left = len(self._listeners) if count is None else count
+        while left > 0:
             try:
                 listener = self._listeners.popleft()
             except IndexError:
                 return
-            listener()
+            left -= listener()  # the turn of one whose event loop is closed goes to the next
 
     def put(self, put: Callable[[], T], deadline: float | None) -> T:
         """Call ``put`` until it finds room, and return what it returns.
@@ -56,45 +58,67 @@ class RoomQueue:
         Raises:
             TimeoutError: there was no room until ``deadline``, on the clock of ``time.monotonic``.
         """
-        while True:
-            try:
-                return put()
-            except ServerOverloadedError:
-                self._wait(deadline)
+        turn: list[bool] = []  # has an element from when this caller is woken until it tries again
+        try:
+            while True:
+                try:
+                    return put()
+                except ServerOverloadedError:
+                    turn.clear()
+                    self._wait(deadline, turn)
+        except BaseException:
+            if turn:
+                self.announce(1)
+            raise
 
     async def async_put(self, put: Callable[[], T]) -> T:
         """Do as :meth:`put`, without blocking the event loop."""
-        while True:
-            try:
-                return put()
-            except ServerOverloadedError:
-                await self._async_wait()
-
-    def _wait(self, deadline: float | None) -> None:
-        """Block until there may be room."""
-        woken = LockBell()
+        turn: list[bool] = []  # has an element from when this caller is woken until it tries again
         try:
-            self._listen(woken.ring)
-            if not woken.wait(seconds_left(deadline)):
-                raise TimeoutError("there was no room in the queue of pending requests within the timeout")
+            while True:
+                try:
+                    return put()
+                except ServerOverloadedError:
+                    turn.clear()
+                    await self._async_wait(turn)
         except BaseException:
-            self._leave(woken.ring)
+            if turn:
+                self.announce(1)
             raise
 
-    async def _async_wait(self) -> None:
+    def _wait(self, deadline: float | None, turn: list[bool]) -> None:
+        """Block until there may be room."""
+        woken = LockBell()
+
+        def listener() -> bool:
+            woken.ring()
+            return True
+
+        try:
+            self._listen(listener)
+            if not woken.wait(seconds_left(deadline)):
+                raise TimeoutError("there was no room in the queue of pending requests within the timeout")
+            turn.append(True)
+        except BaseException:
+            self._leave(listener)
+            raise
+
+    async def _async_wait(self, turn: list[bool]) -> None:
         """Suspend until there may be room."""
         loop = asyncio.get_running_loop()
         woken = asyncio.Event()
 
-        def listener() -> None:
+        def listener() -> bool:
             try:
                 loop.call_soon_threadsafe(woken.set)
-            except RuntimeError:  # that loop is closed: its turn goes to the next
-                self.announce(1)
+            except RuntimeError:  # that loop is closed
+                return False
+            return True
 
         try:
             self._listen(listener)
             await woken.wait()
+            turn.append(True)
         except BaseException:
             self._leave(listener)
             raise

@@ -122,7 +122,8 @@ class Sleepers:
     The threads that a batch answers wake one after the other, each waking the next; while some have not
     run yet, the next batch is held back, so that the requests which they are about to make get into it.
 
-    Model thread: ``deliver``, ``fail``, ``drop``, ``wake_all``. Woken threads: ``resumed``. The deque and the
+    Model thread, or who ends a request in its stead: ``deliver``, ``fail``, ``drop``, ``wake_all``. Woken threads:
+    ``resumed``. The deque and the
     list are shared without a lock, which their ``append`` and ``pop`` allow. A woken thread that a signal interrupts
     may take the next one out of the deque and not wake it: ``wake_all`` does not rely on the deque.
 
@@ -178,7 +179,8 @@ class Sleepers:
 
     def wake_all(self) -> None:
         """Wake all that are left: the chain takes long, or broke with a thread that was interrupted."""
-        self._asleep.clear()
+        while self._asleep:
+            self._wake_next()
         for waiter in self._unread:
             if waiter.outcome is not None:
                 waiter.release()

@@ -114,26 +114,26 @@ class _Slot:
         """Who has the slot, until it is done, or sets this to ``None``."""
         self._way_back: tuple[Outlet, Receiver] | None = None
 
-    def put(
-        self,
-        td: TensorDictBase,
-        holder: _Call | Future[Any] | asyncio.Future[Any],
-        receiver: Receiver,
-        outlet: Outlet,
-    ) -> None:
-        """Take the slot for ``holder``, and queue its request.
-
-        Whatever is raised: the request may be in the queue, and whoever calls ends the holder and the receiver.
-        """
+    def take(self, holder: _Call | Future[Any] | asyncio.Future[Any]) -> None:
+        """Have the slot, until ``holder`` is done or gives it back by setting the attribute to ``None``."""
         with self._lock:
             if self._closed:
                 raise ClientClosedError("the client was closed; make another one")
-            if self.holder not in (None, holder) and not self.holder.done():
+            if self.holder is not None and not self.holder.done():
                 raise ClientBusyError(
                     f"slot {self._index} has a request under way; "
                     "wait for its reply, cancel it, or make a client for each caller"
                 )
-            self.holder, self._way_back = holder, (outlet, receiver)
+            self.holder, self._way_back = holder, None
+
+    def put(self, td: TensorDictBase, receiver: Receiver, outlet: Outlet) -> None:
+        """Queue the request of whoever has the slot.
+
+        Whatever is raised: the request may be in the queue, and whoever calls ends the holder and the receiver.
+        """
+        self._way_back = outlet, receiver
+        if self._closed:
+            raise ClientClosedError("the client was closed; make another one")
         buffer = self.transport._buffer
         if buffer is not None:
             self.queue.admission.check(td)
@@ -165,7 +165,8 @@ class _SlotClient(InProcessClient):
     def submit(self, td: TensorDictBase) -> Future[TensorDictBase]:
         future: Future[TensorDictBase] = Future()
         try:
-            self._slot.put(td, future, future, FUTURES)
+            self._slot.take(future)
+            self._slot.put(td, future, FUTURES)
             self._slot.queue.ring()
         except REFUSALS as error:
             future.set_exception(error.with_traceback(None))
@@ -176,27 +177,33 @@ class _SlotClient(InProcessClient):
 
     def __call__(self, td: TensorDictBase, timeout: float | None = None, *, wait: bool = False) -> TensorDictBase:
         slot, call = self._slot, _Call()
-        waiter = self._waiter or Waiter(slot.queue.sleepers, cheapest_bell())
+        waiter: Waiter | None = None
         try:
+            slot.take(call)
+            waiter = self._waiter or Waiter(slot.queue.sleepers, cheapest_bell())
             if wait:
-                put = partial(slot.put, td, call, waiter, slot.queue.sleepers)
+                put = partial(slot.put, td, waiter, slot.queue.sleepers)
                 deadline = None if timeout is None else time.monotonic() + timeout
                 slot.queue.room.put(put, deadline)
                 timeout = seconds_left(deadline)
             else:
-                slot.put(td, call, waiter, slot.queue.sleepers)
+                slot.put(td, waiter, slot.queue.sleepers)
             slot.queue.ring()
             outcome = waiter.wait(timeout)
             self._waiter = waiter
         except BaseException:
             if slot.holder is call:
                 self._waiter = None  # what still comes for the old one is thrown away
-                waiter.abandon()
+                if waiter is not None:
+                    waiter.abandon()
             raise
         finally:  # no call is made here, which a signal handler could keep from happening
             if slot.holder is call:
                 slot.holder = None
-        return unwrap(*outcome)
+        try:
+            return unwrap(*outcome)
+        finally:
+            del outcome  # the traceback of an error leads here: it must not lead back
 
 
 class _AsyncSlotClient(InProcessAsyncClient):
@@ -214,7 +221,8 @@ class _AsyncSlotClient(InProcessAsyncClient):
             outlet = self._outlet = slot.transport._outlet()
         future: asyncio.Future[TensorDictBase] = outlet.loop.create_future()
         try:
-            slot.put(td, future, future, outlet)
+            slot.take(future)
+            slot.put(td, future, outlet)
             outlet.ring_at_end_of_tick()
         except BaseException:
             future.cancel()

@@ -66,7 +66,10 @@ class _ThreadClient(InProcessClient):
         except BaseException:
             waiter.abandon()
             raise
-        return unwrap(*outcome)
+        try:
+            return unwrap(*outcome)
+        finally:
+            del outcome  # the traceback of an error leads here: it must not lead back
 
 
 class _TaskClient(InProcessAsyncClient):
