@@ -15,7 +15,7 @@ from tensordict.utils import NestedKey
 from torch import nn
 
 from aioinfer.devices import Model, Placement
-from aioinfer.errors import ModelError, describe
+from aioinfer.errors import InvalidRequestError, ModelError, describe
 from aioinfer.interaction import in_force
 from aioinfer.stamps import VersionStamps
 from aioinfer.tensors import UnlikeRequestsError, check_output, group_by_layout, rows, stack
@@ -115,7 +115,9 @@ class ForwardPass:
         try:
             seconds = time.perf_counter() - started
             parts = self._parts(requests, failure)
-            if not isinstance(failure, UnlikeRequestsError) or not parts:
+            if isinstance(failure, UnlikeRequestsError) and not parts:
+                failure = InvalidRequestError("the request can't be stacked to a batch")
+            if not isinstance(failure, UnlikeRequestsError):
                 rerun = set(map(id, chain.from_iterable(parts)))
                 yield Outcome([request for request in requests if id(request) not in rerun], None, failure, seconds)
             served = True
