@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -46,7 +45,7 @@ class Passing:
 
 @contextmanager
 def passing(make: Any) -> Iterator[tuple[Passing, dict[float, threading.Event]]]:
-    gates: dict[float, threading.Event] = defaultdict(threading.Event)
+    gates = {float(value): threading.Event() for value in range(10)}  # made beforehand: two threads look them up
     entered = threading.Event()
 
     def model(td: TensorDictBase) -> TensorDictBase:
