@@ -12,7 +12,7 @@ from aioinfer.errors import ClientClosedError
 if TYPE_CHECKING:
     from tensordict import TensorDictBase
 
-__all__ = ["CLOSED", "AsyncInferenceClient", "InferenceClient"]
+__all__ = ["CLOSED", "AsyncInferenceClient", "InferenceClient", "check_count"]
 
 
 class _Closed:
@@ -162,3 +162,9 @@ class AsyncInferenceClient(_Handle):
         Raises:
             Exception: as for :meth:`InferenceClient.__call__`.
         """
+
+
+def check_count(count: int) -> None:
+    """Raise :class:`ValueError` for what is no number of clients."""
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise ValueError(f"the number of clients must be an integer of at least 1, got {count!r}")

@@ -18,7 +18,7 @@ from typing import Any
 
 from tensordict import TensorDictBase
 
-from aioinfer.client import AsyncInferenceClient, InferenceClient
+from aioinfer.client import AsyncInferenceClient, InferenceClient, check_count
 from aioinfer.errors import ServerClosedError
 from aioinfer.transports.admission import Admission
 from aioinfer.transports.bridge import BridgedAsyncClient, BridgedClient, OpenRequests
@@ -89,12 +89,6 @@ class InferenceTransport(ABC):
     @cached_property
     def _aioinfer_requests(self) -> OpenRequests:
         return OpenRequests()
-
-
-def check_count(count: int) -> None:
-    """Raise :class:`ValueError` for what is no number of clients."""
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        raise ValueError(f"the number of clients must be an integer of at least 1, got {count!r}")
 
 
 def _make(count: int, make: Any) -> list[Any]:

@@ -14,12 +14,12 @@ from typing import Any
 
 from tensordict import TensorDictBase
 
-from aioinfer.client import CLOSED, AsyncInferenceClient, InferenceClient
+from aioinfer.client import CLOSED, InferenceClient
 from aioinfer.errors import ServerClosedError, own_error
 from aioinfer.interaction import caller_mode, stamp
 from aioinfer.transports.admission import REFUSALS, Admission
 from aioinfer.transports.futures import Future
-from aioinfer.transports.room import RoomQueue, seconds_left
+from aioinfer.transports.room import BoundedAsyncClient, RoomQueue, seconds_left
 
 __all__ = ["BridgedAsyncClient", "BridgedClient", "OpenRequests"]
 
@@ -160,7 +160,7 @@ class BridgedClient(InferenceClient):
             raise
 
 
-class BridgedAsyncClient(AsyncInferenceClient):
+class BridgedAsyncClient(BoundedAsyncClient):
     """Copies the transport's future into one of the running loop."""
 
     def __init__(self, submit: Submit, open_requests: OpenRequests) -> None:
@@ -169,14 +169,6 @@ class BridgedAsyncClient(AsyncInferenceClient):
 
     def close(self) -> None:
         self._open = CLOSED
-
-    def submit(self, td: TensorDictBase) -> asyncio.Future[TensorDictBase]:
-        try:
-            return self._put(td)
-        except REFUSALS as error:
-            refused: asyncio.Future[TensorDictBase] = asyncio.get_running_loop().create_future()
-            refused.set_exception(error.with_traceback(None))
-            return refused
 
     def _put(self, td: TensorDictBase) -> asyncio.Future[TensorDictBase]:
         loop, requests = asyncio.get_running_loop(), self._open
@@ -208,8 +200,6 @@ class BridgedAsyncClient(AsyncInferenceClient):
         here.add_done_callback(on_done_here)
         return here
 
-    async def __call__(self, td: TensorDictBase, timeout: float | None = None, *, wait: bool = False) -> TensorDictBase:  # noqa: ASYNC109
-        if timeout is not None:
-            async with asyncio.timeout(timeout):
-                return await self(td, wait=wait)
-        return await (await self._open.room.async_put(partial(self._put, td)) if wait else self._put(td))
+    @property
+    def _room(self) -> RoomQueue:
+        return self._open.room

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from abc import abstractmethod
-from functools import partial
 from typing import NoReturn
 
-from tensordict import TensorDictBase
-
-from aioinfer.client import AsyncInferenceClient, InferenceClient
-from aioinfer.transports.admission import REFUSALS
+from aioinfer.client import InferenceClient
 from aioinfer.transports.outlets import LoopOutlet
 from aioinfer.transports.pending import PendingQueue
 from aioinfer.transports.queued import QueuedTransport
+from aioinfer.transports.room import BoundedAsyncClient, RoomQueue
 
 __all__ = ["InProcessAsyncClient", "InProcessClient", "InProcessTransport"]
 
@@ -42,31 +38,17 @@ class InProcessClient(InferenceClient):
         raise _does_not_travel()
 
 
-class InProcessAsyncClient(AsyncInferenceClient):
-    """Base of the awaitable clients: all but the way in which a request gets into the queue."""
+class InProcessAsyncClient(BoundedAsyncClient):
+    """Base of the awaitable clients."""
 
     _queue: PendingQueue
 
     def __reduce__(self) -> NoReturn:
         raise _does_not_travel()
 
-    @abstractmethod
-    def _put(self, td: TensorDictBase) -> asyncio.Future[TensorDictBase]:
-        """Do as ``submit``; raise what the server refuses."""
-
-    def submit(self, td: TensorDictBase) -> asyncio.Future[TensorDictBase]:
-        try:
-            return self._put(td)
-        except REFUSALS as error:
-            refused: asyncio.Future[TensorDictBase] = asyncio.get_running_loop().create_future()
-            refused.set_exception(error.with_traceback(None))
-            return refused
-
-    async def __call__(self, td: TensorDictBase, timeout: float | None = None, *, wait: bool = False) -> TensorDictBase:  # noqa: ASYNC109
-        if timeout is not None:
-            async with asyncio.timeout(timeout):
-                return await self(td, wait=wait)
-        return await (await self._queue.room.async_put(partial(self._put, td)) if wait else self._put(td))
+    @property
+    def _room(self) -> RoomQueue:
+        return self._queue.room
 
 
 def _does_not_travel() -> TypeError:

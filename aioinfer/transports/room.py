@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import time
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
+from tensordict import TensorDictBase
+
+from aioinfer.client import AsyncInferenceClient
 from aioinfer.errors import ServerOverloadedError
+from aioinfer.transports.admission import REFUSALS
 from aioinfer.transports.bells import LockBell
 
-__all__ = ["RoomQueue", "seconds_left"]
+__all__ = ["BoundedAsyncClient", "RoomQueue", "seconds_left"]
 
 Listener = Callable[[], bool]
 """Wakes a caller, and says whether it could."""
@@ -133,3 +139,30 @@ class RoomQueue:
             self._listeners.remove(listener)
         except ValueError:  # it was woken already
             self.announce(1)
+
+
+class BoundedAsyncClient(AsyncInferenceClient):
+    """Base of awaitable clients whose requests are refused where they are put: all but how they are put."""
+
+    @abstractmethod
+    def _put(self, td: TensorDictBase) -> asyncio.Future[TensorDictBase]:
+        """Do as ``submit``; raise what the server refuses."""
+
+    @property
+    @abstractmethod
+    def _room(self) -> RoomQueue:
+        """Where callers wait for room."""
+
+    def submit(self, td: TensorDictBase) -> asyncio.Future[TensorDictBase]:
+        try:
+            return self._put(td)
+        except REFUSALS as error:
+            refused: asyncio.Future[TensorDictBase] = asyncio.get_running_loop().create_future()
+            refused.set_exception(error.with_traceback(None))
+            return refused
+
+    async def __call__(self, td: TensorDictBase, timeout: float | None = None, *, wait: bool = False) -> TensorDictBase:  # noqa: ASYNC109
+        if timeout is not None:
+            async with asyncio.timeout(timeout):
+                return await self(td, wait=wait)
+        return await (await self._room.async_put(partial(self._put, td)) if wait else self._put(td))

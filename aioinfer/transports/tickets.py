@@ -15,7 +15,7 @@ from typing import Any, NoReturn, Self
 
 from tensordict import TensorDictBase
 
-from aioinfer.client import AsyncInferenceClient, InferenceClient
+from aioinfer.client import AsyncInferenceClient, InferenceClient, check_count
 from aioinfer.errors import (
     ClientBusyError,
     ClientClosedError,
@@ -42,8 +42,7 @@ class Ticket(ABC):
     """
 
     def __init__(self, address: str, count: int, *, one_at_a_time: bool) -> None:
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise ValueError(f"the number of clients must be an integer of at least 1, got {count!r}")
+        check_count(count)
         self.address = address
         self.count = count
         self.one_at_a_time = one_at_a_time
