@@ -21,6 +21,7 @@ from tensordict import TensorDict, TensorDictBase
 from aioinfer import InferenceServer, MPTransport, PeerDiedError, ServerClosedError
 from aioinfer.testing import GatedModel, double, eventually, request
 from aioinfer.transports.addresses import dial
+from aioinfer.transports.control import State
 from aioinfer.transports.parcels import pack
 from aioinfer.transports.station import Station
 from aioinfer.transports.wire import FromClient, frame, word
@@ -121,6 +122,42 @@ def test_large_requests_end_when_the_server_shuts_down_before_they_are_there(dra
         for call in calls:
             error = call.exception(HANG)
             assert error is None or isinstance(error, ServerClosedError)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_large_request_ends_if_the_server_ended_before_its_process_could_read_that_it_was_taken_in(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transport = MPTransport()
+    ended, post = threading.Event(), Station.post
+
+    def post_when_it_has_ended(*args: Any) -> None:
+        assert ended.wait(HANG)
+        post(*args)
+
+    monkeypatch.setattr(Station, "post", post_when_it_has_ended)
+    with InferenceServer(double, transport) as server, calling(transport, kind, 1) as callers:
+        reply = callers.call(0, request(1, size=BIG), HANG)
+        eventually(lambda: any(line.joined for line in transport._board.lines))
+        server.shutdown()
+        ended.set()
+        assert isinstance(reply.exception(2 * HANG), ServerClosedError)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_large_request_ends_if_the_server_ends_between_two_of_its_pieces(kind: str) -> None:
+    transport = MPTransport()
+    model = GatedModel()
+    with InferenceServer(model, transport), calling(transport, kind, 1) as callers:
+        running = transport.client().submit(request(0))
+        assert model.entered.wait(HANG)
+        reply = callers.call(0, request(1, size=BIG), HANG)
+        eventually(lambda: any(line.wire.readable() for line in transport._board.lines))
+        transport._control.set_state(State.ENDED)
+        transport._board.read_all()
+        assert isinstance(reply.exception(2 * HANG), ServerClosedError)
+        model.open()
+        assert running.result(HANG)["action"][0] == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -36,6 +36,8 @@ class _Station(Protocol):
 
     def receive(self) -> None: ...
 
+    def flush(self) -> None: ...
+
     def wait(self, number: int, waiter: Waiter, timeout: float | None) -> None: ...
 
     def leave(self, number: int, waiter: Waiter) -> None: ...
@@ -246,7 +248,9 @@ class LoopDesk:
             self.loop.add_writer(self._fd, self._write)
 
     def _write(self) -> None:
-        self._wire.flush()
+        station = self._station()
+        if station is not None:
+            station.flush()
         if not self._wire.unsent:
             self._waits_for_room = False
             self.loop.remove_writer(self._fd)

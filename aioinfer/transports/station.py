@@ -291,7 +291,17 @@ class Station(ABC):
         finally:
             self._end_turn(reader)  # again, for where the first was interrupted
         if self._wire.outbox:
-            self._wire.flush()
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what was kept, as far as there is room; hang up if the server reads no more.
+
+        A server that has ended may leave requests unread that were sent in pieces. It has read what there was after
+        it said so: so there was room for one more piece, and whoever sends it finds the new state.
+        """
+        self._wire.flush()
+        if self.control is not None and self.control.view[0] == State.ENDED:
+            self._wire.shut_down()  # whoever reads finds the replies that are there first, and then the end
 
     def _end_turn(self, reader: object) -> None:
         """Settle what was read, if the lead was lost to an exception of a signal's handler; and give it back."""
@@ -459,7 +469,7 @@ class Station(ABC):
                 elif wire.wait(left if self._alone else min(_LOOK_UP if left is None else left, _LOOK_UP)):
                     self._receive(number, waiter)
                     if wire.outbox:
-                        wire.flush()
+                        self.flush()
             elif in_line and waiter.bell is not None:
                 waiter.bell.wait(left)
             else:  # and then once more for the lead: who leaves it looks at the line afterwards
@@ -482,9 +492,15 @@ class Station(ABC):
         """Send what is left to send, as the server reads."""
         while self._wire.outbox and not waiter.done and self.dead is None:
             left = None if deadline is None else deadline - time.monotonic()
-            if (left is not None and left <= 0) or not self._wire.wait_for_room(left):
+            if left is not None and left <= 0:
                 return
-            self._wire.flush()
+            if self.control is None:  # only once it was taken in, this process knows whether the server still reads
+                if not self._wire.wait(left):
+                    return
+                self.receive()
+            elif not self._wire.wait_for_room(left):
+                return
+            self.flush()
 
     # -- event loops -----------------------------------------------------------------------------------
 
