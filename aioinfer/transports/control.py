@@ -45,7 +45,8 @@ class Control:
         """Its first byte is the state, its second counts how often the key of the version was set, its third how often
         the server was closed."""
         self._known = 0, ""
-        self._closings = self.view[2]
+        self.closings_seen = self.view[2]
+        """How often the server had been closed when it last said something to this client."""
 
     @classmethod
     @long_lived()
@@ -63,8 +64,8 @@ class Control:
 
     @property
     def has_closed(self) -> bool:
-        """Whether the server was closed since this object was made, if only to be opened again."""
-        return self.view[0] >= State.CLOSED or self.view[2] != self._closings
+        """Whether the server was closed since it last said something to this client, if only to be opened again."""
+        return self.view[0] >= State.CLOSED or self.view[2] != self.closings_seen
 
     def set_version_key(self, key: str | None) -> None:
         """Say which entry of a reply carries the version of the weights."""

@@ -351,6 +351,8 @@ class Station(ABC):
         except OSError as error:  # of descriptors
             self._die(error)
             return
+        if self.control is not None and (words or frames):
+            self.control.closings_seen = self.control.view[2]
         if waiter is not None and len(words) == 1 and words[0] == number:
             waiter.settle(self._unload_one(number), None)
             self.calls.pop(number, None)
