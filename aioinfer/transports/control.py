@@ -42,8 +42,11 @@ class Control:
     def __init__(self, segment: Segment | None = None) -> None:
         self.segment = Segment.create(_BYTES) if segment is None else segment
         self.view = self.segment.view
-        """Its first byte is the state, its second counts how often the key of the version was set."""
+        """Its first byte is the state, its second counts how often the key of the version was set, its third how often
+        the server was closed."""
         self._known = 0, ""
+        self.closings_seen = self.view[2]
+        """How often the server had been closed when it last said something to this client."""
 
     @classmethod
     @long_lived()
@@ -55,7 +58,14 @@ class Control:
         """Say whether requests are taken, and why not."""
         if error is not None:
             self._write(_ERROR, pack_error(error))
+        if state >= State.CLOSED > self.view[0]:
+            self.view[2] = (self.view[2] + 1) % 256
         self.view[0] = state
+
+    @property
+    def has_closed(self) -> bool:
+        """Whether the server was closed since it last said something to this client, if only to be opened again."""
+        return self.view[0] >= State.CLOSED or self.view[2] != self.closings_seen
 
     def set_version_key(self, key: str | None) -> None:
         """Say which entry of a reply carries the version of the weights."""
