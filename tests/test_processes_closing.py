@@ -99,6 +99,21 @@ def test_the_slot_of_a_closed_client_is_free_for_another_at_once(kind: str) -> N
             unused.close()
 
 
+@pytest.mark.parametrize("given_up", [False, True], ids=["asked", "given up"])
+def test_the_slot_of_a_client_that_is_closed_while_the_model_is_busy_is_free_at_once(given_up: bool) -> None:
+    transport = slots(1)
+    model = GatedModel()
+    with InferenceServer(model, transport):
+        for _ in range(3):
+            client = transport.client()
+            future = client.submit(request(1))
+            assert model.entered.wait(HANG)
+            if given_up:
+                future.cancel()
+            client.close()
+        model.open()
+
+
 def test_a_client_that_nobody_used_gives_its_slot_back_also_where_no_server_has_started() -> None:
     transport = slots(1)
     for _ in range(3):

@@ -130,6 +130,7 @@ class ProcessSlotTransport(ProcessTransport):
             self._looking = True
             try:
                 self._board.poller.look()
+                self._board.read_joined()  # to the end, which may come after more
             finally:
                 self._looking = False
 
