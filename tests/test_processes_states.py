@@ -18,6 +18,7 @@ from aioinfer import (
     InferenceServer,
     MPTransport,
     NoFreeSlotError,
+    PeerDiedError,
     ProcessSlotTransport,
     ServerClosedError,
     ServerPausedError,
@@ -207,6 +208,20 @@ def test_a_client_on_which_a_server_hung_up_hears_that_it_was_closed_though_it_r
             (reply,) = loop.wait(loop.submit(client))
             assert isinstance(reply, TensorDictBase)
             assert is_double(reply, 3)
+
+
+def test_a_client_that_a_server_serves_which_runs_again_hears_that_it_has_died() -> None:
+    transport = MPTransport()
+    client = transport.client()
+    for value in range(2):
+        with InferenceServer(double, transport):
+            assert outcome(client, value) == 2 * value
+            (line,) = transport._board.lines
+    with InferenceServer(double, transport):
+        assert outcome(client, 3) == 6
+        line.wire.shut_down()  # as the end of its process does
+        with pytest.raises(PeerDiedError):
+            client(request(4), HANG)
 
 
 def test_what_is_written_as_its_client_is_closed_spoils_no_request_of_the_next_one(
