@@ -29,7 +29,8 @@ class ModelThread:
     Args:
         prepare: called first.
         serve: waits for requests and answers a batch of them; returns early when ``wake`` was called.
-        wake: makes a running ``serve``, or else the next one, return early.
+        wake: makes a running ``serve`` or ``stand_by``, or else the next one, return early.
+        stand_by: called instead of ``serve`` while the thread is held; gets a bell that rings when it is to return.
         ended: called last, with the error that ended the thread, if one did.
         name: the thread's name.
     """
@@ -40,12 +41,14 @@ class ModelThread:
         prepare: Callable[[], None],
         serve: Callable[[], None],
         wake: Callable[[], None],
+        stand_by: Callable[[LockBell], None],
         ended: Callable[[BaseException | None], None],
         name: str,
     ) -> None:
         self._prepare = prepare
         self._serve = serve
         self._wake = wake
+        self._stand_by = stand_by
         self._ended = ended
         self._stopping = False
         self._jobs: deque[tuple[Callable[[], None], Future[None]]] = deque()
@@ -107,7 +110,7 @@ class ModelThread:
             while not self._stopping:
                 self._do_jobs()
                 if self._holds:
-                    self._news.wait(None)
+                    self._stand_by(self._news)
                 elif not self._stopping:
                     self._serve()
         except BaseException as caught:

@@ -68,6 +68,7 @@ class Worker:
             prepare=forward.open,
             serve=self._serve_next,
             wake=transport.wake,
+            stand_by=transport.stand_by,
             ended=self._on_end,
             name="aioinfer-model",
         )
@@ -115,7 +116,6 @@ class Worker:
             return
         try:
             self.close(error, drain=False)
-            self._transport.finish(error)
         except BaseException:
             _log.exception("the transport could not be closed")
         with self._lock:
@@ -123,6 +123,10 @@ class Worker:
             requests, self._unsettled = self._unsettled, ()
         self._stats.fail(len(requests))
         self._fail(requests, error)
+        try:
+            self._transport.finish(error)  # last: it sees to it that the errors leave
+        except BaseException:
+            _log.exception("the transport could not be finished")
 
     def _on_end(self, cause: BaseException | None) -> None:
         error = self._admission.closed or ServerClosedError("the server has ended")

@@ -21,6 +21,7 @@ from tensordict import TensorDictBase
 from aioinfer.client import AsyncInferenceClient, InferenceClient, check_count
 from aioinfer.errors import ServerClosedError
 from aioinfer.transports.admission import Admission
+from aioinfer.transports.bells import LockBell
 from aioinfer.transports.bridge import BridgedAsyncClient, BridgedClient, OpenRequests
 from aioinfer.transports.requests import Request
 
@@ -150,6 +151,13 @@ class ServedTransport(ABC):
         Returns:
             How many are pending; it may return early.
         """
+
+    def stand_by(self, bell: LockBell) -> None:
+        """Block while nothing is to be claimed, until ``bell`` rings and ``wake`` is called; it may return early.
+
+        A transport to other processes goes on reading what they send, and sending what they have not read yet.
+        """
+        bell.wait(None)
 
     @abstractmethod
     def waited(self) -> float:

@@ -42,8 +42,10 @@ class Control:
     def __init__(self, segment: Segment | None = None) -> None:
         self.segment = Segment.create(_BYTES) if segment is None else segment
         self.view = self.segment.view
-        """Its first byte is the state, its second counts how often the key of the version was set."""
+        """Its first byte is the state, its second counts how often the key of the version was set, its third how often
+        the server was closed."""
         self._known = 0, ""
+        self._closings = self.view[2]
 
     @classmethod
     @long_lived()
@@ -55,7 +57,14 @@ class Control:
         """Say whether requests are taken, and why not."""
         if error is not None:
             self._write(_ERROR, pack_error(error))
+        if state >= State.CLOSED > self.view[0]:
+            self.view[2] = (self.view[2] + 1) % 256
         self.view[0] = state
+
+    @property
+    def has_closed(self) -> bool:
+        """Whether the server was closed since this object was made, if only to be opened again."""
+        return self.view[0] >= State.CLOSED or self.view[2] != self._closings
 
     def set_version_key(self, key: str | None) -> None:
         """Say which entry of a reply carries the version of the weights."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Sequence
 
@@ -10,6 +11,7 @@ from tensordict import TensorDictBase
 from aioinfer.errors import ServerClosedError
 from aioinfer.transports.admission import Admission
 from aioinfer.transports.base import InferenceTransport, ServedTransport
+from aioinfer.transports.bells import LockBell
 from aioinfer.transports.pending import PendingQueue
 from aioinfer.transports.poller import Poller
 from aioinfer.transports.processes import ProcessTransport, watch
@@ -47,6 +49,7 @@ class JoinedTransport(ServedTransport):
                 )
             self._transports.append(transport)
         self._family = [transport._queue for transport in self._transports]
+        self._processes = [transport for transport in self._transports if isinstance(transport, ProcessTransport)]
         self._poller = Poller()
 
     def check_open(self, admission: Admission) -> None:
@@ -80,11 +83,10 @@ class JoinedTransport(ServedTransport):
         self._transports[0].wake()
 
     async def attend(self) -> None:
-        processes = [transport for transport in self._transports if isinstance(transport, ProcessTransport)]
-        pollers = set().union(*[transport.pollers() for transport in processes])
+        pollers = set().union(*[transport.pollers() for transport in self._processes])
 
         def look() -> None:
-            for transport in processes:
+            for transport in self._processes:
                 transport.look()
 
         await watch(pollers, look)
@@ -97,9 +99,15 @@ class JoinedTransport(ServedTransport):
         return sum(transport.pending() for transport in self._transports)
 
     def wait_for_pending(self, at_least: int, enough: int, timeout: float | None) -> int:
-        if self.waited():  # it may not block, and so not look itself for what was cancelled meanwhile
+        if timeout == 0:
+            for transport in self._processes:
+                transport.read_all()
+        elif self.waited():  # it may not block, and so not look itself for what was cancelled meanwhile
             self._poller.look()
         return self._family[0].wait(at_least, enough, timeout)
+
+    def stand_by(self, bell: LockBell) -> None:
+        self._family[0].wait(sys.maxsize, sys.maxsize, None)
 
     def waited(self) -> float:
         return max(transport.waited() for transport in self._transports)

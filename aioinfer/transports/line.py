@@ -40,8 +40,8 @@ class Board(Protocol):
         """A line has joined."""
         ...
 
-    def watch(self, line: Line, *, writable: bool) -> None:
-        """Watch a line also for room to write, or no more."""
+    def watch(self, line: Line) -> None:
+        """Watch a line also for room to write, while something is unsent."""
         ...
 
     def drop(self, line: Line) -> None:
@@ -82,6 +82,7 @@ class Line(ABC):
         self.wire = wire
         self.board = board
         self.joined = False
+        self._joining = False
 
     # -- what the process says -------------------------------------------------------------------------
 
@@ -94,11 +95,13 @@ class Line(ABC):
 
     def read(self) -> None:
         """Take in what has arrived, as far as it fits a buffer."""
+        if self._joining:  # which looks at other lines meanwhile
+            return
         wire = self.wire
         try:
             if wire.unsent:
                 wire.flush()
-                self._look_out()
+                self.board.watch(self)
             words, frames = wire.receive()
             if words:
                 self.ask(words)
@@ -133,19 +136,22 @@ class Line(ABC):
     def _join(self, payload: bytes) -> None:
         if self.joined:
             raise ValueError("it has joined already")
+        self._joining = True
         try:
             welcome, descriptors = self.join(*unpack(payload))
         except BaseException as error:  # of its pickle, perhaps
             refusal = error if isinstance(error, Exception) else own_error(error)
             self.send(frame(word(FromServer.ERROR, NUMBER), pack_error(refusal)))
-        else:
-            if self not in self.board.lines:  # it has ended meanwhile
-                self.leave()
-                return
-            self.joined = True
-            self.board.move(self)
-            self.wire.send_descriptors(frame(word(FromServer.WELCOME), pack(welcome)), descriptors)
-            self._look_out()
+            return
+        finally:
+            self._joining = False
+        if self not in self.board.lines:  # it has ended meanwhile
+            self.leave()
+            return
+        self.joined = True
+        self.board.move(self)
+        self.wire.send_descriptors(frame(word(FromServer.WELCOME), pack(welcome)), descriptors)
+        self.board.watch(self)
 
     @abstractmethod
     def join(self, ticket: bytes, count: int, layouts: str) -> tuple[Any, Sequence[int]]:
@@ -190,14 +196,10 @@ class Line(ABC):
         """Send frames now, or as soon as there is room."""
         try:
             if not self.wire.send(data):
-                self._look_out()
+                self.board.watch(self)
         except OSError as error:  # it can't be watched
             _log.warning("hung up on a process that can't be answered: %s", error)
             self.board.drop(self)
-
-    def _look_out(self) -> None:
-        """Wait for room, if something is left unsent."""
-        self.board.watch(self, writable=self.wire.unsent)
 
     @abstractmethod
     def deliver(self, receivers: Sequence[Any], replies: Sequence[TensorDictBase]) -> None:
@@ -205,14 +207,13 @@ class Line(ABC):
 
     def fail(self, receivers: Sequence[RemoteRequest], errors: Sequence[Exception]) -> None:
         """Send errors."""
-        for receiver in receivers:
-            self.drop(receiver)
-        self.send(
-            b"".join(
-                frame(word(FromServer.ERROR, receiver.number), pack_error(error))
-                for receiver, error in zip(receivers, errors, strict=True)
-            )
+        data = b"".join(
+            frame(word(FromServer.ERROR, receiver.number), pack_error(error))
+            for receiver, error in zip(receivers, errors, strict=True)
         )
+        for receiver in receivers:  # afterwards: another thread may use it again for the next request at once
+            self.drop(receiver)
+        self.send(data)
 
     @abstractmethod
     def drop(self, receiver: Any) -> None:

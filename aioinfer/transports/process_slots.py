@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from array import array
 from collections.abc import Sequence
 from multiprocessing.context import BaseContext
@@ -82,6 +83,7 @@ class ProcessSlotTransport(ProcessTransport):
     def _listen(self, listener: Listener) -> None:
         self._memory = SlotMemory(self._request, self._reply, self.num_slots)
         self._lock = threading.Lock()  # guards the free slots and the leases
+        self._looking = False  # for free slots; under the poller's lock
         super()._listen(listener)
 
     def _estate(self) -> dict[str, Any]:
@@ -99,6 +101,7 @@ class ProcessSlotTransport(ProcessTransport):
             with self._lock:
                 self._leases[ticket.id] = self._take_slots(count)
                 self._reserved += count
+            ticket.lessor = weakref.ref(self)
         return ticket
 
     def _blank_ticket(self) -> SlotTicket:
@@ -117,14 +120,27 @@ class ProcessSlotTransport(ProcessTransport):
         return [self._free.pop() for _ in range(count)]
 
     def _look_for_room(self, count: int) -> None:
-        if count > len(self._free):
-            self._board.poller.look()  # at processes that have ended just now
+        """Where slots are lacking, look at processes that have ended, or closed a client, just now."""
+        if count <= len(self._free):
+            return
+        with self._board.poller.lock:
+            if self._looking:  # and has found a process that joins, which can't have another join before itself
+                self._board.read_joined()
+                return
+            self._looking = True
+            try:
+                self._board.poller.look()
+            finally:
+                self._looking = False
 
     def _occupy(self, ticket: bytes, count: int) -> list[int]:
-        self._look_for_room(count)
         with self._lock:
             leased = self._end_lease(ticket)
-            return self._take_slots(count) if leased is None else leased
+        if leased is not None:
+            return leased
+        self._look_for_room(count)
+        with self._lock:
+            return self._take_slots(count)
 
     def _end_lease(self, ticket: bytes) -> list[int] | None:
         """Under the lock."""
@@ -137,10 +153,13 @@ class ProcessSlotTransport(ProcessTransport):
         with self._lock:
             self._free += slots
 
-    def _release(self, ticket: bytes) -> None:
-        """The clients of a ticket were closed unused."""
+    def release(self, ticket: bytes) -> bool:
+        """The clients of a ticket were closed unused; say whether this is the process that keeps account of that."""
+        if self._serves_elsewhere:
+            return False
         with self._lock:
             self._free += self._end_lease(ticket) or ()
+        return True
 
     def callers(self) -> int | None:
         return self.num_slots - len(self._free) - self._reserved
@@ -175,7 +194,7 @@ class _SlotLine(Line):
     def release(self, ticket: bytes) -> None:
         if self.joined:
             raise ValueError("it has joined, and so uses its clients")
-        self._transport._release(ticket)
+        self._transport.release(ticket)
 
     def describe(self) -> SlotTicket:
         return self._transport._blank_ticket()
@@ -229,12 +248,13 @@ class _SlotLine(Line):
             receivers = [
                 receiver for receiver, reply in zip(receivers, replies, strict=True) if self._put(receiver, reply)
             ]
-        for receiver in receivers:
-            receiver.under_way = False
         if len(receivers) == 1:
-            self.send(receivers[0].number.to_bytes(8, sys.byteorder))
+            data = receivers[0].number.to_bytes(8, sys.byteorder)
         else:
-            self.send(array("Q", [receiver.number for receiver in receivers]).tobytes())
+            data = array("Q", [receiver.number for receiver in receivers]).tobytes()
+        for receiver in receivers:  # afterwards: another thread may use it again for the next request at once
+            receiver.under_way = False
+        self.send(data)
 
     def _put(self, receiver: _SlotRequest, reply: TensorDictBase) -> bool:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from abc import abstractmethod
@@ -18,6 +19,7 @@ from aioinfer.client import AsyncInferenceClient, InferenceClient
 from aioinfer.errors import ServerClosedError
 from aioinfer.transports.addresses import Listener
 from aioinfer.transports.admission import Admission
+from aioinfer.transports.bells import LockBell
 from aioinfer.transports.control import Control, State
 from aioinfer.transports.futures import run_in_thread
 from aioinfer.transports.line import Board, Line
@@ -225,24 +227,38 @@ class ProcessTransport(QueuedTransport):
         self._ended = True
         self._publish(self._queue.admission)
         self._board.read_all()  # what was sent before that could be seen
+        self._board.finish()
 
     def look(self) -> None:
-        """Take in who dials and what has been sent, whatever the model thread does."""
+        """Take in who dials and some of what has been sent, whatever the model thread does."""
         self._board.door.look()
         self._board.poller.look()
         self._queue.ring()  # it does not hear of what another thread has read
 
+    def read_all(self) -> None:
+        """Take in all that has been sent."""
+        self._board.read_all()
+
+    def _look_at_all(self) -> None:
+        self.look()
+        self.read_all()
+
     def pending(self) -> int:
         if threading.current_thread() is threading.main_thread():
-            run_in_thread(self.look, "aioinfer-look").result()  # no signal handler interrupts it there
+            run_in_thread(self._look_at_all, "aioinfer-look").result()  # no signal handler interrupts it there
         else:
-            self.look()
+            self._look_at_all()
         return super().pending()
 
     def wait_for_pending(self, at_least: int, enough: int, timeout: float | None) -> int:
-        if self._queue.waited():  # it may not block, and so not look itself for what was cancelled meanwhile
+        if timeout == 0:
+            self.read_all()
+        elif self._queue.waited():  # it may not block, and so not look itself for what was cancelled meanwhile
             self._board.poller.look()
         return super().wait_for_pending(at_least, enough, timeout)
+
+    def stand_by(self, bell: LockBell) -> None:
+        self._queue.wait(sys.maxsize, sys.maxsize, None)
 
 
 class GivenTransport:

@@ -18,7 +18,7 @@ from aioinfer.transports.wire import Wire
 __all__ = ["WAITERS", "Asked", "FutureDesk", "LoopDesk", "Waiter"]
 
 # Seconds for which the thread that reads for futures waits for more to do.
-_LINGER = 1.0
+_LINGER = 0.25
 
 
 Asked: TypeAlias = tuple[int, int, Any]
@@ -111,9 +111,13 @@ class FutureDesk:
     need.
 
     Any thread: ``deliver``, ``fail``, ``drop``, ``attend``.
+
+    Args:
+        station: what reads.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, station: _Station) -> None:
+        self._station = weakref.ref(station)
         self._answers: deque[tuple[Future[TensorDictBase], TensorDictBase | None, Exception | None]] = deque()
         self._waiter = Waiter()
         self._thread: dict[int, int] = {}  # who it is, if there is one
@@ -121,17 +125,19 @@ class FutureDesk:
     def deliver(self, receivers: Sequence[Future[TensorDictBase]], replies: Sequence[TensorDictBase]) -> None:
         self._answers.extend([(future, reply, None) for future, reply in zip(receivers, replies, strict=True)])
         self._waiter.settle(None, None)
+        self.attend()
 
     def fail(self, receivers: Sequence[Future[TensorDictBase]], errors: Sequence[Exception]) -> None:
         self._answers.extend([(future, None, error) for future, error in zip(receivers, errors, strict=True)])
         self._waiter.settle(None, None)
+        self.attend()
 
     def drop(self, receiver: Future[TensorDictBase]) -> None:
         pass
 
-    def attend(self, station: _Station) -> None:
+    def attend(self) -> None:
         """See to it that the thread runs, until a while after the last future has its answer."""
-        if not self._thread:
+        if not self._thread and (station := self._station()) is not None:
             threading.Thread(target=self._run, args=(station,), name="aioinfer-replies", daemon=True).start()
 
     def _run(self, station: _Station) -> None:
@@ -147,6 +153,7 @@ class FutureDesk:
 
     def _wanted(self, station: _Station) -> bool:
         if station.dead is not None:
+            station.post(())  # it fails what is still noted, which whoever has said so does one by one
             return bool(self._answers)
         return bool(self._answers) or any(outlet is self for _, outlet in list(station.calls.values()))
 
@@ -205,6 +212,7 @@ class LoopDesk:
         if not self._closed and not self.attached:
             self.attached = True
             self.loop.add_reader(self._fd, self._read)
+            self._look_out()  # it may have sent before
 
     def _runs_in_this_thread(self) -> bool:
         """Whether nobody else runs the loop now."""

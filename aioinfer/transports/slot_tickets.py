@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -46,6 +46,14 @@ class SlotTicket(Ticket):
         self.reply = reply
         self.num_slots = num_slots
 
+    def _reset(self) -> None:
+        super()._reset()
+        self.lessor: Callable[[], Any] = _nobody
+        """The transport that keeps slots for clients that were not used yet, if it is of this process."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in super().__getstate__().items() if key != "lessor"}
+
     def layouts(self) -> str:
         """What both ends must agree about, to read the shared memory alike."""
         return f"{self.num_slots} slots, {self.request.described()}, {self.reply.described()}"
@@ -54,10 +62,16 @@ class SlotTicket(Ticket):
         return _SlotStation(self)
 
     def _give_back(self) -> None:
-        tell(self.address, frame(word(FromClient.RELEASE), self.id))
+        lessor = self.lessor()
+        if lessor is None or not lessor.release(self.id):
+            tell(self.address, frame(word(FromClient.RELEASE), self.id))
 
     def cargo(self, td: TensorDictBase) -> list[Tensor]:
         return self.request.values(td)
+
+
+def _nobody() -> None:
+    """Stands for a weak reference that leads nowhere."""
 
 
 class _SlotStation(Station):

@@ -82,7 +82,7 @@ class Station(ABC):
         self.calls = Calls()
         self.dead: Exception | None = None
         self.control: Control | None = None
-        self.futures = FutureDesk()
+        self.futures = FutureDesk(self)
         self.numbers = itertools.count()
         """Of requests: those of a client are ``n << 32 | place``, of 56 bits."""
         self._greeting = frame(word(FromClient.JOIN), pack((ticket, count, layouts)))
@@ -92,6 +92,7 @@ class Station(ABC):
         self._turns = Turns()
         self._desks: dict[asyncio.AbstractEventLoop, LoopDesk] = {}
         self._connected = False
+        self._loading: set[object] = set()  # threads that put requests where the server finds them
         self._alone = count == 1  # else a client may be closed without the connection
         self._sock = unix_socket()
         self._wire = Wire(self._sock)
@@ -206,6 +207,7 @@ class Station(ABC):
         taken = control is None or not control.view[0]
         if asked and taken:
             self._send(asked)
+        control = self.control  # once more: another thread may have read it meanwhile
         if control is not None and (state := control.view[0]) and not (taken and state == State.CLOSED):
             if taken:
                 self.receive()  # it may have its answer
@@ -216,13 +218,23 @@ class Station(ABC):
 
     def _send(self, asked: Sequence[Asked]) -> None:
         """Send requests together, but for those that don't let themselves be loaded, which fail."""
+        token = object()
         try:
-            data = self._load(asked)
-        except BaseException:
-            if self._send_one_by_one(asked):  # so it was of a signal's handler, not of a request
-                raise
-        else:
-            self._wire.send(data)
+            self._loading.add(token)
+            if self.dead is not None:  # the memory may be another process's by now
+                return
+            try:
+                data = self._load(asked)
+            except BaseException:
+                if self._send_one_by_one(asked):  # so it was of a signal's handler, not of a request
+                    raise
+            else:
+                self._wire.send(data)
+        finally:
+            self._loading.discard(token)
+            if self.dead is not None:
+                self._hang_up()
+                self.receive()
 
     def _send_one_by_one(self, asked: Sequence[Asked]) -> bool:
         """Send requests of which some may not let themselves be loaded, and fail; say whether all did."""
@@ -308,7 +320,7 @@ class Station(ABC):
         if self._turns.leader.get(0) is reader:
             if self.dead is None and self._wire.inbox[0]:
                 self._receive(-1, None)
-            if self.dead is not None:
+            if self.dead is not None and not self._loading:
                 self._close_wire()
         self._turns.give_up(reader)
 
@@ -414,8 +426,8 @@ class Station(ABC):
         """Fail everything: the other end is gone, or does not want this process, or this process closed its clients."""
         if error is None and self.control is None:
             error = ServerClosedError("the server went away before it took this process in")
-        elif error is None and self.control is not None and self.control.view[0] >= State.CLOSED:
-            error = self.control.refusal(self.control.view[0])
+        elif error is None and self.control is not None and self.control.has_closed:
+            error = self.control.refusal(State.CLOSED)
         self.dead = self.dead or error or PeerDiedError("the server's process is gone")
         self._wire.shut_down()
         self.calls.fail_all(self.dead)
@@ -425,9 +437,14 @@ class Station(ABC):
     def close(self) -> None:
         """The last client was closed: hang up, and fail what is under way. Any thread."""
         self.dead = self.dead or client_closed()
-        self._wire.shut_down()  # who reads now finds the end, and lets go of the rest
+        self._hang_up()  # who reads now finds the end, and lets go of the rest
         self.calls.fail_all(self.dead)
         self.receive()
+
+    def _hang_up(self) -> None:
+        """Hang up, or leave it to the last thread that puts requests where the server finds them."""
+        if not self._loading:
+            self._wire.shut_down()
 
     def desk_is_closed(self) -> None:
         """An event loop has let go of the wire."""
@@ -466,7 +483,7 @@ class Station(ABC):
             if leader.setdefault(0, waiter) is waiter:
                 if left is None and self.control is not None and not wire.outbox:
                     self._receive(number, waiter, True)
-                elif wire.wait(left if self._alone else min(_LOOK_UP if left is None else left, _LOOK_UP)):
+                elif wire.wait(self._patience(left)):
                     self._receive(number, waiter)
                     if wire.outbox:
                         self.flush()
@@ -489,18 +506,17 @@ class Station(ABC):
         waiter.left = True
 
     def _make_room(self, waiter: Waiter, deadline: float | None) -> None:
-        """Send what is left to send, as the server reads."""
+        """Send what is left to send, as the server reads; whoever leads may not look for room."""
         while self._wire.outbox and not waiter.done and self.dead is None:
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
                 return
-            if self.control is None:  # only once it was taken in, this process knows whether the server still reads
-                if not self._wire.wait(left):
-                    return
+            if self._wire.wait(self._patience(left)):
                 self.receive()
-            elif not self._wire.wait_for_room(left):
-                return
-            self.flush()
+
+    def _patience(self, left: float | None) -> float | None:
+        """How many seconds a thread may sleep that others can't wake, of those that are left."""
+        return left if self._alone else min(_LOOK_UP if left is None else left, _LOOK_UP)
 
     # -- event loops -----------------------------------------------------------------------------------
 

@@ -80,6 +80,12 @@ class Switchboard:
             for line in list(self.lines):
                 line.read_all()
 
+    def read_joined(self) -> None:
+        """Do as :meth:`read_all`, for the lines of processes that have said who they are."""
+        with self.poller.lock:
+            for line in [line for line in self.lines if line.joined]:
+                line.read_all()
+
     def give_away(self) -> int:
         """Answer nobody, and return the listening descriptor, by which another process can."""
         with self.poller.lock:
@@ -140,15 +146,17 @@ class Switchboard:
             with self.poller.lock:
                 for line in busy:
                     line.wire.flush()
+                    self.watch(line)
                     line.read_all()
         for line in busy:
             self.drop(line)
 
-    def watch(self, line: Line, *, writable: bool) -> None:
-        """Watch a line also for room to write, or no more."""
-        if self.lines.get(line, writable) != writable:
+    def watch(self, line: Line) -> None:
+        """Watch a line also for room to write, while something is unsent; called whenever that may have changed."""
+        if line.wire.unsent or self.lines.get(line):
             with self.poller.lock:
-                if line in self.lines:
+                writable = line.wire.unsent  # by now: whoever comes last sees what there is
+                if self.lines.get(line, writable) != writable:
                     self.lines[line] = writable
                     (self.poller if line.joined else self.door).watch(line.wire, line.read, writable=writable)
 

@@ -132,10 +132,11 @@ class Ticket(ABC):
         with self._lock:
             self._members.discard(client)
             connection, last = self.connection, not self._members
+        if last and (connection is None or connection.control is None):  # it may never be taken in
+            self._give_back()
         if connection is None:
-            if last:
-                self._give_back()
-        elif last:
+            return
+        if last:
             connection.close()
         else:
             connection.close_client(client.place)
@@ -240,7 +241,7 @@ class _Client(_Place, InferenceClient):
                 asked = station.ask(self, number, cargo, future, station.futures, False)
                 future.add_done_callback(partial(_withdraw, station, number))
                 station.post([asked])
-                station.futures.attend(station)
+                station.futures.attend()
             except BaseException:
                 station.withdraw(number)
                 raise
