@@ -33,12 +33,12 @@ from aioinfer.transports.addresses import dial
 from aioinfer.transports.receivers import FutureDesk, LoopDesk
 from aioinfer.transports.remote import Remote
 from aioinfer.transports.station import Station
-from aioinfer.transports.switchboard import Switchboard
 from aioinfer.transports.wire import FromClient, FromServer, Wire, frame, word
 from tests.process_workers import HANG, greeting
 
 BIG = 1_000_000  # floats: 20 sockets full
 SOON = HANG / 4
+MOMENT = 0.2
 MANY = 120  # processes: each took a dozen frames of Python's stack
 
 
@@ -202,6 +202,11 @@ def test_a_slots_next_request_does_not_get_what_was_meant_for_the_one_before(
     entry = slots_module._SlotRequest
     under_way: Any = entry.__dict__["under_way"]
     once: list[Callable[[], None]] = []
+    read, receive = threading.Event(), Station._receive
+
+    def receive_and_say_so(*args: Any) -> None:
+        receive(*args)
+        read.set()
 
     def set_under_way(self: Any, value: bool) -> None:
         under_way.__set__(self, value)
@@ -209,15 +214,18 @@ def test_a_slots_next_request_does_not_get_what_was_meant_for_the_one_before(
             once.pop()()
 
     def model(td: TensorDictBase) -> TensorDictBase:
+        assert not replies or read.wait(HANG)  # the next one is computed when what was sent before is read
         if outcome == "error" and bool((td["observation"] == 1).any()):
             raise ValueError("this one can't be computed")
         return double(td)
 
     def ask_another_thing() -> None:
+        read.clear()
         first.cancel()
         replies.append(client.submit(request(5)))
         transport.pending()  # it is read
 
+    monkeypatch.setattr(Station, "_receive", receive_and_say_so)
     monkeypatch.setattr(entry, "under_way", property(under_way.__get__, set_under_way))
     transport, gated = slots(1), GatedModel(model)
     replies: list[Any] = []
@@ -278,15 +286,25 @@ def test_what_a_process_says_after_it_joins_waits_while_the_server_looks_for_its
 
 
 def test_what_is_kept_as_a_line_was_flushed_by_another_thread_leaves_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    transport, watch = MPTransport(), Switchboard.watch
+    transport = MPTransport()
     piece = bytes(1 << 20)
     received = 0
 
-    def keep_more_and_watch(board: Switchboard, line: Any, **kwargs: Any) -> None:
-        if received and not line.wire.unsent:
-            monkeypatch.setattr(Switchboard, "watch", watch)
-            line.send(piece)
-        watch(board, line, **kwargs)
+    def unsent(wire: Wire) -> bool:
+        something = bool(wire.outbox)
+        if received and not something and another.ident is None:
+            another.start()
+            another.join(MOMENT)  # it may have to wait for this thread
+        return something
+
+    def everything_has_come() -> bool:
+        nonlocal received
+        transport.look()
+        try:
+            received += len(sock.recv(1 << 18))
+        except BlockingIOError:
+            pass
+        return received == 2 * len(piece)
 
     with dial(transport.address) as sock:
         sock.sendall(greeting(transport))
@@ -294,19 +312,10 @@ def test_what_is_kept_as_a_line_was_flushed_by_another_thread_leaves_too(monkeyp
         sock.settimeout(HANG)
         assert sock.recv(1 << 16)
         (line,) = transport._board.lines
-        monkeypatch.setattr(Switchboard, "watch", keep_more_and_watch)
+        another = threading.Thread(target=line.send, args=(piece,))
+        monkeypatch.setattr(Wire, "unsent", property(unsent))
         line.send(piece)
         sock.setblocking(False)
-
-        def everything_has_come() -> bool:
-            nonlocal received
-            transport.look()
-            try:
-                received += len(sock.recv(1 << 18))
-            except BlockingIOError:
-                pass
-            return received == 2 * len(piece)
-
         eventually(everything_has_come, within=SOON)
 
 
@@ -360,18 +369,24 @@ def test_a_future_is_settled_while_a_large_request_of_its_connection_is_half_sen
 async def test_a_large_request_leaves_though_its_event_loop_reads_only_after_it_has_asked(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    transport, attach = MPTransport(), LoopDesk.attach
+    transport, model, attach = MPTransport(), GatedModel(), LoopDesk.attach
     late: list[LoopDesk] = []
-    monkeypatch.setattr(LoopDesk, "attach", lambda desk: late.append(desk))
-    async with InferenceServer(double, transport), asyncio.timeout(SOON):
-        client: Any = transport.async_client()
-        reply = asyncio.ensure_future(client(request(1, size=BIG)))
-        await asyncio.sleep(0)
-        station = client._ticket.connection
-        while station.control is None:
-            await asyncio.sleep(0.001)
-            station.receive()  # as another event loop does
-        assert station._wire.unsent
-        for desk in late:
-            attach(desk)
+    async with InferenceServer(model, transport), asyncio.timeout(SOON):
+        first = asyncio.ensure_future(transport.async_client()(request(0)))
+        try:
+            assert await asyncio.to_thread(model.entered.wait, SOON)
+            monkeypatch.setattr(LoopDesk, "attach", lambda desk: late.append(desk))
+            client: Any = transport.async_client()
+            reply = asyncio.ensure_future(client(request(1, size=BIG)))
+            await asyncio.sleep(0)
+            station = client._ticket.connection
+            while station.control is None:
+                await asyncio.sleep(0.001)
+                station.receive()  # as another event loop does
+            assert station._wire.unsent
+            for desk in late:
+                attach(desk)
+        finally:
+            model.open()
+        assert is_double(await first, 0)
         assert is_double(await reply, 1)
