@@ -238,6 +238,8 @@ class Wire:
             return self._words[:1], (), None
         if type(size) is tuple:  # of `peek_descriptors`
             size = size[0]
+            if size == 0:
+                raise EOFError
         if size % 8 == 0 and not begun:
             words = self._words[: size // 8].tolist()
             if max(words) < PLAIN:
