@@ -32,21 +32,12 @@ class Calls(dict[int, Call]):
         if not numbers:
             return
         if self._handing is None:
-            self._handing = [], self._unloaded(numbers, payloads, unload)
+            self._handing = [], unload(numbers, payloads)
         taken, answers = self._handing
         if not taken:  # a client may ask again once its call is not here any more, and its answer must be read by then
             taken.extend(map(self.pop, numbers, repeat(None)))
         _settle(taken, answers)
         self._handing = None
-
-    def _unloaded(self, numbers: Sequence[int], payloads: Iterable[Any], unload: Unload) -> Sequence[Any]:
-        if all(map(self.__contains__, numbers)):
-            return unload(numbers, payloads)
-        known = [pair for pair in zip(numbers, payloads, strict=False) if pair[0] in self]
-        if not known:
-            return [None] * len(numbers)
-        found = dict(zip([number for number, _ in known], unload(*zip(*known, strict=True)), strict=True))
-        return [found.get(number) for number in numbers]
 
     def fail(self, number: int, error: Exception) -> None:
         """Settle one with an error."""
@@ -69,7 +60,7 @@ def _settle(calls: Sequence[Call | None], answers: Sequence[Any]) -> None:
             outlets[0].deliver(receivers, answers)
             return
     for call, answer in zip(calls, answers, strict=True):
-        if call is None or answer is None:  # it was given up
+        if call is None:  # it was given up
             continue
         receiver, outlet = call
         if isinstance(answer, Exception):

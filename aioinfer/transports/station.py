@@ -25,7 +25,7 @@ from aioinfer.errors import (
     ServerClosedError,
     own_error,
 )
-from aioinfer.interaction import caller_mode, number_of
+from aioinfer.interaction import AMBIENT, caller_mode, number_of
 from aioinfer.modes import long_lived
 from aioinfer.transports.addresses import check_peer, delays, try_to_connect
 from aioinfer.transports.calls import Calls
@@ -194,7 +194,9 @@ class Station(ABC):
                     )
                 calls[number] = receiver, outlet
                 client.number = number
-        return number, number | number_of(caller_mode()) << 56 | (_PATIENT if patient else 0), cargo
+        mode = caller_mode()
+        text = number if mode is AMBIENT else number | number_of(mode) << 56
+        return number, text | _PATIENT if patient else text, cargo
 
     def post(self, asked: Sequence[Asked]) -> None:
         """Send requests; fail those that the server does not look at any more."""
