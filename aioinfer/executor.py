@@ -106,12 +106,14 @@ class ModelThread:
         error: BaseException | None = None
         try:
             self._prepare()
-            self._prepared.set_result(None)
+            self._prepared.settle(None, None)
             while not self._stopping:
                 self._do_jobs()
+                if self._stopping:  # a job may have heard the bell that told of it
+                    break
                 if self._holds:
                     self._stand_by(self._news)
-                elif not self._stopping:
+                else:
                     self._serve()
         except BaseException as caught:
             error = caught
@@ -119,8 +121,8 @@ class ModelThread:
             self._over = True
             self._cancel_jobs()
             self._ended(error)
-            if error is not None and not self._prepared.done():
-                self._prepared.set_exception(error)
+            if error is not None:
+                self._prepared.settle(None, error)
 
     def _cancel_jobs(self) -> None:
         while self._jobs:

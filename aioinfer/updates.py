@@ -21,7 +21,7 @@ from aioinfer.stats import StatsRecorder
 from aioinfer.weight_sync.receiver import Arrival, Receiver
 from aioinfer.weight_sync.scheme import WeightSyncScheme
 from aioinfer.weight_sync.snapshots import snapshot
-from aioinfer.weight_sync.targets import ModelTarget
+from aioinfer.weight_sync.targets import ModelTarget, Spares
 from aioinfer.weight_sync.weights import Weights, WeightsLike, check_version, read
 
 __all__ = ["Updates"]
@@ -150,6 +150,7 @@ class Updates:
         Args:
             submit: gives the model thread a job.
         """
+        spares: Spares = []  # of this life: the helper of another one that was cancelled may still fill its own
         helper = CapacityLimiter(1)  # a thread of its own, however many wait for the event loop's usual ones
         delay = _FIRST_DELAY
         while self._receiver is not None:
@@ -173,13 +174,13 @@ class Updates:
             weights = arrival.weights
             if self._swap:
                 try:
-                    weights = await to_thread.run_sync(self._swappable, arrival, limiter=helper)
+                    weights = await to_thread.run_sync(self._swappable, arrival, spares, limiter=helper)
                 except (Exception, SystemExit) as error:  # the sender must not wait for an answer in vain
                     self._refuse(arrival, error)
                     continue
             await asyncio.wrap_future(submit(partial(self._apply, arrival, weights)))
 
-    def _swappable(self, arrival: Arrival) -> Weights:
+    def _swappable(self, arrival: Arrival, spares: Spares) -> Weights:
         """Weights whose memory the parameters can take over: the trainer's, if it is lent and will do, or a spare copy.
 
         That is filled in a thread of its own, beside the forward passes.
@@ -188,7 +189,7 @@ class Updates:
         assert self._target is not None
         if self._scheme.lends and self._target.can_borrow(arrival.weights):
             return arrival.weights
-        return self._target.spare(arrival.weights)
+        return self._target.spare(arrival.weights, spares)
 
     def _apply(self, arrival: Arrival, weights: Weights) -> None:
         try:

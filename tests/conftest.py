@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -32,3 +33,9 @@ def _gradients_are_enabled() -> Iterator[None]:
     """What a signal handler raises as ``torch.no_grad`` is left keeps it from enabling them again."""
     yield
     torch.set_grad_enabled(True)
+
+
+@pytest.fixture
+def finalizers_may_be_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a signal handler raises inside a finalizer goes nowhere, and nobody is told who could be interrupted."""
+    monkeypatch.setattr(sys, "unraisablehook", bool)

@@ -20,7 +20,7 @@ from tests.weight_models import mark_of, policy
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),
     # Where an exception can't be raised, in a finalizer, Python reports it and goes on.
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.usefixtures("finalizers_may_be_interrupted"),
 ]
 
 

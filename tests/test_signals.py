@@ -31,8 +31,7 @@ TIMES = 2000
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs setitimer"),
-    # What a handler raises inside a finalizer goes nowhere.
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.usefixtures("finalizers_may_be_interrupted"),
 ]
 
 

@@ -101,7 +101,7 @@ def test_a_model_that_was_made_in_inference_mode_is_updated_in_either_way() -> N
     for swap in (False, True, False):
         source = nn.Linear(3, 3)
         weights = read(source, "tensordict").detached()
-        target.load(target.spare(weights) if swap else weights, swap=swap)
+        target.load(target.spare(weights, []) if swap else weights, swap=swap)
         assert torch.equal(module.weight, source.weight)
 
 
@@ -174,7 +174,7 @@ def test_an_error_anywhere_on_the_way_leaves_all_as_it_was(
     assert calls < 39
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a signal may come in a finalizer
+@pytest.mark.usefixtures("finalizers_may_be_interrupted")
 def test_a_load_that_a_signal_interrupts_is_whole_or_none() -> None:
     def module(mark: float) -> nn.Module:
         return nn.Sequential(*[Picky(mark) for _ in range(5)], *[Normalizing(mark) for _ in range(5)])

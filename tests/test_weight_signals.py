@@ -23,7 +23,7 @@ SECONDS = 10.0  # for all of them, at most
 
 pytestmark = [
     pytest.mark.timeout(90),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),  # a signal may come in a finalizer
+    pytest.mark.usefixtures("finalizers_may_be_interrupted"),
 ]
 
 
@@ -93,6 +93,29 @@ def test_a_send_that_is_interrupted_anywhere_leaves_everything_as_it_should_be(s
     assert len(scheme._sender._shelf._stored) <= 4
     peer = scheme._sender._peers[0]
     assert not peer._unanswered
+
+
+@pytest.mark.parametrize("unread", [False, True])
+def test_a_receive_ends_when_a_handler_shuts_its_scheme_down(scheme: Scheme, unread: bool) -> None:
+    scheme.init_on_sender(model=Counter(0))
+    own = scheme.for_worker(0)
+    own.init_on_receiver(model_id="policy", model=Counter(0))
+    scheme.connect()
+    own.connect()
+
+    def shut_down(*_: object) -> None:
+        own.shutdown()
+        if unread:
+            scheme.send_async(Counter(1))
+
+    before = signal.signal(signal.SIGALRM, shut_down)
+    started = time.monotonic()
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        assert own.receive(timeout=HANG) is None
+        assert time.monotonic() - started < HANG / 2
+    finally:
+        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.mark.parametrize("error", ERRORS)

@@ -10,7 +10,7 @@ from tensordict import TensorDict
 from torch import nn
 
 from aioinfer import WeightSyncError
-from aioinfer.weight_sync.targets import ModelTarget
+from aioinfer.weight_sync.targets import ModelTarget, Spares
 from aioinfer.weight_sync.weights import Strategy, Weights, read
 from tests.test_weights import STRATEGIES, rich, same, scramble, travelled
 from tests.weight_models import Counter
@@ -25,7 +25,7 @@ def test_tied_parameters_stay_tied_and_parameters_stay_the_same_objects(swap: bo
     before = dict(target.named_parameters(remove_duplicate=False))
     model = ModelTarget(target)
     weights = travelled(read(source, "tensordict"))
-    model.load(model.spare(weights) if swap else weights, swap=swap)
+    model.load(model.spare(weights, []) if swap else weights, swap=swap)
     assert dict(target.named_parameters(remove_duplicate=False)) == before
     assert target[2].weight is target[0].weight
     assert same(source, target)
@@ -46,10 +46,10 @@ def test_weights_are_copied_in_place_unless_they_are_swapped() -> None:
 
 def test_a_spare_copy_is_not_the_one_in_use() -> None:
     target = nn.Linear(3, 3)
-    model = ModelTarget(target)
+    model, spares = ModelTarget(target), Spares()
     for _ in range(5):
         source = nn.Linear(3, 3)
-        spare = model.spare(read(source, "tensordict"))
+        spare = model.spare(read(source, "tensordict"), spares)
         assert spare.tensors["weight"].data_ptr() != target.weight.data_ptr()
         model.load(spare, swap=True)
         assert torch.equal(target.weight, source.weight)
@@ -58,11 +58,11 @@ def test_a_spare_copy_is_not_the_one_in_use() -> None:
 def test_a_spare_copy_is_not_the_one_in_use_after_a_refusal_either() -> None:
     layer = nn.Linear(3, 3)
     target = nn.Sequential(Counter(0), layer)
-    model = ModelTarget(target)
+    model, spares = ModelTarget(target), Spares()
     for count in (1, 2, "rubbish", "rubbish", 3, "rubbish", 4):
         source = nn.Sequential(Counter(0, count), nn.Linear(3, 3))
         address = layer.weight.data_ptr()
-        spare = model.spare(read(source, "tensordict"))
+        spare = model.spare(read(source, "tensordict"), spares)
         assert spare.tensors["1.weight"].data_ptr() != address
         if count == "rubbish":
             with pytest.raises(WeightSyncError, match="rubbish"):
@@ -120,7 +120,7 @@ def test_another_dtype_is_converted_only_where_asked() -> None:
     model = ModelTarget(target, cast=True)
     model.load(read(double, "state_dict"))
     assert torch.equal(target.weight, LINEAR["weight"])
-    model.load(model.spare(read(double, "state_dict")), swap=True)
+    model.load(model.spare(read(double, "state_dict"), []), swap=True)
     assert target.weight.dtype == torch.float32
 
 

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Coroutine
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -165,17 +166,24 @@ class _Desk:
                 self._finish(arguments)
                 continue
             pauses = command is FromParent.PAUSE
-            task = self._loop.create_task(
+            task = self._do_beside(
                 self._pause(number, *arguments) if pauses else self._answer(command, number, arguments)
             )
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
             if pauses:
                 self._pauses[number] = task
 
     def _finish(self, terms: tuple[float | None, bool] | None) -> None:
         if not self._end.done():
             self._end.set_result(terms)
+        elif terms is not None:  # sooner than was said before, or without serving what is pending
+            timeout, drain = terms
+            self._do_beside(self._server.aclose(timeout, drain=drain))
+
+    def _do_beside(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     def _send(self, kind: FromChild, number: int = 0, payload: bytes = b"") -> None:
         self._wire.send(frame(word(kind, number), payload))

@@ -194,7 +194,8 @@ class Hotline:
 
     def send(self, call: Call, command: FromParent, payload: bytes) -> None:
         """Send a command (a job of the thread)."""
-        if self.refusal is not None:
+        ends_a_pause = command is FromParent.RESUME and self.serves and not self._over  # which a drain waits for
+        if self.refusal is not None and not ends_a_pause:
             self._settle(call, own_error(self.refusal))
             return
         self._calls[call.number] = call

@@ -149,13 +149,13 @@ class ProcessInferenceServer(ProcessLife):
             ServerClosedError: it was shut down meanwhile.
             PeerDiedError: its process is gone.
         """
-        asked = self._ask(FromParent.STATS, reset)
+        asked = self._ask(FromParent.STATS, bool(reset))
         asked.wait_done()
         return asked.outcome()  # type: ignore[no-any-return]
 
     async def astats(self, *, reset: bool = False) -> ServerStats:
         """Do as :meth:`stats`, without blocking the event loop."""
-        asked = self._ask(FromParent.STATS, reset)
+        asked = self._ask(FromParent.STATS, bool(reset))
         await asked.await_done()
         return asked.outcome()  # type: ignore[no-any-return]
 
@@ -244,7 +244,7 @@ class ProcessInferenceServer(ProcessLife):
 
     def _deliver(self, weights: WeightsLike, version: int | None, cast: bool) -> Completion[None]:
         _, deliveries = self._running()
-        return deliveries.deliver(weights, version, cast=cast)
+        return deliveries.deliver(weights, version, cast=bool(cast))
 
     # -- pauses ----------------------------------------------------------------------------------------
 

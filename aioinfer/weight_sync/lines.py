@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 
-from aioinfer.errors import WeightSyncError
+from aioinfer.errors import WeightSyncError, describe
 from aioinfer.weight_sync.queues import Descriptor, DescriptorQueue
 
 __all__ = ["Ack", "Hello", "Line", "Outcome", "answer_call", "call", "forks_wait", "reason_of"]
@@ -160,7 +160,7 @@ os.register_at_fork(before=forks_wait.acquire, after_in_parent=forks_wait.releas
 
 def reason_of(error: BaseException) -> str:
     """Why weights are refused, for a process that may not know the class of the error."""
-    reason = str(error) if isinstance(error, WeightSyncError) else f"{type(error).__qualname__}: {error}"
+    reason = str(error) if isinstance(error, WeightSyncError) else describe(error)
     return reason if len(reason) <= _LONGEST_REASON else f"{reason[: _LONGEST_REASON - 3]}..."
 
 

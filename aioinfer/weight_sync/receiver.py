@@ -116,7 +116,7 @@ class Receiver:
         deadline = None if timeout is None else time.monotonic() + timeout
         while (arrival := self.take()) is None:
             left = None if deadline is None else deadline - time.monotonic()
-            if left is not None and left <= 0:
+            if self._line is None or (left is not None and left <= 0):  # a signal handler may have closed it
                 return None
             wait_readable(self._sources, left)
         return arrival

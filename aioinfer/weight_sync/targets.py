@@ -6,7 +6,7 @@ import copy
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from tensordict import TensorDictBase
@@ -17,11 +17,16 @@ from aioinfer.modes import long_lived
 from aioinfer.weight_sync.snapshots import copy_tensors
 from aioinfer.weight_sync.weights import EXTRA_STATE, Weights, read, tensors_of
 
-__all__ = ["ModelTarget"]
+__all__ = ["ModelTarget", "Spares"]
 
 _SHOWN = 3  # offending keys in a message
 
 Undo = list[Callable[[], object]]
+
+
+_Description: TypeAlias = tuple[tuple[str, str, torch.Size, torch.dtype, torch.device, tuple[int, ...]], ...]
+Spares: TypeAlias = list[tuple[_Description, dict[str, Tensor]]]
+"""Copies of a model's tensors, each with the layout that it was made for."""
 
 
 class ModelTarget:
@@ -47,7 +52,6 @@ class ModelTarget:
             _check_ownership(model)
         self._model = model
         self._cast = cast
-        self._spares: list[tuple[_Description, dict[str, Tensor]]] = []
         self._borrowed: list[Tensor] = []  # parameters that have taken over the memory of weights
         self.in_use: Weights | None = None
 
@@ -109,8 +113,12 @@ class ModelTarget:
         pairs = [(targets[name], tensor) for name, tensor in weights.tensors.items() if name in targets]
         return all(_can_take_over(*pair) for pair in pairs if isinstance(pair[0], nn.Parameter))
 
-    def spare(self, weights: Weights) -> Weights:
+    def spare(self, weights: Weights, spares: Spares) -> Weights:
         """Copy weights into memory of the model's own that its parameters don't use now, for ``load(swap=True)``.
+
+        Args:
+            weights: what to copy.
+            spares: where such memory is kept for the next time, by one thread at a time.
 
         Raises:
             WeightSyncError: they don't fit.
@@ -118,12 +126,12 @@ class ModelTarget:
         targets = self._targets()
         self._check(targets, weights)
         description = _describe(targets)
-        self._spares = [spare for spare in self._spares if spare[0] == description]  # the model may have changed
+        spares[:] = [spare for spare in spares if spare[0] == description]  # the model may have changed
         in_use: Mapping[str, Tensor] = {} if self.in_use is None else self.in_use.tensors
-        spare = next((tensors for _, tensors in self._spares if not _shared(tensors, in_use)), None)
+        spare = next((tensors for _, tensors in spares if not _shared(tensors, in_use)), None)
         if spare is None:
             spare = _allocate_like(targets)
-            self._spares.append((description, spare))
+            spares.append((description, spare))
         copy_tensors({name: spare[name] for name in weights.tensors}, weights.tensors)
         return Weights({name: spare[name] for name in weights.tensors}, weights.extra_states)
 
@@ -259,9 +267,6 @@ def _converted(tensor: Tensor, target: Tensor) -> Tensor:
 
 def _shared(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     return any(one.get(name) is tensor for name, tensor in other.items())
-
-
-_Description = tuple[tuple[str, str, torch.Size, torch.dtype, torch.device, tuple[int, ...]], ...]
 
 
 def _describe(targets: Mapping[str, Tensor]) -> _Description:

@@ -1,0 +1,182 @@
+"""A server that ends, or is told to, while something else goes on: a pause, a drain, a start, an update."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pytest
+from tensordict import TensorDictBase
+from torch import Tensor, nn
+
+from aioinfer import (
+    InferenceServer,
+    InferenceTransport,
+    MPTransport,
+    ProcessInferenceServer,
+    ServerClosedError,
+    ThreadingTransport,
+)
+from aioinfer.testing import double, eventually, request
+from aioinfer.testing.callers import is_double
+from aioinfer.weight_sync import MultiProcessWeightSyncScheme, targets
+from aioinfer.weight_sync.lines import reason_of
+from tests.hosted import HANG, make_double
+from tests.weight_models import mark_of, policy
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+
+MAKES: dict[str, Callable[[], Any]] = {
+    "in a thread": lambda: InferenceServer(double, MPTransport()),
+    "in a process": lambda: ProcessInferenceServer(make_double, MPTransport(), ctx="fork"),
+}
+
+
+class Steps:
+    """A model that stands still in every pass, until it is told to make one more."""
+
+    def __init__(self) -> None:
+        self.entered = threading.Semaphore(0)
+        self.go = threading.Semaphore(0)
+
+    def __call__(self, td: TensorDictBase) -> TensorDictBase:
+        self.entered.release()
+        assert self.go.acquire(timeout=HANG)
+        return double(td)
+
+
+def refuses(client: Any) -> bool:
+    future = client.submit(request(0))
+    if future.cancel():  # it waits
+        return False
+    return isinstance(future.exception(HANG), ServerClosedError)
+
+
+@contextmanager
+def draining(server: Any, client: Any) -> Iterator[Any]:
+    with ThreadPoolExecutor(1) as threads:
+        ended = threads.submit(server.shutdown, HANG, drain=True)
+        eventually(lambda: refuses(client))
+        yield ended
+
+
+@pytest.mark.parametrize("where", MAKES)
+def test_a_drain_goes_on_when_a_pause_is_left(where: str) -> None:
+    with MAKES[where]() as server, ExitStack() as stack:
+        client, other = server.clients(2)
+        assert is_double(client(request(1), HANG), 1)
+        with server.paused():
+            future = client.submit(request(2))
+            ended = stack.enter_context(draining(server, other))
+            assert not future.done()
+        assert is_double(future.result(HANG / 2), 2)
+        ended.result(HANG)
+
+
+@pytest.mark.parametrize("where", MAKES)
+def test_a_shutdown_at_once_ends_a_drain(where: str) -> None:
+    with MAKES[where]() as server:
+        client, other = server.clients(2)
+        assert is_double(client(request(1), HANG), 1)
+        with server.paused():
+            future = client.submit(request(2))
+            with draining(server, other) as ended, ThreadPoolExecutor(1) as threads:
+                threads.submit(server.shutdown, HANG).result(HANG / 2)
+                assert isinstance(future.exception(0), ServerClosedError)
+                ended.result(HANG / 2)
+
+
+@pytest.mark.parametrize("transport", [MPTransport, ThreadingTransport])
+def test_a_shutdown_ends_a_server_that_serves_what_a_pause_waits_for(
+    transport: Callable[[], InferenceTransport],
+) -> None:
+    model, left = Steps(), threading.Event()
+
+    def pause() -> None:
+        with server.paused("wait"):
+            assert left.wait(HANG)
+
+    with InferenceServer(model, transport(), max_batch_size=1) as server, ThreadPoolExecutor(2) as threads:
+        futures = [client.submit(request(value)) for value, client in enumerate(server.clients(4))]
+        assert model.entered.acquire(timeout=HANG)
+        eventually(lambda: server.stats().pending == 3)
+        pausing = threads.submit(pause)
+        worker: Any = server._worker
+        eventually(lambda: bool(worker._pauses))
+        model.go.release()
+        assert model.entered.acquire(timeout=HANG)  # of a pass that the pause waits for
+        ending = threads.submit(server.shutdown, HANG)
+        eventually(lambda: futures[3].done())
+        model.go.release()
+        try:
+            ending.result(HANG / 2)
+        finally:
+            left.set()
+            model.go.release(4)
+        with pytest.raises(ServerClosedError):
+            futures[3].result(0)
+        pausing.exception(HANG)
+
+
+def test_a_copy_that_an_ended_server_still_fills_is_not_that_of_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    copy_tensors: Any = vars(targets)["copy_tensors"]
+    began, go, over = threading.Event(), threading.Event(), threading.Event()
+
+    def copy_late(memory: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None:
+        monkeypatch.setattr(targets, "copy_tensors", copy_tensors)
+        kept = {name: tensor.clone() for name, tensor in sources.items()}
+        began.set()
+        assert go.wait(HANG)
+        copy_tensors(memory, kept)
+        over.set()
+
+    scheme = MultiProcessWeightSyncScheme(num_workers=1)
+    scheme.init_on_sender(weights=policy(0.0))
+    server = InferenceServer(policy(0.0), ThreadingTransport(), weight_sync=scheme, swap_weights=True)
+    with server:
+        scheme.connect(timeout=HANG)
+        monkeypatch.setattr(targets, "copy_tensors", copy_late)
+        scheme.send_async(policy(1.0))
+        assert began.wait(HANG)
+    with server:
+        scheme.send(policy(2.0))  # in one of two copies; that of the version before is sent anew
+        scheme.send(policy(3.0))
+        go.set()
+        assert over.wait(HANG)
+        assert mark_of(server.client()(request(0), HANG)) == 3
+    scheme.shutdown()
+
+
+async def test_a_start_that_is_cancelled_ends_the_server_by_its_own_name(caplog: pytest.LogCaptureFixture) -> None:
+    moving, go = threading.Event(), threading.Event()
+
+    class Slow(nn.Module):
+        def to(self, *_: Any, **__: Any) -> Any:
+            moving.set()
+            assert go.wait(HANG)
+            return self
+
+        def forward(self, td: TensorDictBase) -> TensorDictBase:
+            return double(td)
+
+    server = InferenceServer(Slow(), ThreadingTransport(), device="cpu")
+    starting = asyncio.ensure_future(server.__aenter__())
+    assert await asyncio.to_thread(moving.wait, HANG)
+    starting.cancel()
+    asyncio.get_running_loop().call_later(0.01, go.set)
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert "died" not in (server.health().reason or "")
+    assert "died" not in caplog.text
+
+
+def test_weights_are_refused_for_an_error_whose_message_cannot_be_shown() -> None:
+    class Unspeakable(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError("no text")
+
+    assert reason_of(Unspeakable()).endswith("Unspeakable: (its message can't be shown)")
