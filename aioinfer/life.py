@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from anyio.from_thread import start_blocking_portal
 
-from aioinfer.errors import ServerClosedError, ServerNotRunningError
+from aioinfer.errors import ServerClosedError, ServerNotRunningError, own_error
 from aioinfer.transports.admission import Admission
 from aioinfer.transports.base import ServedTransport
 from aioinfer.transports.futures import Future, run_in_thread
@@ -128,6 +128,7 @@ class ServerLife(ABC):
 
         Raises:
             RuntimeError: it runs already, or its last worker has not ended yet.
+            ServerClosedError: it was shut down meanwhile.
         """
         with ExitStack() as host:
             portal = host.enter_context(start_blocking_portal(name="aioinfer-loop"))
@@ -188,6 +189,9 @@ class ServerLife(ABC):
             worker = self._make_worker(self._admission)
             opened = worker.start()
             self._process, self._worker = os.getpid(), worker
+            if (closed := self._admission.closed) is not None:  # by a shutdown that found no worker yet
+                worker.close(closed, drain=False)
+                raise own_error(closed)
             return worker, opened
 
     def _running(self) -> Worker:
@@ -198,11 +202,18 @@ class ServerLife(ABC):
 
     def _refuse(self, drain: bool) -> ServerClosedError:
         error = _closed()
-        if self._worker is not None and self._worker.is_alive():
-            self._worker.close(error, drain=drain)
-        elif not self._admission.superseded:
+        started = self._close_worker(error, drain)
+        if not started and not self._admission.superseded:
             self._transport.finish(error)
+            self._close_worker(error, drain)  # one that was started meanwhile has not seen it
         return error
+
+    def _close_worker(self, error: ServerClosedError, drain: bool) -> bool:
+        worker = self._worker
+        if worker is None or not worker.is_alive():
+            return False
+        worker.close(error, drain=drain)
+        return True
 
 
 async def _keep_running(what: str, run: Callable[[], Coroutine[Any, Any, None]]) -> None:

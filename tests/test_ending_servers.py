@@ -151,6 +151,37 @@ def test_a_copy_that_an_ended_server_still_fills_is_not_that_of_the_next_one(mon
     scheme.shutdown()
 
 
+@pytest.mark.parametrize("moment", ["_make_worker", "_open"])
+@pytest.mark.parametrize("by_another_thread", [False, True], ids=["in a signal handler", "by another thread"])
+def test_a_start_in_which_the_server_is_shut_down_says_so(
+    moment: str, by_another_thread: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = InferenceServer(double, ThreadingTransport())
+    client = server.client()
+    step = getattr(server, moment)
+
+    def shut_down_first(*args: Any) -> Any:
+        monkeypatch.undo()
+        if by_another_thread:
+            threads.submit(server.shutdown, HANG)
+            eventually(lambda: refuses(client))
+        else:
+            server.shutdown(HANG)
+        return step(*args)
+
+    with ThreadPoolExecutor(1) as threads:
+        monkeypatch.setattr(server, moment, shut_down_first)
+        if moment == "_make_worker":
+            with pytest.raises(ServerClosedError):
+                server.start()
+            eventually(lambda: not server.is_alive)
+        else:
+            server.start()  # it had not begun
+            server.shutdown(HANG)
+        with server:
+            assert is_double(server.client()(request(1), HANG), 1)
+
+
 async def test_a_start_that_is_cancelled_ends_the_server_by_its_own_name(caplog: pytest.LogCaptureFixture) -> None:
     moving, go = threading.Event(), threading.Event()
 
