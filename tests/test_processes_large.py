@@ -138,7 +138,7 @@ def test_a_large_request_ends_if_the_server_ended_before_its_process_could_read_
     monkeypatch.setattr(Station, "post", post_when_it_has_ended)
     with InferenceServer(double, transport) as server, calling(transport, kind, 1) as callers:
         reply = callers.call(0, request(1, size=BIG), HANG)
-        eventually(lambda: any(line.joined for line in transport._board.lines))
+        eventually(lambda: any(line.joined for line in list(transport._board.lines)))
         server.shutdown()
         ended.set()
         assert isinstance(reply.exception(2 * HANG), ServerClosedError)
@@ -152,7 +152,7 @@ def test_a_large_request_ends_if_the_server_ends_between_two_of_its_pieces(kind:
         running = transport.client().submit(request(0))
         assert model.entered.wait(HANG)
         reply = callers.call(0, request(1, size=BIG), HANG)
-        eventually(lambda: any(line.wire.readable() for line in transport._board.lines))
+        eventually(lambda: any(line.wire.readable() for line in list(transport._board.lines)))
         transport._control.set_state(State.ENDED)
         transport._board.read_all()
         assert isinstance(reply.exception(2 * HANG), ServerClosedError)

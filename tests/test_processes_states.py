@@ -93,7 +93,7 @@ def half_sent(transport: MPTransport, loop: Loop) -> Iterator[tuple[InferenceSer
 
         def is_half_sent() -> bool:
             loop.run(asyncio.sleep(0))  # until it was taken in, and so could ask
-            return any(line.wire.unsent for line in transport._board.lines)
+            return any(line.wire.unsent for line in list(transport._board.lines))
 
         eventually(is_half_sent)
         yield server, client, future
@@ -191,7 +191,7 @@ def test_room_is_no_longer_watched_for_when_the_last_reply_has_left_at_the_end(
         (reply,) = loop.wait([future])
         assert isinstance(reply, TensorDictBase)
         ending.result(HANG)
-        assert [line.wire.unsent for line in transport._board.lines] == [False]
+        assert [line.wire.unsent for line in list(transport._board.lines)] == [False]
         assert not select.select([transport._board.poller], [], [], 0)[0]
 
 
