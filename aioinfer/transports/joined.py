@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Sequence
 
@@ -107,7 +106,7 @@ class JoinedTransport(ServedTransport):
         return self._family[0].wait(at_least, enough, timeout)
 
     def stand_by(self, bell: LockBell) -> None:
-        self._family[0].wait(sys.maxsize, sys.maxsize, None)
+        self._family[0].stand_by()
 
     def waited(self) -> float:
         return max(transport.waited() for transport in self._transports)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
+import sys
 import threading
 import time
 import weakref
@@ -40,10 +41,10 @@ class PendingQueue:
     Several queues can share one model thread: a family. What is said of "pending" below is said of all of them.
 
     Any thread: ``put``, ``admit``, ``ring``, ``wake``, ``room``, ``open``, ``close``, ``len``.
-    Model thread only: ``wait``, ``take``, ``waited``. Requests are appended and removed without a lock, which a deque
-    allows; whoever removes a request settles it. Whoever counts requests against the bound holds ``_lock``, which the
-    family shares; the model thread never waits for it, since an interrupted caller may hold it for as long as a
-    signal handler runs.
+    Model thread only: ``wait``, ``stand_by``, ``take``, ``waited``. Requests are appended and removed without a lock,
+    which a deque allows; whoever removes a request settles it. Whoever counts requests against the bound holds
+    ``_lock``, which the family shares; the model thread never waits for it, since an interrupted caller may hold it for
+    as long as a signal handler runs.
     """
 
     def __init__(self) -> None:
@@ -253,6 +254,10 @@ class PendingQueue:
         for queue in family:
             queue._to_be_woken.clear()
         return self._count()
+
+    def stand_by(self) -> None:
+        """Block until ``wake`` was called, whatever is pending; it may return early."""
+        self.wait(sys.maxsize, sys.maxsize, None)
 
     def _hold_back(self, limit: float) -> None:
         """Wait for the callers that were woken, as long as one after the other runs."""

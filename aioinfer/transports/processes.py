@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import time
 from abc import abstractmethod
@@ -216,8 +215,7 @@ class ProcessTransport(QueuedTransport):
 
     def close(self, error: ServerClosedError) -> None:
         self._queue.admission.close(error)  # first: what is sent after the reading finds it closed
-        self.look()
-        self._board.read_all()
+        self._look_at_all()
         super().close(error)
         self._board.close()
 
@@ -258,7 +256,7 @@ class ProcessTransport(QueuedTransport):
         return super().wait_for_pending(at_least, enough, timeout)
 
     def stand_by(self, bell: LockBell) -> None:
-        self._queue.wait(sys.maxsize, sys.maxsize, None)
+        self._queue.stand_by()
 
 
 class GivenTransport:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import time
+import weakref
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ class SlotTicket(Ticket):
 
     def _reset(self) -> None:
         super()._reset()
-        self.lessor: Callable[[], Any] = _nobody
+        self.lessor: weakref.ref[Any] | None = None
         """The transport that keeps slots for clients that were not used yet, if it is of this process."""
 
     def __getstate__(self) -> dict[str, Any]:
@@ -62,16 +63,12 @@ class SlotTicket(Ticket):
         return _SlotStation(self)
 
     def _give_back(self) -> None:
-        lessor = self.lessor()
+        lessor = None if self.lessor is None else self.lessor()
         if lessor is None or not lessor.release(self.id):
             tell(self.address, frame(word(FromClient.RELEASE), self.id))
 
     def cargo(self, td: TensorDictBase) -> list[Tensor]:
         return self.request.values(td)
-
-
-def _nobody() -> None:
-    """Stands for a weak reference that leads nowhere."""
 
 
 class _SlotStation(Station):

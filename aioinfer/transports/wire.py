@@ -232,14 +232,12 @@ class Wire:
             except OSError as error:
                 raise EOFError from error
         size = received[0]
-        if size == 0:
-            raise EOFError
         if size == 8 and not begun and self._words[0] < PLAIN:
             return self._words[:1], (), None
         if type(size) is tuple:  # of `peek_descriptors`
             size = size[0]
-            if size == 0:
-                raise EOFError
+        if size == 0:
+            raise EOFError
         if size % 8 == 0 and not begun:
             words = self._words[: size // 8].tolist()
             if max(words) < PLAIN:
