@@ -26,6 +26,7 @@ from aioinfer.testing.callers import is_double
 from aioinfer.weight_sync import MultiProcessWeightSyncScheme, targets
 from aioinfer.weight_sync.lines import reason_of
 from tests.hosted import HANG, make_double
+from tests.stepped import Steps
 from tests.weight_models import mark_of, policy
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
@@ -34,19 +35,6 @@ MAKES: dict[str, Callable[[], Any]] = {
     "in a thread": lambda: InferenceServer(double, MPTransport()),
     "in a process": lambda: ProcessInferenceServer(make_double, MPTransport(), ctx="fork"),
 }
-
-
-class Steps:
-    """A model that stands still in every pass, until it is told to make one more."""
-
-    def __init__(self) -> None:
-        self.entered = threading.Semaphore(0)
-        self.go = threading.Semaphore(0)
-
-    def __call__(self, td: TensorDictBase) -> TensorDictBase:
-        self.entered.release()
-        assert self.go.acquire(timeout=HANG)
-        return double(td)
 
 
 def refuses(client: Any) -> bool:

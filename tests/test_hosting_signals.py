@@ -19,7 +19,6 @@ from tests.weight_models import mark_of, policy
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),
-    # Where an exception can't be raised, in a finalizer, Python reports it and goes on.
     pytest.mark.usefixtures("finalizers_may_be_interrupted"),
 ]
 

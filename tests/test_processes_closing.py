@@ -20,20 +20,15 @@ from aioinfer import (
     InferenceServer,
     MPTransport,
     NoFreeSlotError,
-    ProcessSlotTransport,
     connect,
 )
 from aioinfer.testing import GatedModel, double, eventually, request
 from aioinfer.testing.callers import is_double
 from tests.leftovers import needs_descriptors
 from tests.process_workers import HANG, KINDS, Child, call, client_of, clients_of, outcome, use
-from tests.transports import process_slots
+from tests.transports import process_slots, slots
 
 MAKES: list[Any] = [process_slots, MPTransport]
-
-
-def slots(count: int) -> ProcessSlotTransport:
-    return ProcessSlotTransport(request(0), double(request(0)), num_slots=count)
 
 
 def descriptors() -> int:

@@ -16,15 +16,11 @@ from tensordict import TensorDict
 from aioinfer import InferenceServer, InvalidRequestError, MPTransport, NoFreeSlotError, ProcessSlotTransport, connect
 from aioinfer.testing import GatedModel, double, eventually, request
 from tests.process_workers import HANG, KINDS, METHODS, Child, call, client_of, outcome, use
-from tests.transports import process_slots
+from tests.transports import process_slots, slots
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # 3.12: of a process that has threads
 
 Transport = MPTransport | ProcessSlotTransport
-
-
-def slots(count: int, address: str | None = None) -> ProcessSlotTransport:
-    return ProcessSlotTransport(request(0), double(request(0)), num_slots=count, address=address)
 
 
 def refusal(free: int, count: int, asked: int) -> str:

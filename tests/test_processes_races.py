@@ -7,9 +7,8 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -21,7 +20,6 @@ from aioinfer import (
     MPTransport,
     NoFreeSlotError,
     PeerDiedError,
-    ProcessSlotTransport,
     ServerClosedError,
 )
 from aioinfer.testing import GatedModel, double, eventually, request
@@ -35,6 +33,8 @@ from aioinfer.transports.remote import Remote
 from aioinfer.transports.station import Station
 from aioinfer.transports.wire import FromClient, FromServer, Wire, frame, word
 from tests.process_workers import HANG, greeting
+from tests.stepped import Steps
+from tests.transports import slots
 
 BIG = 1_000_000  # floats: 20 sockets full
 SOON = HANG / 4
@@ -42,32 +42,8 @@ MOMENT = 0.2
 MANY = 120  # processes: each took a dozen frames of Python's stack
 
 
-def slots(count: int) -> ProcessSlotTransport:
-    return ProcessSlotTransport(request(0), double(request(0)), num_slots=count)
-
-
 def futures_are_read_for() -> bool:
     return any(thread.name == "aioinfer-replies" for thread in threading.enumerate())
-
-
-class Steps:
-    """A model that stands still in every pass, until it is told to make one more."""
-
-    def __init__(self) -> None:
-        self.entered = threading.Semaphore(0)
-        self.go = threading.Semaphore(0)
-
-    def __call__(self, td: TensorDictBase) -> TensorDictBase:
-        self.entered.release()
-        assert self.go.acquire(timeout=HANG)
-        return double(td)
-
-    @contextmanager
-    def closed(self) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            self.go.release(100)
 
 
 # -- ends ----------------------------------------------------------------------------------------------------

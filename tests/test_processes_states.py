@@ -30,15 +30,12 @@ from aioinfer.transports import station, switchboard
 from aioinfer.transports.control import State
 from aioinfer.transports.wire import wait_for_any
 from tests.process_workers import HANG, KINDS, client_of, clients_of, outcome
+from tests.transports import slots
 
 BIG = 1_000_000  # floats: 20 sockets full
 SOME = 25_000  # floats: more than one buffer, less than a socket holds
 MANY = 2500  # requests whose errors are more than a socket holds
 SOON = HANG / 4
-
-
-def slots(count: int) -> ProcessSlotTransport:
-    return ProcessSlotTransport(request(0), double(request(0)), num_slots=count)
 
 
 def repeated(td: TensorDictBase) -> TensorDictBase:

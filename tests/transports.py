@@ -68,3 +68,7 @@ TRANSPORTS: dict[str, Callable[..., Any]] = {
 FIXED_LAYOUT = {"process-slots"}
 REMOTE = {"mp", "process-slots"}
 CANNOT_DROP_CANCELLED = {"five-verbs"}
+
+
+def slots(count: int, address: str | None = None) -> ProcessSlotTransport:
+    return ProcessSlotTransport(request(0), double(request(0)), num_slots=count, address=address)
