@@ -103,6 +103,8 @@ class ServerLife(ABC):
         self._task = asyncio.get_running_loop().create_task(self._live(worker), name="aioinfer-server")
         try:
             await asyncio.wrap_future(opened)
+            if (error := self._shut_down_with()) is not None:
+                raise own_error(error)
         except BaseException:
             await self.aclose()
             raise
@@ -189,10 +191,14 @@ class ServerLife(ABC):
             worker = self._make_worker(self._admission)
             opened = worker.start()
             self._process, self._worker = os.getpid(), worker
-            if (closed := self._admission.closed) is not None:  # by a shutdown that found no worker yet
-                worker.close(closed, drain=False)
-                raise own_error(closed)
+            if (error := self._shut_down_with()) is not None:  # by one that found no worker yet
+                worker.close(error, drain=False)
             return worker, opened
+
+    def _shut_down_with(self) -> ServerClosedError | None:
+        """The error of a shutdown since the last start; a worker that died has left one with a cause instead."""
+        error = self._admission.closed
+        return error if error is not None and error.__cause__ is None else None
 
     def _running(self) -> Worker:
         worker = self._worker

@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -25,6 +25,7 @@ from aioinfer.testing import double, eventually, request
 from aioinfer.testing.callers import is_double
 from aioinfer.weight_sync import MultiProcessWeightSyncScheme, targets
 from aioinfer.weight_sync.lines import reason_of
+from aioinfer.worker import Worker
 from tests.hosted import HANG, make_double
 from tests.stepped import Steps
 from tests.weight_models import mark_of, policy
@@ -162,12 +163,31 @@ def test_a_start_in_which_the_server_is_shut_down_says_so(
         if moment == "_make_worker":
             with pytest.raises(ServerClosedError):
                 server.start()
-            eventually(lambda: not server.is_alive)
+            assert not server.is_alive
         else:
-            server.start()  # it had not begun
+            with suppress(ServerClosedError):  # it had not begun, unless the other thread finds the new worker
+                server.start()
             server.shutdown(HANG)
         with server:
             assert is_double(server.client()(request(1), HANG), 1)
+
+
+def test_a_start_whose_worker_dies_before_anybody_looks_raises_what_it_died_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = Worker.start
+
+    def start_and_die(worker: Worker) -> Any:
+        opened = start(worker)
+        worker.join(HANG)
+        return opened
+
+    class Immovable(nn.Linear):
+        def to(self, *args: Any, **kwargs: Any) -> Any:
+            raise ValueError("immovable")
+
+    server = InferenceServer(Immovable(1, 1), ThreadingTransport(), device="cpu")
+    monkeypatch.setattr(Worker, "start", start_and_die)
+    with pytest.raises(ValueError, match="immovable"):
+        server.start()
 
 
 async def test_a_start_that_is_cancelled_ends_the_server_by_its_own_name(caplog: pytest.LogCaptureFixture) -> None:
