@@ -12,6 +12,10 @@ nox.options.reuse_venv = "yes"
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 
 
+# Two processes take half of the time even on two cores: most tests wait. `-n 0` after ``--`` is for a debugger.
+IN_PARALLEL = ("--numprocesses=2", "--dist=worksteal")
+
+
 def install(session: nox.Session, *groups: str, package: str = ".") -> None:
     """Install the package with dependency groups, and the torch build that the project is developed with."""
     requirements = nox.project.dependency_groups(PYPROJECT, *groups)
@@ -22,7 +26,7 @@ def install(session: nox.Session, *groups: str, package: str = ".") -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests; arguments after ``--`` go to pytest."""
     install(session, "test", package=".[demo,web]")
-    session.run("pytest", *session.posargs)
+    session.run("pytest", *IN_PARALLEL, *session.posargs)
 
 
 @nox.session
@@ -34,7 +38,7 @@ def oldest(session: nox.Session) -> None:
     """
     install(session, "test", "bench", package=".[demo,web]")
     left_out = ("processes_[!l]*", "hosting_*", "exit", "examples", "weight_processes")
-    session.run("pytest", *[f"--ignore-glob=tests/test_{name}.py" for name in left_out], *session.posargs)
+    session.run("pytest", *IN_PARALLEL, *[f"--ignore-glob=tests/test_{name}.py" for name in left_out], *session.posargs)
 
 
 @nox.session

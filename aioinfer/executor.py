@@ -65,7 +65,13 @@ class ModelThread:
         return self._prepared
 
     def submit(self, job: Callable[[], None]) -> Future[None]:
-        """Do ``job`` on the thread, before the next batch; the future is cancelled if the thread ends first."""
+        """Do ``job`` on the thread, before the next batch; the future is cancelled if the thread ends first.
+
+        Raises:
+            RuntimeError: called on this very thread, so that to wait for the future would never end.
+        """
+        if threading.current_thread() is self._thread:
+            raise RuntimeError("the model, and callbacks of its requests, can't wait for a pass to end, as updates do")
         future: Future[None] = Future()
         self._jobs.append((job, future))
         self._notify()

@@ -40,7 +40,7 @@ def results(*contests: Contest, crashes: tuple[str, ...] = ()) -> Results:
     return Results(ABOUT, 1.5, 3, "default", list(contests), list(crashes))
 
 
-def job(workload: str, system: System = System.OURS, way: str = "threading", seconds: float = 0.05) -> Job:
+def job(workload: str, system: System = System.OURS, way: str = "threading", seconds: float = 0.2) -> Job:
     return Job(workload, system, way, warm_up=0.01, seconds=seconds, seed=1)
 
 

@@ -323,7 +323,7 @@ def worker(client: Any, value: float = 1.0) -> Iterator[Connection[Any, Any]]:
 
 
 def hear(line: Connection[Any, Any]) -> Any:
-    assert line.poll(HANG), "the process says nothing"
+    assert line.poll(2 * HANG), "the process says nothing"
     return line.recv()
 
 

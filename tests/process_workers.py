@@ -55,7 +55,7 @@ class Child:
         self.line.close()
 
     def hear(self) -> Any:
-        assert self.line.poll(HANG), "the process says nothing"
+        assert self.line.poll(2 * HANG), "the process says nothing"
         return self.line.recv()
 
     def tell(self, order: Any) -> Any:

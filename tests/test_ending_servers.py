@@ -75,7 +75,7 @@ def test_a_shutdown_at_once_ends_a_drain(where: str) -> None:
             future = client.submit(request(2))
             with draining(server, other) as ended, ThreadPoolExecutor(1) as threads:
                 threads.submit(server.shutdown, HANG).result(HANG / 2)
-                assert isinstance(future.exception(0), ServerClosedError)
+                assert isinstance(future.exception(HANG / 2), ServerClosedError)
                 ended.result(HANG / 2)
 
 

@@ -131,7 +131,7 @@ def test_a_worker_that_stands_still_while_20_megabytes_come_for_it_costs_the_oth
 
 
 def serve(line: Connection[Any, Any], given: Any, refusing: bool) -> None:
-    """Serve, but stand still at a request of less than 0 until killed, ``refusing`` what comes meanwhile."""
+    """Serve, but stand still at a request of less than 0 until killed, ``refusing``, when told so, what comes."""
 
     def pause() -> None:
         with server.paused(pending="reject"):
@@ -139,10 +139,12 @@ def serve(line: Connection[Any, Any], given: Any, refusing: bool) -> None:
 
     def model(td: TensorDictBase) -> TensorDictBase:
         if (td["observation"] < 0).any():
+            line.send("stands still")
             if refusing:
+                assert line.recv() == "refuse"
                 threading.Thread(target=pause).start()
                 eventually(lambda: server._admission.refusing)
-            line.send("stands still")
+                line.send("refuses")
             threading.Event().wait()
         return double(td)
 
@@ -195,8 +197,9 @@ def call_until_it_fails(line: Connection[Any, Any], clients: list[Any]) -> None:
 def test_a_server_that_is_killed_ends_every_call_at_once(
     method: str, refusing: bool, kind: str, record_property: Callable[[str, object], None]
 ) -> None:
-    transport = transport_of(kind, slots=6)
+    transport = transport_of(kind, slots=7)
     blocking, awaiting = clients_of(transport, 3, blocking=True), clients_of(transport, 3, blocking=False)
+    own = transport.client()
     given = transport.give_away()
     with Child(method, serve, given, refusing) as server:
         given.close()
@@ -208,15 +211,21 @@ def test_a_server_that_is_killed_ends_every_call_at_once(
             children = (threads, tasks)
             for child in children:
                 assert [name for name, _ in child.hear()] == [""] * 3
+            if refusing:
+                own(request(1), HANG)  # joined, it sends at once, and has looked whether the server refuses
+                under_way = own.submit(request(-1))
+                assert server.hear() == "stands still"
             for child in children:
                 child.line.send("once more")
-            assert server.hear() == "stands still"
+            assert server.tell("refuse") == "refuses" if refusing else server.hear() == "stands still"
             killed_at = time.monotonic()
             server.kill()
             ends = [child.hear() for child in children]
             names = [name for ended in ends for name, _ in ended]
-            assert PeerDiedError.__name__ in names
-            assert refusing or set(names) == {PeerDiedError.__name__}
+            if refusing:
+                assert isinstance(under_way.exception(HANG), PeerDiedError)
+            else:
+                assert set(names) == {PeerDiedError.__name__}
             assert set(names) <= {PeerDiedError.__name__, ServerPausedError.__name__}  # of calls that came later
             for child, ended in zip(children, ends, strict=True):
                 latest = max(at for _, at in ended) - killed_at

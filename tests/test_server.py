@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensordict import TensorDictBase
 from torch import nn
 
 from aioinfer import (
@@ -13,7 +14,9 @@ from aioinfer import (
     ServerClosedError,
     ThreadingTransport,
 )
+from aioinfer.pause import PendingPolicy
 from aioinfer.testing import GatedModel, double, eventually, request
+from aioinfer.testing.callers import is_double
 from aioinfer.transports.requests import Request
 from tests.transports import TRANSPORTS, FiveVerbs
 
@@ -146,6 +149,25 @@ def test_the_server_may_be_shut_down_from_its_own_thread() -> None:
     assert done.wait(HANG)
     eventually(lambda: not server.is_alive)
     server.shutdown()
+
+
+@pytest.mark.parametrize("pending", [None, "keep", "wait", "reject"])
+def test_what_waits_for_a_pass_to_end_is_refused_inside_one(pending: PendingPolicy | None) -> None:
+    class Impatient(nn.Module):
+        def forward(self, td: TensorDictBase) -> TensorDictBase:
+            if td["observation"][0, 0] < 0:
+                return double(td)
+            if pending is None:
+                server.update_weights(self)
+            with server.paused(pending or "keep"):
+                return double(td)
+
+    server = InferenceServer(Impatient(), ThreadingTransport())
+    with server:
+        client = server.client()
+        with pytest.raises(RuntimeError, match="can't wait for a pass to end"):
+            client(request(1), HANG)
+        assert is_double(client(request(-1), HANG), -1)
 
 
 def test_shutdown_from_many_threads_at_once() -> None:

@@ -66,7 +66,7 @@ class Child:
         assert self.hear() == word
 
     def hear(self) -> Any:
-        assert self.line.poll(HANG), "the process says nothing"
+        assert self.line.poll(2 * HANG), "the process says nothing"
         return self.line.recv()
 
     def tell(self, order: str) -> Any:

@@ -8,12 +8,14 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from types import FrameType
 
 import pytest
 
 from aioinfer import InferenceServer, ThreadingTransport, WeightSyncError
-from tests.weight_models import Counter, mark, policy
+from tests.weight_models import SCHEMES, Counter, mark, policy
 from tests.weight_workers import HANG, Scheme, following, scheme, value_of
 
 __all__ = ["scheme"]
@@ -93,6 +95,41 @@ def test_a_send_that_is_interrupted_anywhere_leaves_everything_as_it_should_be(s
     assert len(scheme._sender._shelf._stored) <= 4
     peer = scheme._sender._peers[0]
     assert not peer._unanswered
+
+
+@pytest.mark.parametrize("make", SCHEMES)
+@pytest.mark.parametrize("verb", ["shutdown", "send"])
+def test_a_handler_may_use_the_scheme_whose_send_it_has_interrupted(make: Callable[..., Scheme], verb: str) -> None:
+    chance, interrupted = random.Random(2), 0
+    before = signal.getsignal(signal.SIGALRM)
+    try:
+        for _ in range(100):
+            scheme, target = make(timeout=HANG), Counter(0)
+            use = scheme.shutdown if verb == "shutdown" else partial(scheme.send, Counter(1))
+
+            def handle(_: int, frame: FrameType | None, use: Callable[[], None] = use) -> None:
+                nonlocal interrupted
+                interrupted += 1
+                use()
+
+            signal.signal(signal.SIGALRM, handle)
+            scheme.init_on_sender(model=Counter(0))
+            with following(scheme, 0, target):
+                scheme.connect(timeout=HANG)
+                started = time.monotonic()
+                seen = interrupted
+                with suppress(RuntimeError, WeightSyncError):  # refused, or left unanswered
+                    signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-5, 1e-3))
+                    while seen == interrupted:
+                        scheme.send(Counter(2))
+                assert time.monotonic() - started < HANG / 2
+                if verb == "send":
+                    scheme.send(Counter(3))
+                    assert value_of(target) == 3
+            scheme.shutdown()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.mark.parametrize("unread", [False, True])

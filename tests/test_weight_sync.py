@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
@@ -137,6 +139,24 @@ def test_the_sender_hears_of_any_error_of_a_worker(scheme: Scheme) -> None:
     with pytest.raises(WeightSyncError, match=r"worker 0 refused: SystemExit: 1"):
         scheme.wait_async()
     assert value_of(target) == 0
+    own.shutdown()
+
+
+def test_shutting_down_ends_a_send_that_waits(scheme: Scheme) -> None:
+    scheme.timeout = HANG
+    scheme.init_on_sender(model=linear(1))
+    scheme.connect()
+    own = scheme.for_worker(0)
+    own.init_on_receiver(model_id="policy", model=linear(0))
+    own.connect()
+    with ThreadPoolExecutor(1) as pool:
+        sending = pool.submit(scheme.send, linear(2.0))
+        time.sleep(0.1)  # it waits now, most likely
+        started = time.monotonic()
+        scheme.shutdown()
+        with pytest.raises((WeightSyncError, RuntimeError)):
+            sending.result(HANG)
+        assert time.monotonic() - started < HANG / 2
     own.shutdown()
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from aioinfer.bench.contenders import TaskCaller
+from aioinfer.bench.results import FEWEST_TIMES
 
 __all__ = [
     "arrivals",
@@ -104,7 +105,7 @@ def one_thread(call: Callable[[Any], Any], request: Any, warm_up: float, seconds
     latencies: list[float] = []
     clock, end = time.perf_counter, time.perf_counter() + seconds
     started = clock()
-    while started < end:
+    while started < end or len(latencies) < FEWEST_TIMES:
         call(request)
         done = clock()
         latencies.append(done - started)
@@ -120,7 +121,7 @@ async def one_task(caller: TaskCaller, request: Any, warm_up: float, seconds: fl
         latencies.clear()
         started = clock()
         end = started + length
-        while started < end:
+        while started < end or len(latencies) < FEWEST_TIMES:
             await call(request)
             done = clock()
             latencies.append(done - started)
@@ -194,7 +195,7 @@ def memcpy(nbytes: int) -> Callable[[], object]:
 
 
 def by_turns(acts: Mapping[str, Callable[[], object]], warm_up: float, seconds: float) -> dict[str, list[float]]:
-    """How long each of several acts takes, one after the other, again and again; at least once."""
+    """How long each of several acts takes, one after the other, again and again."""
     times: dict[str, list[float]] = {name: [] for name in acts}
 
     def take_turns() -> None:
@@ -204,7 +205,7 @@ def by_turns(acts: Mapping[str, Callable[[], object]], warm_up: float, seconds: 
     _until(time.perf_counter() + warm_up, take_turns)
     for taken in times.values():
         taken.clear()
-    _until(time.perf_counter() + seconds, take_turns)
+    _until(time.perf_counter() + seconds, take_turns, FEWEST_TIMES)
     return times
 
 
@@ -245,11 +246,10 @@ def longest_gap(passes: Sequence[float], begun: float, ended: float) -> float:
     return max(later - earlier for earlier, later in pairwise(passes) if later >= begun and earlier <= ended)
 
 
-def _until(end: float, act: Callable[[], object]) -> int:
-    """Act until ``end``, at least once; return how often."""
-    times = 1
-    act()
-    while time.perf_counter() < end:
+def _until(end: float, act: Callable[[], object], fewest: int = 1) -> int:
+    """Act until ``end``, at least ``fewest`` times; return how often."""
+    times = 0
+    while times < fewest or time.perf_counter() < end:
         act()
         times += 1
     return times

@@ -7,13 +7,28 @@ from dataclasses import dataclass, field
 
 from aioinfer.bench.workloads import Metric, System, Workload, is_rate
 
-__all__ = ["COUNTS", "Contest", "Entry", "Figures", "Ratio", "Results", "Summary", "better", "percentiles", "shown"]
+__all__ = [
+    "COUNTS",
+    "FEWEST_TIMES",
+    "Contest",
+    "Entry",
+    "Figures",
+    "Ratio",
+    "Results",
+    "Summary",
+    "better",
+    "percentiles",
+    "shown",
+]
 
 Figures = dict[str, float]
 """What one measurement found, by name: rates in requests/s, times in seconds, counts."""
 
 COUNTS = frozenset({"count", "updates"})
 """The figures that say over how much the others were taken."""
+
+FEWEST_TIMES = 2
+"""Of fewer no percentiles are taken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +117,7 @@ def shown(figure: str, value: float) -> str:
 
 def percentiles(times: list[float]) -> Figures:
     """``p50`` and ``p99`` of ``count`` times."""
-    if len(times) < 2:
+    if len(times) < FEWEST_TIMES:
         raise RuntimeError(f"{len(times)} times are too few for percentiles; measure for longer")
     cuts = statistics.quantiles(times, n=100, method="inclusive")
     return {"p50": cuts[49], "p99": cuts[98], "count": len(times)}

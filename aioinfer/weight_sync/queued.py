@@ -161,9 +161,10 @@ class QueuedWeightSyncScheme(WeightSyncScheme):
         return self._published
 
     def _trainer(self) -> tuple[Sender, Recipe]:
-        if self._sender is None or self._recipe is None or self._pid != os.getpid():
+        sender, recipe = self._sender, self._recipe  # once: a shutdown may come meanwhile
+        if sender is None or recipe is None or self._pid != os.getpid():
             raise RuntimeError("init_on_sender() comes first, in the process that sends")
-        return self._sender, self._recipe
+        return sender, recipe
 
     # -- the worker ------------------------------------------------------------------------------------
 
@@ -185,9 +186,10 @@ class QueuedWeightSyncScheme(WeightSyncScheme):
         self._worker = PlainWorker(channel, model_id, model, strategy=self.strategy, cast=self.cast)
 
     def receive(self, timeout: float | None = None) -> WeightsLike | None:
-        if self._worker is None or self._pid != os.getpid():
+        worker = self._worker
+        if worker is None or self._pid != os.getpid():
             raise RuntimeError("init_on_receiver() comes before receive(), in the process that receives")
-        return self._worker.receive(self.timeout if timeout is None else timeout)
+        return worker.receive(self.timeout if timeout is None else timeout)
 
     def open_receiver(self, model_id: str, *, thread: int) -> Receiver:
         return Receiver(self._channel(self._own_worker_idx()), model_id, thread=thread)
@@ -230,10 +232,11 @@ class QueuedWeightSyncScheme(WeightSyncScheme):
             sender.wait_for_those_there(delivery)
 
     def shutdown(self) -> None:
-        if self._sender is not None and self._pid == os.getpid():
-            self._sender.close()
-        if self._worker is not None and self._pid == os.getpid():
-            self._worker.close()
+        sender, worker = self._sender, self._worker
+        if sender is not None and self._pid == os.getpid():
+            sender.close()
+        if worker is not None and self._pid == os.getpid():
+            worker.close()
         self._forget()
         self._channels = {}
 

@@ -111,7 +111,8 @@ class WeightSyncScheme(ABC):
             version: your own number for these weights. By default servers count the updates that they apply.
 
         Raises:
-            RuntimeError: before ``init_on_sender`` or ``connect``, or in a process that was forked from the trainer.
+            RuntimeError: before ``init_on_sender`` or ``connect``, or in a process that was forked from the trainer; in
+                a signal handler that has interrupted another call of the scheme; or the scheme is shut down meanwhile.
             TypeError: ``weights`` is none of these, or has entries that can't be copied as they are: sparse, quantized,
                 conjugate, without values. ``version`` is no ``int``. Nothing was published.
             ValueError: an unknown worker, or one that is named twice, or a ``version`` that does not fit into 64 bits.
@@ -277,4 +278,7 @@ class WeightSyncScheme(ABC):
 
     @abstractmethod
     def shutdown(self) -> None:
-        """End this process's part, and give up its queues. Other processes are not touched. Idempotent."""
+        """End this process's part, and give up its queues. Other processes are not touched. Idempotent.
+
+        A call that waits in another thread ends, with an error. A signal handler may shut down at any moment.
+        """

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
 
 from aioinfer.errors import WeightSyncError
 from aioinfer.weight_sync.channels import Channel
@@ -18,6 +20,8 @@ __all__ = ["Part", "Sender"]
 
 # A waiting thread looks again this often, in seconds: another one that waits may have read the answer for it.
 _LOOK_AGAIN = 0.05
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +42,8 @@ class Part:
 class Sender:
     """Any thread may call. ``_lock`` guards the peers and what is published; nobody holds it while waiting.
 
+    A signal handler may close it at any moment: a call that the handler has interrupted closes it as it ends.
+
     Args:
         channels: of each worker, by index.
         model_id: whose weights are published.
@@ -49,7 +55,9 @@ class Sender:
         self._model_id = model_id
         self._timeout = timeout
         self._shelf = Shelf()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._busy = False  # under the lock
+        self._closed = False
 
     def publish(
         self,
@@ -74,14 +82,15 @@ class Sender:
         iterator = iter(parts)
         while (part := next(iterator, None)) is not None:
             workers = part.workers
-            with self._lock:
-                self._publish(part, delivery, version=version, named=named)
+            self._alone(partial(self._publish, part, delivery, version=version, named=named))
             del part  # now, not when the next one is there
             if in_turn:
                 self._wait(delivery, self._there(workers), patience)
         return delivery
 
     def _publish(self, part: Part, delivery: Delivery, *, version: int | None, named: bool) -> None:
+        if self._closed:
+            raise RuntimeError("the scheme was shut down")
         peers = [self._peers[worker] for worker in part.workers]
         for peer in peers:
             peer.settle()
@@ -97,11 +106,14 @@ class Sender:
 
     def _there(self, workers: Iterable[int]) -> set[int]:
         """Those that live, and don't need this very thread to receive."""
-        with self._lock:
-            peers = [self._peers[worker] for worker in workers]
+        peers = [self._peers[worker] for worker in workers]
+
+        def settle() -> set[int]:
             for peer in peers:
                 peer.settle()
             return {peer.worker for peer in peers if peer.is_there and not peer.is_blocked_by_this_thread}
+
+        return self._alone(settle)
 
     # -- wait ------------------------------------------------------------------------------------------
 
@@ -125,20 +137,26 @@ class Sender:
     async def await_(self, delivery: Delivery) -> None:
         """Do as :meth:`wait`, without blocking the event loop."""
         deadline = time.monotonic() + self._timeout
-        while (sources := self._sources(delivery, self._peers.keys())) and (left := deadline - time.monotonic()) > 0:
+        while (sources := self._sources(delivery, self._peers.keys())) and (left := self._left(deadline)) > 0:
             await await_readable(sources, min(left, _LOOK_AGAIN))
         self._give_up(delivery)
 
     def _wait(self, delivery: Delivery, workers: Iterable[int], timeout: float | None = None) -> None:
         deadline = time.monotonic() + (self._timeout if timeout is None else timeout)
-        while (sources := self._sources(delivery, workers)) and (left := deadline - time.monotonic()) > 0:
+        while (sources := self._sources(delivery, workers)) and (left := self._left(deadline)) > 0:
             wait_readable(sources, min(left, _LOOK_AGAIN))
 
+    def _left(self, deadline: float) -> float:
+        """Seconds; none once the sender is closed."""
+        return 0.0 if self._closed else deadline - time.monotonic()
+
     def _awaited(self, delivery: Delivery) -> list[int]:
-        with self._lock:
+        def settle() -> list[int]:
             for worker in tuple(delivery.waiting):
                 self._peers[worker].settle()
             return sorted(delivery.waiting)
+
+        return self._alone(settle)
 
     def _sources(self, delivery: Delivery, workers: Iterable[int]) -> list[Source]:
         """What to wait for; nothing if all of ``workers`` have answered."""
@@ -147,14 +165,41 @@ class Sender:
 
     def _give_up(self, delivery: Delivery, timeout: float | None = None) -> None:
         seconds = self._timeout if timeout is None else timeout
-        with self._lock:
+
+        def fail() -> None:
             for worker in tuple(delivery.waiting):
-                what = "did not answer" if self._peers[worker].is_there else "has not connected"
-                delivery.fail(worker, f"{what} within {seconds:g} s")
+                if self._closed:
+                    reason = "had not answered when the scheme was shut down"
+                elif self._peers[worker].is_there:
+                    reason = f"did not answer within {seconds:g} s"
+                else:
+                    reason = f"has not connected within {seconds:g} s"
+                delivery.fail(worker, reason)
+
+        self._alone(fail)
         delivery.check()
 
-    def close(self) -> None:
-        """End the lines to the workers; what they have not read yet stays in their queues."""
+    # -- the lock, and the end -------------------------------------------------------------------------
+
+    def _alone(self, do: Callable[[], T]) -> T:
         with self._lock:
-            for peer in self._peers.values():
-                peer.hang_up()
+            if self._busy:
+                raise RuntimeError("a signal handler that has interrupted a call of a scheme can't send with it")
+            self._busy = True
+            try:
+                return do()
+            finally:
+                self._busy = False
+                if self._closed:
+                    self._hang_up()
+
+    def close(self) -> None:
+        """End the lines to the workers, and all waiting; what they have not read yet stays in their queues."""
+        self._closed = True
+        with self._lock:
+            if not self._busy:
+                self._hang_up()
+
+    def _hang_up(self) -> None:
+        for peer in self._peers.values():
+            peer.hang_up()
