@@ -18,7 +18,7 @@ EXAMPLES = sorted(path for path in (ROOT / "docs" / "examples").glob("*.py") if 
 def run(*arguments: str) -> str:
     """Run Python, with every warning an error; return what it printed."""
     ended = subprocess.run(
-        [sys.executable, "-W", "error", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=50, check=False
+        [sys.executable, "-W", "error", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=100, check=False
     )
     assert ended.returncode == 0, ended.stderr
     assert "Traceback" not in ended.stderr, ended.stderr  # of a process or a thread that it has started

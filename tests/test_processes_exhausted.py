@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import resource
 import socket
@@ -32,6 +33,7 @@ MAKES: list[Any] = [process_slots, MPTransport]
 
 @contextmanager
 def no_descriptor_left() -> Iterator[None]:
+    gc.collect()  # what it would find inside has descriptors
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     with ExitStack() as shut:
         shut.callback(resource.setrlimit, resource.RLIMIT_NOFILE, limits)

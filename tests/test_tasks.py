@@ -52,6 +52,14 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.001)
 
 
+@pytest.fixture
+def tasks_take_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a loaded machine the server would give up on tasks that its replies have woken."""
+    monkeypatch.setattr(pending, "_HOLD_BACK", HANG)
+    monkeypatch.setattr(pending, "_MOST_HOLD_BACK", HANG)
+
+
+@pytest.mark.usefixtures("tasks_take_their_time")
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_tasks_of_an_embedding_loop_meet_in_one_pass(run: Any, transport: str) -> None:
     async def main() -> None:
@@ -88,10 +96,8 @@ def test_a_batch_wakes_its_loop_once() -> None:
     asyncio.run(main())
 
 
-def test_batches_stay_whole_where_more_tasks_ask_than_a_batch_holds(monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
-    monkeypatch.setattr(pending, "_HOLD_BACK", HANG)
-    monkeypatch.setattr(pending, "_MOST_HOLD_BACK", HANG)  # by default a slow machine may give up on the tasks
-
+@pytest.mark.usefixtures("tasks_take_their_time")
+def test_batches_stay_whole_where_more_tasks_ask_than_a_batch_holds(run: Any) -> None:
     async def main() -> None:
         async with InferenceServer(double, ThreadingTransport(), max_batch_size=8) as server:
             client = server.async_client()
@@ -106,10 +112,8 @@ def test_batches_stay_whole_where_more_tasks_ask_than_a_batch_holds(monkeypatch:
     run(main())
 
 
-def test_a_lone_request_is_not_held_back_for_tasks_that_do_not_ask_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pending, "_HOLD_BACK", HANG)
-    monkeypatch.setattr(pending, "_MOST_HOLD_BACK", HANG)
-
+@pytest.mark.usefixtures("tasks_take_their_time")
+def test_a_lone_request_is_not_held_back_for_tasks_that_do_not_ask_again() -> None:
     async def main() -> None:
         async with InferenceServer(double, ThreadingTransport()) as server, asyncio.timeout(HANG / 2):
             client = server.async_client()
@@ -271,6 +275,7 @@ async def test_waiting_for_room_is_first_come_first_served_and_may_be_cancelled(
     assert model.batches == [[0], [1], [3], [5], [6], [7]]
 
 
+@pytest.mark.usefixtures("tasks_take_their_time")
 async def test_a_request_belongs_to_the_tick_in_which_it_was_made() -> None:
     async with InferenceServer(double, ThreadingTransport()) as server:
         client = server.async_client()
