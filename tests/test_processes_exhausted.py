@@ -146,7 +146,7 @@ async def test_the_first_use_of_a_client_never_blocks_the_event_loop(
         calls = [asyncio.ensure_future(client(request(value))) for value, client in enumerate(clients)]
         submitted = transport.async_client().submit(request(7))
         await asyncio.sleep(0)
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < HANG / 2
         calls[2].cancel()
         async with InferenceServer(double, transport):
             async with asyncio.timeout(HANG):
