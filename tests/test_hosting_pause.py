@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +27,7 @@ from aioinfer import (
 from aioinfer.testing import eventually, request
 from aioinfer.testing.callers import is_double
 from aioinfer.transports.processes import ProcessTransport
-from tests.hosted import HANG, Gated, forked, hear, kill, make_double, make_policy, slots
+from tests.hosted import HANG, Gated, forked, freeze, hear, kill, make_double, make_policy, slots
 from tests.weight_models import mark_of, policy
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
@@ -162,10 +163,13 @@ async def test_a_pause_that_is_cancelled_while_it_ends_has_ended() -> None:
             async with server.paused("reject"):
                 task = asyncio.current_task()
                 assert task is not None
+                freeze(server)  # so that it does not answer first
                 asyncio.get_running_loop().call_soon(task.cancel)  # where the block is left
 
         with pytest.raises(asyncio.CancelledError):
             await asyncio.ensure_future(pause())
+        assert server.pid is not None
+        os.kill(server.pid, signal.SIGCONT)
         await server.ahealth(HANG)
         assert is_double(await asyncio.wait_for(server.async_client()(request(1)), HANG), 1)
 
