@@ -7,6 +7,7 @@ import gc
 import os
 import pickle
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from aioinfer import (
 )
 from aioinfer.testing import GatedModel, double, eventually, request
 from aioinfer.testing.callers import is_double
+from aioinfer.transports import slot_tickets
 from tests.leftovers import needs_descriptors
 from tests.process_workers import HANG, KINDS, Child, call, client_of, clients_of, outcome, use
 from tests.transports import process_slots, slots
@@ -107,6 +109,26 @@ def test_the_slot_of_a_client_that_is_closed_while_the_model_is_busy_is_free_at_
                 future.cancel()
             client.close()
         model.open()
+
+
+def test_a_slot_is_free_at_once_where_another_thread_writes_to_it_just_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    writing, here = threading.Event(), threading.get_ident()
+    load = slot_tickets._SlotStation._load
+
+    def slowly(*args: Any) -> bytes:
+        if threading.get_ident() != here:
+            writing.set()
+            time.sleep(0.1)
+        return load(*args)
+
+    monkeypatch.setattr(slot_tickets._SlotStation, "_load", slowly)
+    transport = slots(1)
+    with InferenceServer(double, transport):
+        client = transport.client()
+        client.submit(request(1))  # by the thread for futures, as the server has not taken this process in yet
+        assert writing.wait(HANG)
+        client.close()
+        assert is_double(transport.client()(request(2), HANG), 2)
 
 
 def test_a_client_that_nobody_used_gives_its_slot_back_also_where_no_server_has_started() -> None:

@@ -42,6 +42,8 @@ _PATIENT = word(FromClient.PATIENT_REQUEST)
 _PLACE = (1 << 32) - 1
 # Seconds after which a thread that reads sees that its client was closed, where others go on.
 _LOOK_UP = 0.25
+# Seconds that closing waits at most for other threads that put requests where the server finds them.
+_LOADED = 1.0
 
 
 class Asking(Protocol):
@@ -92,7 +94,7 @@ class Station(ABC):
         self._turns = Turns()
         self._desks: dict[asyncio.AbstractEventLoop, LoopDesk] = {}
         self._connected = False
-        self._loading: set[object] = set()  # threads that put requests where the server finds them
+        self._loading: set[tuple[int, object]] = set()  # threads that put requests where the server finds them
         self._alone = count == 1  # else a client may be closed without the connection
         self._sock = unix_socket()
         self._wire = Wire(self._sock)
@@ -220,7 +222,7 @@ class Station(ABC):
 
     def _send(self, asked: Sequence[Asked]) -> None:
         """Send requests together, but for those that don't let themselves be loaded, which fail."""
-        token = object()
+        token = threading.get_ident(), object()
         try:
             self._loading.add(token)
             if self.dead is not None:  # the memory may be another process's by now
@@ -441,6 +443,9 @@ class Station(ABC):
     def close(self) -> None:
         """The last client was closed: hang up, and fail what is under way. Any thread."""
         self.dead = self.dead or client_closed()
+        here, deadline = threading.get_ident(), time.monotonic() + _LOADED
+        while any(thread != here for thread, _ in list(self._loading)) and time.monotonic() < deadline:
+            time.sleep(_LOADED / 1000)  # so that what the clients had is free when this returns
         self._hang_up()  # who reads now finds the end, and lets go of the rest
         self.calls.fail_all(self.dead)
         self.receive()
