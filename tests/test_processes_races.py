@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
@@ -366,3 +367,37 @@ async def test_a_large_request_leaves_though_its_event_loop_reads_only_after_it_
             model.open()
         assert is_double(await first, 0)
         assert is_double(await reply, 1)
+
+
+# -- wake-ups ------------------------------------------------------------------------------------------------
+
+
+def look_for_a_slot(transport: Any) -> None:
+    with pytest.raises(NoFreeSlotError):
+        transport.client()
+
+
+@pytest.mark.parametrize("joined", [False, True], ids=["alone", "one of two"])
+@pytest.mark.parametrize(
+    ("make", "read"),
+    [
+        (MPTransport, lambda transport: transport.pending()),
+        (MPTransport, lambda transport: transport.read_all()),
+        (partial(slots, 1), lambda transport: transport.pending()),
+        (partial(slots, 1), look_for_a_slot),
+    ],
+    ids=["asked how many are pending", "reading all", "slots: asked how many are pending", "looking for a slot"],
+)
+def test_who_reads_a_request_before_the_model_thread_has_woken_up_wakes_it(
+    make: Callable[[], Any], read: Callable[[Any], object], joined: bool
+) -> None:
+    transport = make()
+    with InferenceServer(double, [transport, MPTransport()] if joined else transport):
+        client = transport.client()
+        assert is_double(client(request(1), HANG), 1)
+        (line,) = transport._board.lines
+        # A thread that sleeps in `select` does not hear of what was read before it runs. This one never does.
+        transport._board.poller._selector.unregister(line.wire)
+        future = client.submit(request(2))
+        read(transport)
+        assert is_double(future.result(HANG), 2)

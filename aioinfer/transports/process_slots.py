@@ -133,6 +133,7 @@ class ProcessSlotTransport(ProcessTransport):
                 self._board.read_joined()  # to the end, which may come after more
             finally:
                 self._looking = False
+        self._queue.ring()  # the model thread does not hear of what was read here
 
     def _occupy(self, ticket: bytes, count: int) -> list[int]:
         with self._lock:

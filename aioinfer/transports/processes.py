@@ -236,6 +236,7 @@ class ProcessTransport(QueuedTransport):
     def read_all(self) -> None:
         """Take in all that has been sent."""
         self._board.read_all()
+        self._queue.ring()  # as in look
 
     def _look_at_all(self) -> None:
         self.look()
