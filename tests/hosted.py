@@ -322,11 +322,6 @@ def worker(client: Any, value: float = 1.0) -> Iterator[Connection[Any, Any]]:
         line.close()
 
 
-def hear(line: Connection[Any, Any]) -> Any:
-    assert line.poll(2 * HANG), "the process says nothing"
-    return line.recv()
-
-
 def freeze(server: ProcessInferenceServer) -> None:
     assert server.pid is not None
     os.kill(server.pid, signal.SIGSTOP)

@@ -28,6 +28,12 @@ METHODS = ("fork", "spawn")
 KINDS = ("blocking", "awaiting")
 
 
+def hear(line: Connection[Any, Any]) -> Any:
+    """What a process says, which may have to import everything first."""
+    assert line.poll(2 * HANG), "the process says nothing"
+    return line.recv()
+
+
 class Child:
     """A process that is told what to do, and is gone at the end of the test.
 
@@ -55,8 +61,7 @@ class Child:
         self.line.close()
 
     def hear(self) -> Any:
-        assert self.line.poll(2 * HANG), "the process says nothing"
-        return self.line.recv()
+        return hear(self.line)
 
     def tell(self, order: Any) -> Any:
         self.line.send(order)

@@ -19,7 +19,8 @@ from aioinfer.hosting.orders import FromParent
 from aioinfer.testing import request
 from aioinfer.weight_sync import MultiProcessWeightSyncScheme, SharedMemWeightSyncScheme
 from aioinfer.weight_sync.publications import Stored
-from tests.hosted import HANG, METHODS, freeze, hear, make_policy, slots, worker
+from tests.hosted import HANG, METHODS, freeze, make_policy, slots, worker
+from tests.process_workers import hear
 from tests.weight_models import SCHEMES, mark, mark_of, policy
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")

@@ -24,7 +24,7 @@ from aioinfer.hosting.process import handed_over
 from aioinfer.testing import eventually, request
 from aioinfer.testing.callers import is_double
 from tests import hosted
-from tests.hosted import HANG, Stuck, forked, freeze, hear, kill, make_double, make_policy, worker
+from tests.hosted import HANG, Stuck, forked, freeze, kill, make_double, make_policy, worker
 from tests.leftovers import (
     assert_no_descriptor_stays,
     assert_no_memory_stays,
@@ -33,6 +33,7 @@ from tests.leftovers import (
     needs_descriptors,
     running,
 )
+from tests.process_workers import hear
 from tests.weight_models import policy
 
 ROOT = Path(__file__).parent.parent

@@ -27,7 +27,8 @@ from aioinfer import (
 from aioinfer.testing import eventually, request
 from aioinfer.testing.callers import is_double
 from aioinfer.transports.processes import ProcessTransport
-from tests.hosted import HANG, Gated, forked, freeze, hear, kill, make_double, make_policy, slots
+from tests.hosted import HANG, Gated, forked, freeze, kill, make_double, make_policy, slots
+from tests.process_workers import hear
 from tests.weight_models import mark_of, policy
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")

@@ -31,6 +31,7 @@ from aioinfer.testing.callers import is_double
 from aioinfer.transports.processes import ProcessTransport
 from tests import hosted
 from tests.hosted import HANG, METHODS, forked, make_double, make_policy, slots, worker
+from tests.process_workers import hear
 from tests.weight_models import SCHEMES, mark_of, policy
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
@@ -89,7 +90,7 @@ def test_callers_of_several_transports_meet_in_one_server(method: str) -> None:
         assert sum(server.stats().batches.values()) == 1
         for way in ways:
             with worker(way.address) as line:
-                assert hosted.hear(line) == 2
+                assert hear(line) == 2
     for way in ways:
         with pytest.raises(ServerClosedError):
             way.client()(request(0), HANG)

@@ -27,7 +27,7 @@ from aioinfer.weight_sync.publications import Reader
 from aioinfer.weight_sync.queues import Descriptor, DescriptorQueue
 from aioinfer.weight_sync.waiting import await_readable, wait_readable
 from tests.weight_models import Counter
-from tests.weight_workers import HANG, Scheme, following, linear, scheme, value_of
+from tests.weight_workers import HANG, Scheme, following, linear, receiver, scheme, value_of
 
 __all__ = ["scheme"]
 
@@ -84,9 +84,7 @@ def test_a_trainer_without_descriptors_says_so_and_finds_the_worker_when_it_has_
     scheme.connect()
     scheme.connect()  # by now there is memory that nobody reads
     target = linear(0)
-    own = scheme.for_worker(0)
-    own.init_on_receiver(model_id="policy", model=target)
-    own.connect()  # the trainer has not read its hello yet
+    own = receiver(scheme, target)  # the trainer has not read its hello yet
     end = threading.Event()
 
     def follow() -> None:
@@ -208,9 +206,7 @@ async def test_waiting_takes_no_descriptor_and_any_number_may_wait_for_the_same(
 def test_a_worker_may_wait_as_long_as_it_likes(scheme: Scheme, timeout: float) -> None:
     scheme.init_on_sender(model=linear(1))
     scheme.connect()
-    own = scheme.for_worker(0)
-    own.init_on_receiver(model_id="policy", model=linear(0))
-    own.connect()
+    own = receiver(scheme, linear(0))
     with ThreadPoolExecutor(1) as pool:
         receiving = pool.submit(own.receive, timeout)
         scheme.send()

@@ -23,6 +23,7 @@ from aioinfer import InferenceServer, ThreadingTransport, WeightSyncError
 from aioinfer.testing import eventually, request
 from aioinfer.weight_sync import MultiProcessWeightSyncScheme, SharedMemWeightSyncScheme
 from tests.leftovers import assert_no_memory_stays, go_on, is_there, running
+from tests.process_workers import hear
 from tests.weight_models import (
     SCHEMES,
     follow_always,
@@ -66,8 +67,7 @@ class Child:
         assert self.hear() == word
 
     def hear(self) -> Any:
-        assert self.line.poll(2 * HANG), "the process says nothing"
-        return self.line.recv()
+        return hear(self.line)
 
     def tell(self, order: str) -> Any:
         self.line.send(order)

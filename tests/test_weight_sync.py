@@ -19,7 +19,7 @@ from aioinfer.weight_sync import (
     MultiProcessWeightSyncScheme,
 )
 from tests.weight_models import SCHEMES, Counter
-from tests.weight_workers import HANG, Scheme, following, linear, scheme, value_of
+from tests.weight_workers import HANG, Scheme, following, linear, receiver, scheme, value_of
 
 __all__ = ["scheme"]
 
@@ -146,9 +146,7 @@ def test_shutting_down_ends_a_send_that_waits(scheme: Scheme) -> None:
     scheme.timeout = HANG
     scheme.init_on_sender(model=linear(1))
     scheme.connect()
-    own = scheme.for_worker(0)
-    own.init_on_receiver(model_id="policy", model=linear(0))
-    own.connect()
+    own = receiver(scheme, linear(0))
     with ThreadPoolExecutor(1) as pool:
         sending = pool.submit(scheme.send, linear(2.0))
         time.sleep(0.1)  # it waits now, most likely
@@ -168,9 +166,7 @@ def test_a_worker_that_does_not_come_or_does_not_answer_is_named_at_the_timeout(
         scheme.send()
     with pytest.raises(WeightSyncError, match=r"worker 0 has not connected within 0\.1 s"):
         scheme.connect(timeout=0.1)
-    own = scheme.for_worker(0)
-    own.init_on_receiver(model_id="policy", model=linear(0))
-    own.connect()
+    own = receiver(scheme, linear(0))
     with pytest.raises(WeightSyncError, match=r"worker 0 did not answer within 0\.2 s"):
         scheme.send()
     own.shutdown()

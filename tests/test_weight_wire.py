@@ -19,7 +19,7 @@ from aioinfer.weight_sync import (
     WeightSyncScheme,
 )
 from tests.weight_models import Counter
-from tests.weight_workers import HANG, Scheme, following, linear, scheme, value_of
+from tests.weight_workers import HANG, Scheme, following, linear, receiver, scheme, value_of
 
 __all__ = ["scheme"]
 
@@ -42,9 +42,7 @@ async def test_an_async_trainer_is_not_blocked(scheme: Scheme) -> None:
     source, target = linear(1), linear(0)
     scheme.init_on_sender(model=source)
     scheme.connect()
-    own = scheme.for_worker(0)
-    own.init_on_receiver(model_id="policy", model=target)
-    own.connect()
+    own = receiver(scheme, target)
     nn.init.constant_(source.weight, 2)
     sending = asyncio.ensure_future(scheme.asend())
     await asyncio.sleep(0)
@@ -75,9 +73,7 @@ async def test_a_send_that_is_cancelled_has_published(scheme: Scheme) -> None:
     target = linear(0)
     scheme.init_on_sender(model=linear(1))
     scheme.connect()
-    own = scheme.for_worker(0)
-    own.init_on_receiver(model_id="policy", model=target)
-    own.connect()
+    own = receiver(scheme, target)
     sending = asyncio.ensure_future(scheme.asend(linear(2)))
     await asyncio.sleep(0.01)
     sending.cancel()

@@ -33,6 +33,14 @@ def value_of(module: nn.Module) -> float:
     return float(next(module.parameters()).detach().flatten()[0])
 
 
+def receiver(scheme: Scheme, module: nn.Module | None) -> Scheme:
+    """The first worker, which has connected, and applies what comes when it is told to."""
+    own = scheme.for_worker(0)
+    own.init_on_receiver(model_id="policy", model=module)
+    own.connect()
+    return own
+
+
 @contextmanager
 def following(scheme: Scheme, worker: int, module: nn.Module | None) -> Iterator[Scheme]:
     """A worker in a thread that applies what comes."""
