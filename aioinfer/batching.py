@@ -17,7 +17,7 @@ class DispatchReason(StrEnum):
     FULL = "full"
     """``max_batch_size`` requests were pending."""
     TIMEOUT = "timeout"
-    """The oldest request had waited for ``timeout`` seconds."""
+    """The oldest request had waited for ``batch_timeout`` seconds."""
     IDLE = "idle"
     """The model was free and ``min_batch_size`` requests were pending."""
     ALL_WAITING = "all_waiting"
@@ -50,14 +50,14 @@ class BatchRule:
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"{name} must be an integer, got {value!r}")
         if not isinstance(self.timeout, (int, float)) or isinstance(self.timeout, bool):
-            raise TypeError(f"timeout must be a number of seconds, got {self.timeout!r}")
+            raise TypeError(f"batch_timeout must be a number of seconds, got {self.timeout!r}")
         if not 1 <= self.min_batch_size <= self.max_batch_size:
             raise ValueError(
                 "batch sizes must satisfy 1 <= min_batch_size <= max_batch_size, "
                 f"got min_batch_size={self.min_batch_size} and max_batch_size={self.max_batch_size}"
             )
         if not self.timeout >= 0:
-            raise ValueError(f"timeout must be at least 0 seconds, got {self.timeout!r}")
+            raise ValueError(f"batch_timeout must be at least 0 seconds, got {self.timeout!r}")
 
     def decide(
         self, *, pending: int, waited: float, callers: int | None = None, draining: bool = False

@@ -52,8 +52,9 @@ class InferenceServer(ServerLife):
             processes at once. Clients that the server makes are then the first one's.
         max_batch_size: most requests in one forward pass.
         min_batch_size: after the first request arrived, gather until this many are there, or
-            ``timeout`` passes. 1 dispatches at once; while the model is busy, requests gather anyway.
-        timeout: seconds a partial batch may wait.
+            ``batch_timeout`` passes. 1 dispatches at once; while the model is busy, requests gather anyway.
+        batch_timeout: seconds that a partial batch may wait, counted from its oldest request; 0.01 by default.
+        timeout: the name that torchrl has for ``batch_timeout``. Give one of the two.
         collate_fn: list of request TensorDicts to a batched TensorDict, whatever their layouts. The default
             stacks requests of like layout, and runs those of unlike layout apart.
         device: where batches are moved, and the model at the start; ``None`` moves nothing.
@@ -82,8 +83,9 @@ class InferenceServer(ServerLife):
             without it.
 
     Raises:
-        TypeError: an argument of the wrong type, or a module of tensors instead of TensorDicts.
-        ValueError: not ``1 <= min_batch_size <= max_batch_size``, a negative ``timeout``, ``max_pending < 1``;
+        TypeError: an argument of the wrong type, or a module of tensors instead of TensorDicts; or both
+            ``batch_timeout`` and ``timeout``.
+        ValueError: not ``1 <= min_batch_size <= max_batch_size``, a negative ``batch_timeout``, ``max_pending < 1``;
             ``out_keys`` that the model neither reads nor writes.
         RuntimeError: ``transport`` has a running server already.
     """
@@ -95,7 +97,8 @@ class InferenceServer(ServerLife):
         *,
         max_batch_size: int = 64,
         min_batch_size: int = 1,
-        timeout: float = 0.01,
+        batch_timeout: float | None = None,
+        timeout: float | None = None,
         collate_fn: CollateFn | None = None,
         device: torch.device | str | int | None = None,
         out_keys: Sequence[NestedKey] | None = None,
@@ -123,7 +126,7 @@ class InferenceServer(ServerLife):
         self.weight_sync = weight_sync
         self.weight_sync_model_id = weight_sync_model_id
         self.policy_version_key = policy_version_key
-        self._rule = BatchRule(max_batch_size, min_batch_size, timeout)
+        self._rule = BatchRule(max_batch_size, min_batch_size, _batch_timeout(batch_timeout, timeout))
         self._stats = StatsRecorder()
         self._request_spec = request_spec
         self._max_pending = max_pending
@@ -339,6 +342,16 @@ def _check_out_keys(model: Any, out_keys: Sequence[NestedKey] | None, request_sp
             f"out_keys has {unknown}, which the model does not write; it writes {list(model.out_keys)} (an entry of "
             "the request that passes through must be in the model's in_keys, or in request_spec)"
         )
+
+
+def _batch_timeout(batch_timeout: float | None, timeout: float | None) -> float:
+    if batch_timeout is not None and timeout is not None:
+        raise TypeError(
+            "timeout and batch_timeout are two names for one argument; give one of them, "
+            f"got timeout={timeout!r} and batch_timeout={batch_timeout!r}"
+        )
+    given = timeout if batch_timeout is None else batch_timeout
+    return 0.01 if given is None else given
 
 
 def _transports(transport: Any) -> list[InferenceTransport]:

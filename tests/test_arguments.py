@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,12 +15,14 @@ from torch import nn
 
 from aioinfer import (
     AsyncInferenceClient,
+    DispatchReason,
     InferenceClient,
     InferenceServer,
     InferenceTransport,
     ModelError,
     MPTransport,
     PolicyClientModule,
+    ProcessInferenceServer,
     ProcessSlotTransport,
     SlotTransport,
     ThreadingTransport,
@@ -54,6 +57,44 @@ def test_out_keys_that_a_function_does_not_return_are_an_error_of_the_model() ->
         with pytest.raises(ModelError, match=r"\['actoin'\], the model returned \['action'\]"):
             server.client()(request(1), HANG)
         assert server.is_alive
+
+
+# -- the batch timeout -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["batch_timeout", "timeout"])
+@pytest.mark.parametrize("hosted", [False, True])
+def test_the_batch_timeout_has_the_name_that_torchrl_gives_it_too(name: str, hosted: bool) -> None:
+    def make(**options: Any) -> object:
+        if hosted:
+            return ProcessInferenceServer(linear, MPTransport(), **options)
+        return InferenceServer(linear(), ThreadingTransport(), **options)
+
+    make(**{name: 0.5})
+    make(**{name: 0})
+    with pytest.raises(ValueError, match="batch_timeout must be at least 0 seconds, got -1"):
+        make(**{name: -1})
+    with pytest.raises(TypeError, match="batch_timeout must be a number of seconds, got '2'"):
+        make(**{name: "2"})
+    with pytest.raises(TypeError, match=r"two names for one argument.*got timeout=0\.2 and batch_timeout=0\.1"):
+        make(batch_timeout=0.1, timeout=0.2)
+
+
+@pytest.mark.parametrize("name", ["batch_timeout", "timeout"])
+def test_a_partial_batch_leaves_when_the_batch_timeout_has_passed_whatever_its_name(name: str) -> None:
+    options: dict[str, Any] = {name: 0.05}
+    with InferenceServer(double, ThreadingTransport(), min_batch_size=2, **options) as server:
+        started = time.monotonic()
+        assert is_double(server.client()(request(1), HANG), 1)
+        assert time.monotonic() - started >= 0.05
+        assert server.stats().batches == {DispatchReason.TIMEOUT: 1}
+
+
+def test_a_partial_batch_waits_for_a_hundredth_of_a_second_by_default() -> None:
+    with InferenceServer(double, ThreadingTransport(), min_batch_size=2) as server:
+        started = time.monotonic()
+        assert is_double(server.client()(request(1), HANG), 1)
+        assert time.monotonic() - started >= 0.01
 
 
 # -- models ------------------------------------------------------------------------------------------------
