@@ -58,8 +58,9 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Build the documentation into ``site/``; every warning is an error."""
+    """Build the documentation into ``site/``; every warning is an error, and so is code that is not the examples'."""
     install(session, "docs")
+    session.run("python", "docs/update_code.py", "--check")
     session.run("mkdocs", "build", "--strict", *session.posargs, env={"NO_MKDOCS_2_WARNING": "1"})
 
 

@@ -1,0 +1,48 @@
+"""What the pages show is what the examples are, and any code host can show it."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CODE = runpy.run_path(str(ROOT / "docs" / "update_code.py"))
+PAGES: list[Path] = CODE["PAGES"]
+ONLY_ON_OUR_SITE = re.compile(
+    r"^(!!!|\?\?\?|===)|--8<--|^``` *\{|:(material|octicons)-|\{ *[.#:][^}`]*\}$", re.MULTILINE
+)
+
+
+def name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_a_page_shows_its_examples_as_they_are(page: Path) -> None:
+    assert CODE["with_code"](page) == page.read_text(encoding="utf-8"), "run python docs/update_code.py"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_a_page_is_plain_markdown(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert not ONLY_ON_OUR_SITE.search(text)
+    assert text.count("<!-- code:") == text.count("<!-- end of code -->")
+
+
+def test_every_example_is_shown_on_a_page() -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    shown = set(re.findall(r"<!-- code: (\S+) -->", text))
+    assert shown == {example.name for example in (ROOT / "docs" / "examples").glob("*.py")}
+
+
+def test_a_page_whose_example_has_changed_is_found_and_mended(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("Look:\n\n<!-- code: threads.py -->\nold\n<!-- end of code -->\n\nThere.\n", encoding="utf-8")
+    mended: str = CODE["with_code"](page)
+    assert "old" not in mended
+    assert mended.startswith("Look:\n\n<!-- code: threads.py -->\n")
+    assert mended.endswith("```\n\n<!-- end of code -->\n\nThere.\n")
+    assert (ROOT / "docs" / "examples" / "threads.py").read_text(encoding="utf-8") in mended
+    page.write_text(mended, encoding="utf-8")
+    assert CODE["with_code"](page) == mended
