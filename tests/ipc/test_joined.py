@@ -21,7 +21,7 @@ from aioinfer import (
 from aioinfer.interaction import InteractionType, interaction_type
 from aioinfer.testing import GatedModel, double, eventually, request
 from aioinfer.testing.callers import expect_error, is_double
-from tests.process_callers import Worker
+from tests.ipc.callers import Worker
 from tests.process_workers import HANG, Child, answer, ask_always, clients_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # 3.12: of a process that has threads

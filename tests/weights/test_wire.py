@@ -19,7 +19,7 @@ from aioinfer.weight_sync import (
     WeightSyncScheme,
 )
 from tests.weight_models import Counter
-from tests.weight_workers import HANG, Scheme, following, linear, receiver, scheme, value_of
+from tests.weights.workers import HANG, Scheme, following, linear, receiver, scheme, value_of
 
 __all__ = ["scheme"]
 

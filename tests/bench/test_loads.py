@@ -14,7 +14,7 @@ from aioinfer.bench import contenders, drivers, measure, runner, trainers, weigh
 from aioinfer.bench.models import Policy
 from aioinfer.bench.partners import Partner, Pipe
 from aioinfer.bench.workloads import WORKLOADS, System, WeightSet
-from tests.bench_parts import BY_NAME, job
+from tests.bench.parts import BY_NAME, job
 
 # -- the loads -----------------------------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ from aioinfer.weight_sync.publications import Reader
 from aioinfer.weight_sync.queues import Descriptor, DescriptorQueue
 from aioinfer.weight_sync.waiting import await_readable, wait_readable
 from tests.weight_models import Counter
-from tests.weight_workers import HANG, Scheme, following, linear, receiver, scheme, value_of
+from tests.weights.workers import HANG, Scheme, following, linear, receiver, scheme, value_of
 
 __all__ = ["scheme"]
 

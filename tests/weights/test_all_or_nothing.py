@@ -21,9 +21,9 @@ from aioinfer.testing import eventually
 from aioinfer.weight_sync import targets
 from aioinfer.weight_sync.targets import ModelTarget
 from aioinfer.weight_sync.weights import Weights, check_version, read
-from tests.test_weights import same
 from tests.weight_models import Counter
-from tests.weight_workers import HANG, Scheme, following, linear, scheme, value_of
+from tests.weights.test_weights import same
+from tests.weights.workers import HANG, Scheme, following, linear, scheme, value_of
 
 __all__ = ["scheme"]
 

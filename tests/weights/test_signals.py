@@ -16,7 +16,7 @@ import pytest
 
 from aioinfer import InferenceServer, ThreadingTransport, WeightSyncError
 from tests.weight_models import SCHEMES, Counter, mark, policy
-from tests.weight_workers import HANG, Scheme, following, scheme, value_of
+from tests.weights.workers import HANG, Scheme, following, scheme, value_of
 
 __all__ = ["scheme"]
 

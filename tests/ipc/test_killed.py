@@ -245,7 +245,7 @@ import torch
 from aioinfer import InferenceServer
 from aioinfer.testing import request
 from tests.process_workers import _run, clients_of
-from tests.test_processes_killed import call_until_it_fails, double, transport_of
+from tests.ipc.test_killed import call_until_it_fails, double, transport_of
 
 def model(td):
     if (td["observation"] < 0).any():

@@ -22,7 +22,7 @@ from aioinfer.bench.partners import Pipe
 from aioinfer.bench.processes import Rota
 from aioinfer.bench.results import Figures
 from aioinfer.bench.workloads import System
-from tests.bench_parts import BY_NAME, job
+from tests.bench.parts import BY_NAME, job
 
 # -- whole measurements --------------------------------------------------------------------------------
 

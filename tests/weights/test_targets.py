@@ -12,8 +12,8 @@ from torch import nn
 from aioinfer import WeightSyncError
 from aioinfer.weight_sync.targets import ModelTarget, Spares
 from aioinfer.weight_sync.weights import Strategy, Weights, read
-from tests.test_weights import STRATEGIES, rich, same, scramble, travelled
 from tests.weight_models import Counter
+from tests.weights.test_weights import STRATEGIES, rich, same, scramble, travelled
 
 # -- loading -----------------------------------------------------------------------------------------------
 

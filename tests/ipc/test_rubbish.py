@@ -23,10 +23,10 @@ from aioinfer.testing.callers import is_double
 from aioinfer.transports.addresses import dial
 from aioinfer.transports.parcels import pack
 from aioinfer.transports.wire import FromClient, frame, word
+from tests.contract.test_exit import used_within
+from tests.ipc.callers import Worker
 from tests.leftovers import needs_descriptors
-from tests.process_callers import Worker
 from tests.process_workers import HANG, clients_of, greeting
-from tests.test_exit import used_within
 from tests.transports import process_slots
 
 MAKES: list[Any] = [process_slots, MPTransport]

@@ -26,7 +26,7 @@ from aioinfer.demo.figures import Figures
 from aioinfer.demo.policy import Actor, make_policy
 from aioinfer.demo.rollouts import Rollouts
 from aioinfer.demo.views import View
-from tests.cartpole import ScriptedEnv
+from tests.demo.cartpole import ScriptedEnv
 
 # What is started, then interrupted: the demo, and after it a line that tells what it left behind.
 _PROGRAM = """

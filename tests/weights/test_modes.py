@@ -14,8 +14,8 @@ from torch import nn
 from aioinfer import InferenceServer, ThreadingTransport
 from aioinfer.weight_sync.targets import ModelTarget
 from aioinfer.weight_sync.weights import read
-from tests.test_weights import rich, same, scramble, travelled
-from tests.weight_workers import HANG, Scheme, following, linear, scheme, value_of
+from tests.weights.test_weights import rich, same, scramble, travelled
+from tests.weights.workers import HANG, Scheme, following, linear, scheme, value_of
 
 __all__ = ["scheme"]
 

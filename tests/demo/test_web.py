@@ -23,7 +23,7 @@ from aioinfer import InferenceServer, MPTransport, ProcessInferenceServer
 from aioinfer.testing import GatedModel, double
 from tests.hosted import make_double
 
-EXAMPLE = Path(__file__).parent.parent / "docs" / "examples" / "web.py"
+EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "web.py"
 DEADLINE = 20.0
 
 

@@ -8,7 +8,7 @@ import pytest
 from aioinfer.bench import machine, report
 from aioinfer.bench.results import Ratio, Summary, better
 from aioinfer.bench.workloads import Metric, System
-from tests.bench_parts import ABOUT, alone, contest, results
+from tests.bench.parts import ABOUT, alone, contest, results
 
 # -- arithmetic ----------------------------------------------------------------------------------------
 

@@ -36,7 +36,7 @@ from tests.leftovers import (
 from tests.process_workers import hear
 from tests.weight_models import policy
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 

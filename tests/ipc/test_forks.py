@@ -277,7 +277,7 @@ class running:  # noqa: N801 - as a function
     """A program in a session of its own, of which nothing is left afterwards."""
 
     def __init__(self, code: str) -> None:
-        root = str(Path(__file__).parent.parent)
+        root = str(Path(__file__).parents[2])
         self._process = subprocess.Popen(
             [sys.executable, "-c", code],
             env={**os.environ, "PYTHONPATH": root},

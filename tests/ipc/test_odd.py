@@ -20,8 +20,8 @@ from aioinfer.testing import double, eventually, request
 from aioinfer.testing.callers import is_double
 from aioinfer.transports.addresses import dial
 from aioinfer.transports.wire import FromClient, frame, word
+from tests.ipc.test_rubbish import is_hung_up
 from tests.process_workers import HANG, KINDS, Child, call, client_of, outcome
-from tests.test_processes_rubbish import is_hung_up
 from tests.transports import process_slots
 
 

@@ -13,7 +13,7 @@ from tensordict import TensorDictBase
 
 from aioinfer import InferenceServer, ModelError, MPTransport
 from aioinfer.testing import GatedModel, double, eventually, request
-from tests.process_callers import Worker
+from tests.ipc.callers import Worker
 from tests.process_workers import HANG, KINDS, clients_of
 from tests.transports import process_slots
 

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 
 from aioinfer.testing import CHECKS, Ground, eventually
-from tests.process_callers import AwaitingElsewhere, BlockingElsewhere, Worker
+from tests.ipc.callers import AwaitingElsewhere, BlockingElsewhere, Worker
 from tests.process_workers import HANG, METHODS
 from tests.transports import FIXED_LAYOUT, TRANSPORTS
 

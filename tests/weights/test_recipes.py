@@ -15,7 +15,7 @@ from aioinfer.weight_sync import (
     MultiProcessWeightSyncScheme,
     SharedMemWeightSyncScheme,
 )
-from tests.weight_workers import HANG, Scheme, following, linear, scheme, value_of
+from tests.weights.workers import HANG, Scheme, following, linear, scheme, value_of
 
 __all__ = ["scheme"]
 

@@ -10,7 +10,7 @@ import pytest
 
 from aioinfer.testing import check_transport
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SERVES_UNTIL_CTRL_C = {"web.py"}  # see test_web.py
 EXAMPLES = sorted(path for path in (ROOT / "docs" / "examples").glob("*.py") if path.name not in SERVES_UNTIL_CTRL_C)
 

@@ -20,7 +20,7 @@ from aioinfer.demo.plot import save_plot
 from aioinfer.demo.policy import Actor, make_policy
 from aioinfer.demo.ppo import PPO, estimate_advantages
 from aioinfer.demo.rollouts import Fragment, Rollouts
-from tests.cartpole import ScriptedEnv
+from tests.demo.cartpole import ScriptedEnv
 
 
 def _fragment(steps: int = 1, *, terminated: bool = False, actions: Any = None, reward: float = 1.0) -> Fragment:

@@ -10,7 +10,7 @@ from aioinfer.bench import machine, runner
 from aioinfer.bench.models import Policy
 from aioinfer.bench.results import Figures, Results
 from aioinfer.bench.workloads import WORKLOADS, Job, Metric, Pattern, System, Workload
-from tests.bench_parts import ABOUT, BY_NAME, job, options
+from tests.bench.parts import ABOUT, BY_NAME, job, options
 
 # -- what is measured ----------------------------------------------------------------------------------
 
