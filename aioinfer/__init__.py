@@ -13,7 +13,7 @@ The way of a request, and the files that it passes::
 
 Between processes the same way, with a wire in it::
 
-    transports/tickets.py     transports/station.py    transports/wire.py       transports/switchboard.py
+    transports/tickets.py     transports/station.py    ipc/sockets.py           transports/switchboard.py
     a client, that pickles -> what this process asks -> one pair of sockets  -> a line to each process -> pending, ...
                               and who waits for it      for each process
 

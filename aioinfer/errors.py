@@ -19,8 +19,8 @@ __all__ = [
     "ServerPausedError",
     "ServerStartError",
     "WeightSyncError",
+    "clone_exception",
     "describe",
-    "own_error",
 ]
 
 
@@ -92,7 +92,7 @@ class WeightSyncError(InferenceError):
         self.failures = dict(failures or {})
 
 
-def own_error(original: BaseException) -> Exception:
+def clone_exception(original: BaseException) -> Exception:
     """Make the instance of an error that one caller gets.
 
     Callers must not share an exception object: each ``raise`` writes its traceback into it.
@@ -104,7 +104,7 @@ def own_error(original: BaseException) -> Exception:
         A new exception of the same type and message where that is possible, else a
         :class:`ModelError` that names it. Its ``__cause__`` is ``original``, or what caused the server to close.
     """
-    twin = _twin(original)
+    twin = _clone(original)
     if twin is None:
         twin = ModelError(describe(original))
     twin.__cause__ = original.__cause__ if isinstance(original, ServerClosedError) else original
@@ -120,7 +120,7 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__qualname__}: {text}"
 
 
-def _twin(original: BaseException) -> Exception | None:
+def _clone(original: BaseException) -> Exception | None:
     if not isinstance(original, Exception) or isinstance(original, (StopIteration, StopAsyncIteration)):
         return None
     for make in (copy.copy, _without_init):

@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import torch
 
-from aioinfer.transports.bells import LockBell
-from aioinfer.transports.futures import Future
+from aioinfer.futures import Future
+from aioinfer.wakers import LockWaker
 
 __all__ = ["ModelThread"]
 
@@ -41,7 +41,7 @@ class ModelThread:
         prepare: Callable[[], None],
         serve: Callable[[], None],
         wake: Callable[[], None],
-        stand_by: Callable[[LockBell], None],
+        stand_by: Callable[[LockWaker], None],
         ended: Callable[[BaseException | None], None],
         name: str,
     ) -> None:
@@ -54,7 +54,7 @@ class ModelThread:
         self._jobs: deque[tuple[Callable[[], None], Future[None]]] = deque()
         self._over = False
         self._holds: set[object] = set()
-        self._news = LockBell()  # of jobs, of a hold that is over, or of the end
+        self._news = LockWaker()  # of jobs, of a hold that is over, or of the end
         self._prepared: Future[None] = Future()
         # A daemon: a program that ends without shutting its server down must not hang.
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -104,7 +104,7 @@ class ModelThread:
             self._thread.join(timeout)
 
     def _notify(self) -> None:
-        self._news.ring()
+        self._news.notify()
         self._wake()
 
     @torch.no_grad()

@@ -16,10 +16,10 @@ from torch import nn
 
 from aioinfer.devices import Model, Placement
 from aioinfer.errors import InvalidRequestError, ModelError, describe
-from aioinfer.interaction import in_force
-from aioinfer.stamps import VersionStamps
+from aioinfer.interaction_type import use_mode
 from aioinfer.tensors import UnlikeRequestsError, check_output, group_by_layout, rows, stack
 from aioinfer.transports.requests import STORED, Request, SlotStore
+from aioinfer.versions import VersionTensorCache
 
 __all__ = ["CollateFn", "ForwardPass", "Outcome"]
 
@@ -77,7 +77,7 @@ class ForwardPass:
         self._keys = frozenset(map(_entry, out_keys)) if out_keys else None
         self._version_key = version_key
         self._version = version
-        self._stamps = VersionStamps()
+        self._version_tensors = VersionTensorCache()
         self._split_failed_batches = split_failed_batches
         self._look = look
         self._warned = False
@@ -174,7 +174,7 @@ class ForwardPass:
             batch, split = self._collate([request.td for request in requests]), self._split
         else:
             batch, split = self._gather(store, requests), partial(self._scatter, store, requests)
-        with in_force(requests[0].mode):
+        with use_mode(requests[0].mode):
             return self._placement.run(self._model, batch, lambda output: check_output(output, count), split)
 
     def _split(self, output: TensorDictBase) -> Sequence[TensorDictBase]:
@@ -182,8 +182,8 @@ class ForwardPass:
             raise ModelError(f"out_keys names {sorted(missing)}, the model returned {sorted(map(str, output.keys()))}")
         if self._version_key is None:
             return rows(output, self._keys)
-        stamps = self._stamps.make(self._version(), output.batch_size, output.device)
-        return rows(output, self._keys, {self._version_key: stamps})
+        tensors = self._version_tensors.make(self._version(), output.batch_size, output.device)
+        return rows(output, self._keys, {self._version_key: tensors})
 
     def _gather(self, store: SlotStore, requests: Sequence[Request]) -> TensorDictBase:
         if self._collate_fn is not None:

@@ -15,10 +15,10 @@ from typing import Any, Self
 
 from anyio.from_thread import start_blocking_portal
 
-from aioinfer.errors import ServerClosedError, ServerNotRunningError, own_error
+from aioinfer.errors import ServerClosedError, ServerNotRunningError, clone_exception
+from aioinfer.futures import Future, run_in_thread
 from aioinfer.transports.admission import Admission
 from aioinfer.transports.base import ServedTransport
-from aioinfer.transports.futures import Future, run_in_thread
 from aioinfer.worker import Worker
 
 __all__ = ["ServerLife"]
@@ -104,7 +104,7 @@ class ServerLife(ABC):
         try:
             await asyncio.wrap_future(opened)
             if (error := self._shut_down_with()) is not None:
-                raise own_error(error)
+                raise clone_exception(error)
         except BaseException:
             await self.aclose()
             raise

@@ -13,7 +13,7 @@ from tensordict.utils import NestedKey
 
 from aioinfer.client import InferenceClient
 from aioinfer.errors import ClientBusyError, InvalidRequestError, ServerOverloadedError
-from aioinfer.interaction import InteractionType, calling_in, interaction_type
+from aioinfer.interaction_type import InteractionType, interaction_type, requests_carry
 
 __all__ = ["PolicyClientModule"]
 
@@ -75,7 +75,7 @@ class PolicyClientModule(TensorDictModuleBase):
 
     def _calling(self) -> AbstractContextManager[None]:
         mode = self.interaction_type
-        return calling_in(interaction_type() if mode is None else mode)
+        return requests_carry(interaction_type() if mode is None else mode)
 
     def forward(self, td: TensorDictBase) -> TensorDictBase:
         """Compute ``out_keys``.

@@ -20,13 +20,13 @@ from aioinfer.client import AsyncInferenceClient, InferenceClient
 from aioinfer.devices import Model, place
 from aioinfer.errors import ServerClosedError
 from aioinfer.forward import CollateFn, ForwardPass
+from aioinfer.futures import Future
 from aioinfer.health import Health
 from aioinfer.life import ServerLife
 from aioinfer.pause import Pause, PendingPolicy, check_policy
 from aioinfer.stats import ServerStats, StatsRecorder
 from aioinfer.transports.admission import Admission
 from aioinfer.transports.base import InferenceTransport, ServedTransport
-from aioinfer.transports.futures import Future
 from aioinfer.transports.joined import JoinedTransport
 from aioinfer.transports.polling import PolledTransport
 from aioinfer.transports.processes import ProcessTransport

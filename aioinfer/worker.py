@@ -10,14 +10,14 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from aioinfer.batching import BatchRule, DispatchReason
-from aioinfer.errors import ServerClosedError, describe, own_error
+from aioinfer.errors import ServerClosedError, clone_exception, describe
 from aioinfer.executor import ModelThread
 from aioinfer.forward import ForwardPass, Outcome
+from aioinfer.futures import Future
 from aioinfer.pause import PendingPolicy
 from aioinfer.stats import StatsRecorder
 from aioinfer.transports.admission import Admission
 from aioinfer.transports.base import ServedTransport
-from aioinfer.transports.futures import Future
 from aioinfer.transports.requests import Request
 
 __all__ = ["Worker"]
@@ -274,7 +274,7 @@ class Worker:
     def _fail(self, requests: Sequence[Request], error: BaseException) -> None:
         if requests:
             try:
-                self._transport.fail_batch(requests, [own_error(error) for _ in requests])
+                self._transport.fail_batch(requests, [clone_exception(error) for _ in requests])
             except BaseException:
                 _log.exception("the transport could not hand errors over")
 

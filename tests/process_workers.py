@@ -20,8 +20,8 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 
 from aioinfer import InferenceClient, MPTransport, ProcessSlotTransport
+from aioinfer.ipc.sockets import Listener
 from aioinfer.testing import eventually, request
-from aioinfer.transports.addresses import Listener
 
 HANG = 20.0
 METHODS = ("fork", "spawn")

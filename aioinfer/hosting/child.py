@@ -21,16 +21,16 @@ from typing import Any, NoReturn
 import anyio
 import anyio.to_thread
 
-from aioinfer.errors import ModelError, ServerClosedError, WeightSyncError, own_error
+from aioinfer.errors import ModelError, ServerClosedError, WeightSyncError, clone_exception
 from aioinfer.health import Health
 from aioinfer.hosting.orders import FromChild, FromParent, Order, VersionPage
+from aioinfer.ipc.pickling import dump_exception, dumps, loads
+from aioinfer.ipc.queue import DescriptorQueue
+from aioinfer.ipc.sockets import NUMBER, FramedSocket, frame, header
 from aioinfer.pause import PendingPolicy
 from aioinfer.server import InferenceServer
 from aioinfer.stats import ServerStats
-from aioinfer.transports.parcels import pack, pack_error, unpack
-from aioinfer.transports.wire import NUMBER, Wire, frame, word
 from aioinfer.weight_sync.publications import Reader
-from aioinfer.weight_sync.queues import DescriptorQueue
 from aioinfer.weight_sync.weights import given_back
 
 __all__ = ["run"]
@@ -52,7 +52,7 @@ def run(control: socket.socket, order: Order) -> None:
     signal.set_wakeup_fd(-1)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     control.set_inheritable(False)
-    wire = Wire(control)
+    wire = FramedSocket(control)
     threading.Thread(target=_end_with_parent, args=(control,), name="aioinfer-parent", daemon=True).start()
     desk: _Desk | None = None
     try:
@@ -83,13 +83,13 @@ def _end_with_parent(control: socket.socket) -> None:
     os._exit(1)
 
 
-def _fail(wire: Wire, error: BaseException) -> NoReturn:
+def _fail(wire: FramedSocket, error: BaseException) -> NoReturn:
     """Tell the parent why the process can't start, and end it."""
     text, original = f"{type(error).__qualname__}: (its message can't be shown)", None
     with suppress(BaseException):  # an exception of the user's may do anything where it is shown or pickled
         text = "".join(traceback.format_exception(error))
-        original = pack_error(error) if isinstance(error, Exception) else None
-    wire.send(frame(word(FromChild.FAILED), pack((text, original))))
+        original = dump_exception(error) if isinstance(error, Exception) else None
+    wire.send(frame(header(FromChild.FAILED), dumps((text, original))))
     _flush(wire)
     _hurry()
     sys.exit(1)
@@ -100,9 +100,9 @@ def _hurry() -> None:
     gc.freeze()
 
 
-def _flush(wire: Wire) -> None:
+def _flush(wire: FramedSocket) -> None:
     while wire.unsent:
-        wire.wait_for_room(None)
+        wire.wait_writable(None)
         wire.flush()
 
 
@@ -120,7 +120,9 @@ class _Desk:
         is_stuck: whether it was shut down and its worker goes on all the same.
     """
 
-    def __init__(self, wire: Wire, server: InferenceServer, updates: DescriptorQueue, page: VersionPage) -> None:
+    def __init__(
+        self, wire: FramedSocket, server: InferenceServer, updates: DescriptorQueue, page: VersionPage
+    ) -> None:
         self.serves = self.is_stuck = False
         self._wire = wire
         self._server = server
@@ -161,7 +163,7 @@ class _Desk:
             self._finish(None)
             return
         for text, payload in frames:
-            command, number, arguments = FromParent(text >> 60), text & NUMBER, unpack(payload or b"")
+            command, number, arguments = FromParent(text >> 60), text & NUMBER, loads(payload or b"")
             if command is FromParent.SHUTDOWN:
                 self._finish(arguments)
                 continue
@@ -186,7 +188,7 @@ class _Desk:
         return task
 
     def _send(self, kind: FromChild, number: int = 0, payload: bytes = b"") -> None:
-        self._wire.send(frame(word(kind, number), payload))
+        self._wire.send(frame(header(kind, number), payload))
         if self._wire.unsent:
             self._loop.add_writer(self._wire, self._send_rest)
 
@@ -199,7 +201,7 @@ class _Desk:
 
     async def _answer(self, command: FromParent, number: int, arguments: tuple[Any, ...]) -> None:
         try:
-            answer = pack(await self._do(command, *arguments))
+            answer = dumps(await self._do(command, *arguments))
         except BaseException as error:  # also what a module raises that is given its extra state
             if self._end.done() and isinstance(error, asyncio.CancelledError):
                 raise  # the event loop goes down
@@ -210,9 +212,9 @@ class _Desk:
 
     def _fail(self, number: int, error: BaseException) -> None:
         try:
-            payload = pack_error(own_error(error))
+            payload = dump_exception(clone_exception(error))
         except BaseException:  # an exception of the user's may do anything where it is shown
-            payload = pack_error(ModelError(f"{type(error).__qualname__}: (its message can't be shown)"))
+            payload = dump_exception(ModelError(f"{type(error).__qualname__}: (its message can't be shown)"))
         self._send(FromChild.ERROR, number, payload)
 
     async def _do(self, command: FromParent, *arguments: Any) -> Health | ServerStats | None:
@@ -227,7 +229,7 @@ class _Desk:
         """Pause until cancelled, which may be before it has begun."""
         try:
             async with self._server.paused(pending):
-                self._send(FromChild.ANSWER, number, pack(None))
+                self._send(FromChild.ANSWER, number, dumps(None))
                 await self._loop.create_future()
         except Exception as error:
             self._fail(number, error)
@@ -237,7 +239,7 @@ class _Desk:
         if pausing is not None:
             pausing.cancel()
             await asyncio.wait([pausing])
-            self._send(FromChild.ANSWER, number, pack(None))  # if nobody has got one: the parent reads the first only
+            self._send(FromChild.ANSWER, number, dumps(None))  # if nobody has got one: the parent reads the first only
 
     async def _update(self, cast: bool) -> None:
         try:

@@ -6,13 +6,13 @@ from collections import deque
 from dataclasses import dataclass, field
 from functools import partial
 
-from aioinfer.errors import WeightSyncError, own_error
+from aioinfer.errors import WeightSyncError, clone_exception
 from aioinfer.hosting.completion import Completion
 from aioinfer.hosting.hotline import Call, Hotline
 from aioinfer.hosting.orders import FromParent
-from aioinfer.transports.parcels import pack
+from aioinfer.ipc.pickling import dumps
+from aioinfer.ipc.queue import DescriptorQueue
 from aioinfer.weight_sync.publications import Publication, Shelf, Stored
-from aioinfer.weight_sync.queues import DescriptorQueue
 from aioinfer.weight_sync.weights import WeightsLike, check_version, read
 
 __all__ = ["Deliveries"]
@@ -67,7 +67,7 @@ class Deliveries:
 
     def _accept(self, delivery: _Delivery) -> None:
         if self._hotline.refusal is not None:
-            delivery.done.fail(own_error(self._hotline.refusal))
+            delivery.done.fail(clone_exception(self._hotline.refusal))
         else:
             self._waiting.append(delivery)
             self._go_on()
@@ -76,7 +76,7 @@ class Deliveries:
         while self._waiting and not self._under_way:
             delivery = self._waiting.popleft()
             if self._hotline.refusal is not None:
-                self._finish(delivery, own_error(self._hotline.refusal))
+                self._finish(delivery, clone_exception(self._hotline.refusal))
                 continue
             try:
                 self._queue.put(delivery.publication)
@@ -87,7 +87,7 @@ class Deliveries:
             self._under_way = True
             call = self._hotline.new_call()
             call.then = partial(self._answered, delivery)
-            self._hotline.send(call, FromParent.UPDATE, pack((delivery.cast,)))
+            self._hotline.send(call, FromParent.UPDATE, dumps((delivery.cast,)))
 
     def _answered(self, delivery: _Delivery, call: Call) -> None:
         self._under_way = False

@@ -21,14 +21,14 @@ from aioinfer.errors import (
     ServerClosedError,
     ServerNotRunningError,
     ServerStartError,
-    own_error,
+    clone_exception,
 )
 from aioinfer.hosting.completion import Completion
 from aioinfer.hosting.orders import FromChild, FromParent
 from aioinfer.hosting.process import ChildProcess
-from aioinfer.transports.parcels import pack, unpack, unpack_error
-from aioinfer.transports.poller import Poller
-from aioinfer.transports.wire import NUMBER, Wire, frame, word
+from aioinfer.ipc.pickling import dumps, load_exception, loads
+from aioinfer.ipc.selector import Selector
+from aioinfer.ipc.sockets import NUMBER, FramedSocket, frame, header
 
 __all__ = ["PARTING", "Call", "Hotline"]
 
@@ -77,7 +77,7 @@ class Hotline:
 
     def __init__(
         self,
-        launch: Callable[[], tuple[Wire, ChildProcess]],
+        launch: Callable[[], tuple[FramedSocket, ChildProcess]],
         decline: Callable[[ServerClosedError], None],
         release: Callable[[], None],
     ) -> None:
@@ -92,10 +92,10 @@ class Hotline:
         self._owner = os.getpid()
         self._numbers = itertools.count()
         self._jobs: deque[Callable[[], None]] = deque()  # for the thread
-        self._poller: Poller | None = None  # wakes the thread; its descriptors go with the last thread that uses it
+        self._poller: Selector | None = None  # wakes the thread; its descriptors go with the last thread that uses it
         self._over = False
         # The thread's:
-        self._wire: Wire
+        self._wire: FramedSocket
         self._process: ChildProcess
         self._calls: dict[int, Call] = {}
         self._kill_at = math.inf
@@ -137,7 +137,7 @@ class Hotline:
         finally:
             self._release()
             self.ended.succeed(None)
-            self.ready.fail(own_error(self.refusal))
+            self.ready.fail(clone_exception(self.refusal))
 
     # -- commands --------------------------------------------------------------------------------------
 
@@ -158,7 +158,7 @@ class Hotline:
             why = self.refusal or ("it starts" if self.began else "it was not started")
             raise ServerNotRunningError(f"the server does not run: {why}")
         if self.refusal is not None:
-            raise own_error(self.refusal)
+            raise clone_exception(self.refusal)
 
     def new_call(self) -> Call:
         """Number a command before it is given."""
@@ -177,7 +177,7 @@ class Hotline:
             ServerNotRunningError: this process was forked from the one that made the server.
         """
         self.check_process()
-        self.call_soon(partial(self.send, call, command, pack(arguments)))
+        self.call_soon(partial(self.send, call, command, dumps(arguments)))
 
     def call_soon(self, job: Callable[[], None]) -> None:
         """Do ``job`` on the thread, in order.
@@ -188,7 +188,7 @@ class Hotline:
         self._jobs.append(job)
         poller = self._poller
         if poller is not None:
-            poller.ring()
+            poller.notify()
         if self._over:  # the thread may have seen the job, or not
             job()
 
@@ -196,10 +196,10 @@ class Hotline:
         """Send a command (a job of the thread)."""
         ends_a_pause = command is FromParent.RESUME and self.serves and not self._over  # which a drain waits for
         if self.refusal is not None and not ends_a_pause:
-            self._settle(call, own_error(self.refusal))
+            self._settle(call, clone_exception(self.refusal))
             return
         self._calls[call.number] = call
-        self._wire.send(frame(word(command, call.number), payload))
+        self._wire.send(frame(header(command, call.number), payload))
 
     # -- the thread ------------------------------------------------------------------------------------
 
@@ -209,7 +209,7 @@ class Hotline:
             self.end_unlaunched()
             return
         try:
-            self._poller = Poller()
+            self._poller = Selector()
             self._wire, self._process = self._launch()
         except BaseException as error:  # a factory that does not pickle may raise anything
             self._fail_to_launch(error)
@@ -225,7 +225,7 @@ class Hotline:
             self._finish()
 
     def _fail_to_launch(self, error: BaseException) -> None:
-        what = f"{type(error).__qualname__}: {own_error(error)}"
+        what = f"{type(error).__qualname__}: {clone_exception(error)}"
         self.refusal = self.refusal or ServerClosedError(f"the server could not be started: {what}")
         start_error = ServerStartError(f"the server's process could not be started: {what}")
         start_error.__cause__ = error
@@ -237,13 +237,13 @@ class Hotline:
     def _attend(self) -> None:
         poller = self._poller
         assert poller is not None
-        poller.watch(self._wire, self._read)
-        poller.watch(self._process, self._hear_exit)
+        poller.register(self._wire, self._read)
+        poller.register(self._process, self._hear_exit)
         while not self._exited:
             self._run_jobs()
             if self._wire.unsent != self._watches_room and not self._hung_up:
                 self._watches_room = self._wire.unsent
-                poller.watch(self._wire, self._read, writable=self._watches_room)
+                poller.register(self._wire, self._read, writable=self._watches_room)
             left = self._kill_at - time.monotonic()
             poller.wait(None if left == math.inf else max(0.0, left))
             if time.monotonic() >= self._kill_at:
@@ -267,7 +267,7 @@ class Hotline:
         if not self.serves:
             self._process.kill()
             return
-        self._wire.send(frame(word(FromParent.SHUTDOWN), pack((timeout, drain))))
+        self._wire.send(frame(header(FromParent.SHUTDOWN), dumps((timeout, drain))))
         if timeout is not None:
             self._kill_at = min(self._kill_at, time.monotonic() + timeout + PARTING)
 
@@ -280,7 +280,7 @@ class Hotline:
             self._hung_up = True
             self._kill_at = min(self._kill_at, time.monotonic() + _HUNG_UP)
             if self._poller is not None:
-                self._poller.forget(self._wire)
+                self._poller.unregister(self._wire)
             return
         for text, payload in frames:
             self._handle(FromChild(text >> 60), text & NUMBER, payload or b"")
@@ -292,9 +292,9 @@ class Hotline:
             self.ready.fail(_start_error(payload))
         elif (call := self._calls.pop(number, None)) is not None:  # one that nobody waits for may be answered twice
             try:
-                outcome = unpack_error(payload) if kind is FromChild.ERROR else unpack(payload)
+                outcome = load_exception(payload) if kind is FromChild.ERROR else loads(payload)
             except BaseException as error:  # a class of the user's may raise anything
-                outcome, kind = own_error(error), FromChild.ERROR
+                outcome, kind = clone_exception(error), FromChild.ERROR
             self._settle(call, outcome if kind is FromChild.ERROR else None, outcome)
 
     def _settle(self, call: Call, error: BaseException | None, value: Any = None) -> None:
@@ -323,19 +323,19 @@ class Hotline:
         self._over = True
         self.ended.succeed(code)  # before the calls: who hears of the end finds it so
         closed = isinstance(error, ServerClosedError)
-        self.ready.fail(own_error(error) if closed else ServerStartError(f"{error}; it has not served yet"))
+        self.ready.fail(clone_exception(error) if closed else ServerStartError(f"{error}; it has not served yet"))
         while self._calls:
             _, call = self._calls.popitem()
-            self._settle(call, own_error(error))
+            self._settle(call, clone_exception(error))
         self._run_jobs()
 
 
 def _start_error(payload: bytes) -> ServerStartError:
-    text, original = unpack(payload)
+    text, original = loads(payload)
     error = ServerStartError(f"the server's process could not start:\n\n{text}")
     if original is not None:
         with suppress(BaseException):  # it may be of a class that this process does not know, or does not unpickle
-            error.__cause__ = unpack_error(original)
+            error.__cause__ = load_exception(original)
     return error
 
 

@@ -22,9 +22,9 @@ from aioinfer.hosting.deliveries import Deliveries
 from aioinfer.hosting.hotline import PARTING, Hotline
 from aioinfer.hosting.orders import Order, Served, VersionPage
 from aioinfer.hosting.process import ChildProcess, handed_over
+from aioinfer.ipc.queue import DescriptorQueue
+from aioinfer.ipc.sockets import FramedSocket
 from aioinfer.transports.processes import GivenTransport, ProcessTransport
-from aioinfer.transports.wire import Wire
-from aioinfer.weight_sync.queues import DescriptorQueue
 
 __all__ = ["ProcessLife"]
 
@@ -193,12 +193,12 @@ class ProcessLife:
 
     # -- on the hotline's thread -----------------------------------------------------------------------
 
-    def _launch(self) -> tuple[Wire, ChildProcess]:
+    def _launch(self) -> tuple[FramedSocket, ChildProcess]:
         inherited = ExitStack()  # what the process takes over; closed here, whether it starts or not
         with handed_over(inherited.close), ExitStack() as ours:
             parent, child = socket.socketpair()
             inherited.callback(child.close)
-            wire = Wire(parent)
+            wire = FramedSocket(parent)
             ours.callback(wire.close)
             queue = DescriptorQueue()
             ours.callback(queue.close)

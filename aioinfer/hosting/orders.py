@@ -10,9 +10,9 @@ from multiprocessing.reduction import DupFd, ForkingPickler
 from typing import Any, NamedTuple
 
 from aioinfer.devices import Model
-from aioinfer.segments import Segment
+from aioinfer.ipc.memory import AnonymousSharedMemory
+from aioinfer.ipc.queue import DescriptorQueue
 from aioinfer.transports.processes import GivenTransport
-from aioinfer.weight_sync.queues import DescriptorQueue
 
 __all__ = ["FromChild", "FromParent", "Order", "Served", "VersionPage"]
 
@@ -51,10 +51,10 @@ class VersionPage:
     """
 
     def __init__(self, version: int) -> None:
-        self._map(Segment.create(8))
+        self._map(AnonymousSharedMemory.create(8))
         self.write(version)
 
-    def _map(self, segment: Segment) -> None:
+    def _map(self, segment: AnonymousSharedMemory) -> None:
         self._segment = segment
         self._number = segment.view.cast("q")
 
@@ -70,7 +70,7 @@ class VersionPage:
         return DupFd(self._segment.fd)
 
     def __setstate__(self, descriptor: Any) -> None:
-        self._map(Segment(descriptor.detach(), 8, b""))
+        self._map(AnonymousSharedMemory(descriptor.detach(), 8, b""))
 
 
 class Served(NamedTuple):
@@ -108,7 +108,7 @@ class Order:
         body = io.BytesIO()
         _ByValue(body).dump(self._contents)
         # In shared memory: a start writes into a pipe, and would wait for ever for a process that died before it read.
-        self._pickled = Segment.create(body.tell())
+        self._pickled = AnonymousSharedMemory.create(body.tell())
         self._pickled.write(body.getvalue(), 0)
         return {"_contents": None, "_pickled": (DupFd(self._pickled.fd), body.tell())}
 
@@ -116,7 +116,7 @@ class Order:
         """What the order is made of (the process)."""
         if self._contents is None:
             descriptor, size = self._pickled
-            self._contents = pickle.loads(Segment(descriptor.detach(), size, b"").read(0, size))
+            self._contents = pickle.loads(AnonymousSharedMemory(descriptor.detach(), size, b"").read(0, size))
         assert self._contents is not None
         return self._contents
 

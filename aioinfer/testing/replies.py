@@ -9,7 +9,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 
 from aioinfer.errors import InvalidRequestError, ModelError
-from aioinfer.interaction import InteractionType, calling_in, interaction_type
+from aioinfer.interaction_type import InteractionType, interaction_type, requests_carry
 from aioinfer.testing.callers import HANG, GatedModel, Ground, double, eventually, expect_error, is_double, request
 
 __all__ = ["CHECKS"]
@@ -166,7 +166,7 @@ def exploration_modes_are_batched_apart(ground: Ground) -> None:
     with ground.serve(model, reply=TensorDict({"action": torch.tensor(0)})) as (_, callers):
         for turn in range(12):
             mode = modes[turn % 3]
-            reply = callers.call(0, request(1), around=calling_in(mode)).result(HANG)
+            reply = callers.call(0, request(1), around=requests_carry(mode)).result(HANG)
             assert reply["action"] == codes[None if mode is None else mode.value]
             assert interaction_type() is None
 

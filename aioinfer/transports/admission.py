@@ -7,7 +7,13 @@ from collections.abc import Callable
 import torch
 from tensordict import TensorDictBase
 
-from aioinfer.errors import InvalidRequestError, ServerClosedError, ServerOverloadedError, ServerPausedError, own_error
+from aioinfer.errors import (
+    InvalidRequestError,
+    ServerClosedError,
+    ServerOverloadedError,
+    ServerPausedError,
+    clone_exception,
+)
 from aioinfer.stats import StatsRecorder
 from aioinfer.tensors import RequestSpec
 
@@ -116,7 +122,7 @@ class Admission:
             ServerPausedError: it is paused, and refuses requests meanwhile.
         """
         if self.closed is not None:
-            raise own_error(self.closed)
+            raise clone_exception(self.closed)
         if self.refusals:
             raise self.paused()
         self.check_layout(td)

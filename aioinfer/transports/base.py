@@ -21,9 +21,9 @@ from tensordict import TensorDictBase
 from aioinfer.client import AsyncInferenceClient, InferenceClient, check_count
 from aioinfer.errors import ServerClosedError
 from aioinfer.transports.admission import Admission
-from aioinfer.transports.bells import LockBell
 from aioinfer.transports.bridge import BridgedAsyncClient, BridgedClient, OpenRequests
 from aioinfer.transports.requests import Request
+from aioinfer.wakers import LockWaker
 
 __all__ = ["InferenceTransport", "ServedTransport"]
 
@@ -152,7 +152,7 @@ class ServedTransport(ABC):
             How many are pending; it may return early.
         """
 
-    def stand_by(self, bell: LockBell) -> None:
+    def stand_by(self, bell: LockWaker) -> None:
         """Block while nothing is to be claimed, until ``bell`` rings and ``wake`` is called; it may return early.
 
         A transport to other processes goes on reading what they send, and sending what they have not read yet.

@@ -15,10 +15,10 @@ from typing import Any
 from tensordict import TensorDictBase
 
 from aioinfer.client import CLOSED, InferenceClient
-from aioinfer.errors import ServerClosedError, own_error
-from aioinfer.interaction import caller_mode, stamp
+from aioinfer.errors import ServerClosedError, clone_exception
+from aioinfer.futures import Future
+from aioinfer.interaction_type import attach_mode, caller_mode
 from aioinfer.transports.admission import REFUSALS, Admission
-from aioinfer.transports.futures import Future
 from aioinfer.transports.room import BoundedAsyncClient, RoomQueue, seconds_left
 
 __all__ = ["BridgedAsyncClient", "BridgedClient", "OpenRequests"]
@@ -67,7 +67,7 @@ class OpenRequests:
                     self._submitting.add(place)
             if full:
                 raise self.admission.overloaded()
-            future = submit(stamp(td, caller_mode()))
+            future = submit(attach_mode(td, caller_mode()))
             self._futures.add(future)
             self._submitting.discard(place)
         except BaseException:
@@ -113,14 +113,14 @@ class OpenRequests:
     def closed_error(self) -> Exception | None:
         """The error for a caller whose future was cancelled because the server closed."""
         closed = self._closed
-        return None if closed is None else own_error(closed)
+        return None if closed is None else clone_exception(closed)
 
 
 def _fail(future: Any, error: ServerClosedError) -> None:
     """End a future; one that only behaves as a standard future can at least be cancelled."""
     try:
         if isinstance(future, concurrent.futures.Future):
-            future.set_exception(own_error(error))
+            future.set_exception(clone_exception(error))
         else:
             future.cancel()
     except concurrent.futures.InvalidStateError:  # it was settled meanwhile

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import repeat
 from typing import Any, TypeAlias
 
-from aioinfer.errors import own_error
+from aioinfer.errors import clone_exception
 from aioinfer.transports.outlets import Outlet
 
 __all__ = ["Calls", "Unload"]
@@ -49,7 +49,7 @@ class Calls(dict[int, Call]):
     def fail_all(self, error: Exception) -> None:
         """Settle all of them with an error, each with one of its own."""
         for number in list(self):
-            self.fail(number, own_error(error))
+            self.fail(number, clone_exception(error))
 
 
 def _settle(calls: Sequence[Call | None], answers: Sequence[Any]) -> None:

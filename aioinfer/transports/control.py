@@ -5,14 +5,38 @@ from __future__ import annotations
 from enum import IntEnum
 
 from aioinfer.errors import InferenceError, ServerClosedError, ServerPausedError
+from aioinfer.ipc.memory import AnonymousSharedMemory
+from aioinfer.ipc.pickling import dump_exception, load_exception
 from aioinfer.modes import long_lived
-from aioinfer.segments import Segment
-from aioinfer.transports.parcels import pack_error, unpack_error
 
-__all__ = ["Control", "State"]
+__all__ = ["Control", "FromClient", "FromServer", "State"]
 
 _BYTES = 4096
 _KEY, _ERROR = 16, 512  # where each begins: a length of two bytes, then the text
+
+
+class FromClient(IntEnum):
+    """What a client says."""
+
+    REQUEST = 0
+    REQUEST_WAIT = 1
+    """One that waits for room where the queue is full."""
+    CANCEL = 2
+    REFUSED = 3
+    """A request was refused at the client: the server counts it."""
+    HELLO = 4
+    DESCRIBE = 5
+    """Whoever dials wants to know what it takes to join."""
+    RELEASE = 6
+    """Clients that were never used were closed: nobody will join for them."""
+
+
+class FromServer(IntEnum):
+    """What a server says."""
+
+    REPLY = 0
+    ERROR = 1
+    HELLO_ACK = 2
 
 
 class State(IntEnum):
@@ -39,8 +63,8 @@ class Control:
     """
 
     @long_lived()
-    def __init__(self, segment: Segment | None = None) -> None:
-        self.segment = Segment.create(_BYTES) if segment is None else segment
+    def __init__(self, segment: AnonymousSharedMemory | None = None) -> None:
+        self.segment = AnonymousSharedMemory.create(_BYTES) if segment is None else segment
         self.view = self.segment.view
         """Its first byte is the state, its second counts how often the key of the version was set, its third how often
         the server was closed."""
@@ -52,12 +76,12 @@ class Control:
     @long_lived()
     def opened(cls, descriptor: int) -> Control:
         """Map a page of another process; the descriptor is its own from now on."""
-        return cls(Segment(descriptor, _BYTES, b""))
+        return cls(AnonymousSharedMemory(descriptor, _BYTES, b""))
 
     def set_state(self, state: State, error: InferenceError | None = None) -> None:
         """Say whether requests are taken, and why not."""
         if error is not None:
-            self._write(_ERROR, pack_error(error))
+            self._write(_ERROR, dump_exception(error))
         if state >= State.CLOSED > self.view[0]:
             self.view[2] = (self.view[2] + 1) % 256
         self.view[0] = state
@@ -83,7 +107,7 @@ class Control:
         if state == State.REFUSING:
             return ServerPausedError("the server is paused; try again when it goes on")
         try:
-            return unpack_error(self._read(_ERROR))
+            return load_exception(self._read(_ERROR))
         except Exception:  # too long for the page
             return ServerClosedError("the server is shut down")
 

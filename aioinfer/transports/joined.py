@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from tensordict import TensorDictBase
 
 from aioinfer.errors import ServerClosedError
+from aioinfer.ipc.selector import Selector
 from aioinfer.transports.admission import Admission
 from aioinfer.transports.base import InferenceTransport, ServedTransport
-from aioinfer.transports.bells import LockBell
 from aioinfer.transports.pending import PendingQueue
-from aioinfer.transports.poller import Poller
 from aioinfer.transports.processes import ProcessTransport, watch
 from aioinfer.transports.queued import QueuedTransport
 from aioinfer.transports.requests import Request, answer
+from aioinfer.wakers import LockWaker
 
 __all__ = ["JoinedTransport"]
 
@@ -49,7 +49,7 @@ class JoinedTransport(ServedTransport):
             self._transports.append(transport)
         self._family = [transport._queue for transport in self._transports]
         self._processes = [transport for transport in self._transports if isinstance(transport, ProcessTransport)]
-        self._poller = Poller()
+        self._poller = Selector()
 
     def check_open(self, admission: Admission) -> None:
         for transport in self._transports:
@@ -102,10 +102,10 @@ class JoinedTransport(ServedTransport):
             for transport in self._processes:
                 transport.read_all()
         elif self.waited():  # it may not block, and so not look itself for what was cancelled meanwhile
-            self._poller.look()
+            self._poller.poll()
         return self._family[0].wait(at_least, enough, timeout)
 
-    def stand_by(self, bell: LockBell) -> None:
+    def stand_by(self, bell: LockWaker) -> None:
         self._family[0].stand_by()
 
     def waited(self) -> float:

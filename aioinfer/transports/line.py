@@ -9,11 +9,12 @@ from typing import Any, Protocol
 
 from tensordict import TensorDictBase
 
-from aioinfer.errors import own_error
-from aioinfer.interaction import Mode
-from aioinfer.transports.parcels import pack, pack_error, unpack
+from aioinfer.errors import clone_exception
+from aioinfer.interaction_type import Mode
+from aioinfer.ipc.pickling import dump_exception, dumps, loads
+from aioinfer.ipc.sockets import NUMBER, Frame, FramedSocket, frame, header
+from aioinfer.transports.control import FromClient, FromServer
 from aioinfer.transports.requests import Request
-from aioinfer.transports.wire import NUMBER, Frame, FromClient, FromServer, Wire, frame, word
 
 __all__ = ["Board", "Line", "RemoteRequest"]
 
@@ -78,7 +79,7 @@ class Line(ABC):
         board: where the line hangs.
     """
 
-    def __init__(self, wire: Wire, board: Board) -> None:
+    def __init__(self, wire: FramedSocket, board: Board) -> None:
         self.wire = wire
         self.board = board
         self.joined = False
@@ -116,20 +117,20 @@ class Line(ABC):
     def _take_in(self, frames: Sequence[Frame]) -> None:
         for text, payload in frames:
             kind = text >> 60
-            if kind == FromClient.JOIN:
+            if kind == FromClient.HELLO:
                 self._join(payload or b"")
             elif kind == FromClient.RELEASE:
                 self.release(payload or b"")
             elif kind == FromClient.DESCRIBE:
-                self.send(frame(word(FromServer.WELCOME), pack(self.describe())))
+                self.send(frame(header(FromServer.HELLO_ACK), dumps(self.describe())))
             elif not self.joined:
                 raise ValueError("it has not joined")
             elif kind == FromClient.CANCEL:
                 self.cancel(text & NUMBER)
             elif kind == FromClient.REFUSED:
                 self.board.count_refusal()
-            elif kind in (FromClient.REQUEST, FromClient.PATIENT_REQUEST):
-                self.ask_one(text, payload, patient=kind == FromClient.PATIENT_REQUEST)
+            elif kind in (FromClient.REQUEST, FromClient.REQUEST_WAIT):
+                self.ask_one(text, payload, patient=kind == FromClient.REQUEST_WAIT)
             else:
                 raise ValueError(f"unknown kind {kind}")
 
@@ -138,10 +139,10 @@ class Line(ABC):
             raise ValueError("it has joined already")
         self._joining = True
         try:
-            welcome, descriptors = self.join(*unpack(payload))
+            welcome, descriptors = self.join(*loads(payload))
         except BaseException as error:  # of its pickle, perhaps
-            refusal = error if isinstance(error, Exception) else own_error(error)
-            self.send(frame(word(FromServer.ERROR, NUMBER), pack_error(refusal)))
+            refusal = error if isinstance(error, Exception) else clone_exception(error)
+            self.send(frame(header(FromServer.ERROR, NUMBER), dump_exception(refusal)))
             return
         finally:
             self._joining = False
@@ -150,7 +151,7 @@ class Line(ABC):
             return
         self.joined = True
         self.board.move(self)
-        self.wire.send_descriptors(frame(word(FromServer.WELCOME), pack(welcome)), descriptors)
+        self.wire.send_descriptors(frame(header(FromServer.HELLO_ACK), dumps(welcome)), descriptors)
         self.board.watch(self)
 
     @abstractmethod
@@ -208,7 +209,7 @@ class Line(ABC):
     def fail(self, receivers: Sequence[RemoteRequest], errors: Sequence[Exception]) -> None:
         """Send errors."""
         data = b"".join(
-            frame(word(FromServer.ERROR, receiver.number), pack_error(error))
+            frame(header(FromServer.ERROR, receiver.number), dump_exception(error))
             for receiver, error in zip(receivers, errors, strict=True)
         )
         for receiver in receivers:  # afterwards: another thread may use it again for the next request at once

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from tensordict import TensorDictBase
 
-from aioinfer.transports.futures import Future
+from aioinfer.futures import Future
 
 __all__ = ["FUTURES", "LoopOutlet", "Outlet", "Receiver"]
 

@@ -16,14 +16,14 @@ from typing import Any
 
 from tensordict import TensorDict, TensorDictBase
 
-from aioinfer.errors import ServerClosedError, own_error
-from aioinfer.interaction import caller_mode
+from aioinfer.errors import ServerClosedError, clone_exception
+from aioinfer.interaction_type import caller_mode
 from aioinfer.transports.admission import Admission
-from aioinfer.transports.bells import RINGING, Bell, LockBell
 from aioinfer.transports.outlets import Outlet
 from aioinfer.transports.requests import Request, answer
 from aioinfer.transports.room import RoomQueue, seconds_left
 from aioinfer.transports.sleepers import Sleepers
+from aioinfer.wakers import ALREADY_NOTIFIED, LockWaker, Waker
 
 __all__ = ["PendingQueue"]
 
@@ -49,7 +49,7 @@ class PendingQueue:
 
     def __init__(self) -> None:
         self.admission = Admission()
-        self.bell: Bell = LockBell()
+        self.bell: Waker = LockWaker()
         self._requests: deque[Request] = deque()
         self._patient: deque[Request] = deque()  # those of other processes that wait for room
         self._closed: ServerClosedError | None = None
@@ -61,14 +61,14 @@ class PendingQueue:
         self.leave(self.bell)
         _queues.add(self)
 
-    def join(self, family: Sequence[PendingQueue], bell: Bell, lock: threading.RLock) -> None:
+    def join(self, family: Sequence[PendingQueue], bell: Waker, lock: threading.RLock) -> None:
         """Share the model thread, which ``bell`` wakes, and the bound with the others of ``family``."""
         self._family = family
         self.bell = bell
         self._lock = lock
-        self._ring_once = self._to_be_woken.pop, bell.ring_in_c
+        self._ring_once = self._to_be_woken.pop, bell.notify_in_c
 
-    def leave(self, bell: Bell) -> None:
+    def leave(self, bell: Waker) -> None:
         """Have a model thread of its own."""
         self.join((self,), bell, threading.RLock())
 
@@ -80,7 +80,7 @@ class PendingQueue:
         self._to_be_woken.clear()
         self.admission.leave_to_parent()
         self._closed = self.admission.closed
-        self.leave(LockBell() if isinstance(self.bell, LockBell) else self.bell)
+        self.leave(LockWaker() if isinstance(self.bell, LockWaker) else self.bell)
 
     def _count(self) -> int:
         if len(self._family) == 1:
@@ -145,7 +145,7 @@ class PendingQueue:
         """
         admission = self.admission
         if self._closed is not None:
-            answer([request], [own_error(self._closed)], failed=True)
+            answer([request], [clone_exception(self._closed)], failed=True)
         elif admission.refusals:
             answer([request], [admission.paused()], failed=True)
         elif not self._put_bounded(request, patient=patient):
@@ -213,12 +213,12 @@ class PendingQueue:
             try:
                 # One call of C code: no signal handler can come in between, and leave a sleeper whom nobody wakes.
                 list(map(operator.call, self._ring_once))
-            except (IndexError, *RINGING):  # another thread was quicker
+            except (IndexError, *ALREADY_NOTIFIED):  # another thread was quicker
                 pass
 
     def wake(self) -> None:
         """Make the running ``wait``, or else the next one, return."""
-        self.bell.ring()
+        self.bell.notify()
 
     def _full(self) -> bool:
         admission = self.admission
@@ -330,7 +330,7 @@ class PendingQueue:
             dropped, live = _partition(_pop(queue, len(queue)))
             self._drop(dropped)
             self.admission.stats.fail(len(live))
-            answer(live, [own_error(error) for _ in live], failed=True)
+            answer(live, [clone_exception(error) for _ in live], failed=True)
 
 
 def _pop(queue: deque[Request], count: int) -> list[Request]:

@@ -10,8 +10,8 @@ from typing import Any
 
 from tensordict import TensorDictBase
 
-from aioinfer.errors import ServerClosedError, own_error
-from aioinfer.interaction import unstamp
+from aioinfer.errors import ServerClosedError, clone_exception
+from aioinfer.interaction_type import detach_mode
 from aioinfer.transports.admission import Admission
 from aioinfer.transports.base import InferenceTransport, ServedTransport
 from aioinfer.transports.requests import Request
@@ -55,7 +55,7 @@ class PolledTransport(ServedTransport):
         self.close(error)
         try:
             while requests := self.take(1024):
-                self.fail_batch(requests, [own_error(error) for _ in requests])
+                self.fail_batch(requests, [clone_exception(error) for _ in requests])
         except BaseException:
             _log.exception("%s could not hand out what is pending", type(self._transport).__qualname__)
         self._requests.fail_all(error)
@@ -88,9 +88,9 @@ class PolledTransport(ServedTransport):
         now = time.perf_counter()
         for td, callback in zip(inputs, callbacks, strict=True):
             try:
-                td, mode = unstamp(td)
+                td, mode = detach_mode(td)
             except BaseException as error:  # of what is no TensorDict, say
-                self._fail(callback, own_error(error))
+                self._fail(callback, clone_exception(error))
             else:
                 self._held.append(Request(td, callback, None, now, mode))
 
@@ -100,7 +100,7 @@ class PolledTransport(ServedTransport):
             try:
                 self._transport.resolve(request.receiver, reply)
             except BaseException as error:
-                self._fail(request.receiver, own_error(error))
+                self._fail(request.receiver, clone_exception(error))
 
     def fail_batch(self, requests: Sequence[Request], errors: Sequence[Exception]) -> None:
         self._requests.settle(len(requests))

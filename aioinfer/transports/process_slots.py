@@ -12,17 +12,16 @@ from typing import Any
 
 from tensordict import TensorDictBase
 
-from aioinfer.columns import RowLayout
 from aioinfer.errors import InvalidRequestError, ModelError, NoFreeSlotError
-from aioinfer.interaction import MODES
-from aioinfer.transports.addresses import Listener
+from aioinfer.interaction_type import MODES
+from aioinfer.ipc.sockets import NUMBER, FramedSocket, Listener
+from aioinfer.rows import RowLayout
 from aioinfer.transports.admission import Admission
 from aioinfer.transports.line import Board, Line, RemoteRequest
 from aioinfer.transports.processes import ProcessTransport
 from aioinfer.transports.requests import STORED
 from aioinfer.transports.slot_memory import SlotMemory
 from aioinfer.transports.slot_tickets import SlotTicket
-from aioinfer.transports.wire import NUMBER, Wire
 
 __all__ = ["ProcessSlotTransport"]
 
@@ -129,7 +128,7 @@ class ProcessSlotTransport(ProcessTransport):
                 return
             self._looking = True
             try:
-                self._board.poller.look()
+                self._board.poller.poll()
                 self._board.read_joined()  # to the end, which may come after more
             finally:
                 self._looking = False
@@ -172,12 +171,12 @@ class ProcessSlotTransport(ProcessTransport):
 
     # -- the server's side -----------------------------------------------------------------------------
 
-    def _make_line(self, wire: Wire, board: Board) -> Line:
+    def _make_line(self, wire: FramedSocket, board: Board) -> Line:
         return _SlotLine(wire, board, self)
 
 
 class _SlotLine(Line):
-    def __init__(self, wire: Wire, board: Board, transport: ProcessSlotTransport) -> None:
+    def __init__(self, wire: FramedSocket, board: Board, transport: ProcessSlotTransport) -> None:
         super().__init__(wire, board)
         self._transport = transport
         self._memory = transport._memory

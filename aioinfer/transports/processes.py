@@ -16,18 +16,17 @@ from tensordict import TensorDictBase
 
 from aioinfer.client import AsyncInferenceClient, InferenceClient
 from aioinfer.errors import ServerClosedError
-from aioinfer.transports.addresses import Listener
+from aioinfer.futures import run_in_thread
+from aioinfer.ipc.selector import Selector
+from aioinfer.ipc.sockets import FramedSocket, Listener
 from aioinfer.transports.admission import Admission
-from aioinfer.transports.bells import LockBell
 from aioinfer.transports.control import Control, State
-from aioinfer.transports.futures import run_in_thread
 from aioinfer.transports.line import Board, Line
 from aioinfer.transports.pending import PendingQueue
-from aioinfer.transports.poller import Poller
 from aioinfer.transports.queued import QueuedTransport
 from aioinfer.transports.switchboard import Switchboard
 from aioinfer.transports.tickets import Ticket
-from aioinfer.transports.wire import Wire
+from aioinfer.wakers import LockWaker
 
 __all__ = ["GivenTransport", "ProcessTransport", "watch"]
 
@@ -99,7 +98,7 @@ class ProcessTransport(QueuedTransport):
         return transport
 
     @abstractmethod
-    def _make_line(self, wire: Wire, board: Board) -> Line: ...
+    def _make_line(self, wire: FramedSocket, board: Board) -> Line: ...
 
     @abstractmethod
     def _lease(self, count: int, copy: bool = True) -> Ticket:
@@ -174,7 +173,7 @@ class ProcessTransport(QueuedTransport):
             if timeout <= 0:
                 return
 
-    def join(self, family: Sequence[PendingQueue], poller: Poller, lock: threading.RLock) -> None:
+    def join(self, family: Sequence[PendingQueue], poller: Selector, lock: threading.RLock) -> None:
         self._board.move_to(poller)
         super().join(family, poller, lock)
 
@@ -182,7 +181,7 @@ class ProcessTransport(QueuedTransport):
         self._board.move_to(self._poller)
         self._queue.leave(self._poller)
 
-    def pollers(self) -> set[Poller]:
+    def pollers(self) -> set[Selector]:
         """What the event loop watches."""
         bounded = self._queue.admission.max_pending is not None
         return {self._board.door, self._board.poller} if bounded else {self._board.door}
@@ -229,8 +228,8 @@ class ProcessTransport(QueuedTransport):
 
     def look(self) -> None:
         """Take in who dials and some of what has been sent, whatever the model thread does."""
-        self._board.door.look()
-        self._board.poller.look()
+        self._board.door.poll()
+        self._board.poller.poll()
         self._queue.ring()  # it does not hear of what another thread has read
 
     def read_all(self) -> None:
@@ -253,10 +252,10 @@ class ProcessTransport(QueuedTransport):
         if timeout == 0:
             self.read_all()
         elif self._queue.waited():  # it may not block, and so not look itself for what was cancelled meanwhile
-            self._board.poller.look()
+            self._board.poller.poll()
         return super().wait_for_pending(at_least, enough, timeout)
 
-    def stand_by(self, bell: LockBell) -> None:
+    def stand_by(self, bell: LockWaker) -> None:
         self._queue.stand_by()
 
 
@@ -287,10 +286,10 @@ class GivenTransport:
         return {**self.__dict__, "_descriptor": DupFd(self._descriptor)}
 
 
-async def watch(pollers: Iterable[Poller], look: Callable[[], None]) -> None:
+async def watch(pollers: Iterable[Selector], look: Callable[[], None]) -> None:
     """Call ``look`` whenever one of ``pollers`` has something, until cancelled."""
 
-    async def watch_one(poller: Poller) -> None:
+    async def watch_one(poller: Selector) -> None:
         while True:
             await anyio.wait_readable(poller.fileno())
             look()

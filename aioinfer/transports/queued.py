@@ -8,13 +8,13 @@ from typing import Any
 
 from tensordict import TensorDictBase
 
-from aioinfer.errors import ServerClosedError, own_error
+from aioinfer.errors import ServerClosedError, clone_exception
+from aioinfer.ipc.selector import Selector
 from aioinfer.transports.admission import Admission
 from aioinfer.transports.base import InferenceTransport, ServedTransport
-from aioinfer.transports.bells import LockBell
 from aioinfer.transports.pending import PendingQueue
-from aioinfer.transports.poller import Poller
 from aioinfer.transports.requests import Request, answer
+from aioinfer.wakers import LockWaker
 
 __all__ = ["QueuedTransport"]
 
@@ -25,7 +25,7 @@ class QueuedTransport(InferenceTransport, ServedTransport):
     def __init__(self) -> None:
         self._queue = PendingQueue()
 
-    def join(self, family: Sequence[PendingQueue], poller: Poller, lock: threading.RLock) -> None:
+    def join(self, family: Sequence[PendingQueue], poller: Selector, lock: threading.RLock) -> None:
         """Be served by one model thread with other transports, until it is opened again; before anybody waits.
 
         Args:
@@ -37,7 +37,7 @@ class QueuedTransport(InferenceTransport, ServedTransport):
 
     def _leave(self) -> None:
         """Be served by a model thread of its own."""
-        self._queue.leave(LockBell())
+        self._queue.leave(LockWaker())
 
     # -- the five verbs, but for submit ----------------------------------------------------------------
 
@@ -52,7 +52,7 @@ class QueuedTransport(InferenceTransport, ServedTransport):
         answer([callback], [result], failed=False)
 
     def resolve_exception(self, callback: Request, exc: BaseException) -> None:
-        answer([callback], [own_error(exc)], failed=True)
+        answer([callback], [clone_exception(exc)], failed=True)
 
     # -- batch-wise verbs ------------------------------------------------------------------------------
 

@@ -11,17 +11,16 @@ from typing import Any
 
 from tensordict import TensorDictBase
 
-from aioinfer.errors import InvalidRequestError, own_error
-from aioinfer.interaction import MODES
-from aioinfer.transports.addresses import Listener
-from aioinfer.transports.control import Control
+from aioinfer.errors import InvalidRequestError, clone_exception
+from aioinfer.interaction_type import MODES
+from aioinfer.ipc.pickling import dumps, loads, loads_or
+from aioinfer.ipc.sockets import NUMBER, FramedSocket, Listener, frame, header
+from aioinfer.transports.control import Control, FromServer
 from aioinfer.transports.line import Board, Line, RemoteRequest
-from aioinfer.transports.parcels import pack, unpack, unpack_or
 from aioinfer.transports.processes import ProcessTransport
 from aioinfer.transports.receivers import Asked
 from aioinfer.transports.station import Station
 from aioinfer.transports.tickets import Ticket
-from aioinfer.transports.wire import NUMBER, FromServer, Wire, frame, word
 
 __all__ = ["MPTransport"]
 
@@ -57,12 +56,12 @@ class MPTransport(ProcessTransport):
     def _lease(self, count: int = 1, copy: bool = True) -> Ticket:  # replies are copies in any case
         return _ParcelTicket(self.address, count, one_at_a_time=False)
 
-    def _make_line(self, wire: Wire, board: Board) -> Line:
+    def _make_line(self, wire: FramedSocket, board: Board) -> Line:
         return _ParcelLine(wire, board, self)
 
 
 class _ParcelLine(Line):
-    def __init__(self, wire: Wire, board: Board, transport: MPTransport) -> None:
+    def __init__(self, wire: FramedSocket, board: Board, transport: MPTransport) -> None:
         super().__init__(wire, board)
         self._transport = transport
         self._control = transport._control
@@ -102,9 +101,9 @@ class _ParcelLine(Line):
         data: list[bytes] = []
         for receiver, reply in zip(receivers, replies, strict=True):
             try:
-                data.append(frame(word(FromServer.REPLY, receiver.number), pack(reply)))
+                data.append(frame(header(FromServer.REPLY, receiver.number), dumps(reply)))
             except BaseException as error:  # what does not pickle may raise anything
-                self.fail([receiver], [own_error(error)])
+                self.fail([receiver], [clone_exception(error)])
             self.drop(receiver)
         self.send(b"".join(data))
 
@@ -114,7 +113,7 @@ class _ParcelLine(Line):
 
 def _unpack_request(payload: bytes) -> TensorDictBase:
     try:
-        return unpack(payload)  # type: ignore[no-any-return]
+        return loads(payload)  # type: ignore[no-any-return]
     except BaseException as error:  # a class of the user's may raise anything, also SystemExit
         raise InvalidRequestError(
             f"the request can't be unpickled in the server's process: {type(error).__qualname__}: {error}"
@@ -129,10 +128,10 @@ class _ParcelTicket(Ticket):
         if not isinstance(td, TensorDictBase):
             raise InvalidRequestError(f"a request must be a TensorDict, got {type(td).__qualname__}")
         try:
-            return pack(td)
+            return dumps(td)
         except Exception:  # what does not pickle may raise anything
             try:
-                pack(td)
+                dumps(td)
             except Exception as error:
                 raise InvalidRequestError(
                     f"the request does not pickle: {type(error).__qualname__}: {error}"
@@ -151,4 +150,4 @@ class _ParcelStation(Station):
         return b"".join([frame(text, cargo) for _, text, cargo in asked])
 
     def _unload(self, numbers: Sequence[int], payloads: Iterable[bytes | None]) -> Sequence[Any]:
-        return [unpack_or(payload or b"", own_error) for _, payload in zip(numbers, payloads, strict=False)]
+        return [loads_or(payload or b"", clone_exception) for _, payload in zip(numbers, payloads, strict=False)]

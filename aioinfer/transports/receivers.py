@@ -11,9 +11,9 @@ from typing import Any, Protocol, TypeAlias
 
 from tensordict import TensorDictBase
 
-from aioinfer.transports.bells import LockBell
-from aioinfer.transports.futures import Future
-from aioinfer.transports.wire import Wire
+from aioinfer.futures import Future
+from aioinfer.ipc.sockets import FramedSocket
+from aioinfer.wakers import LockWaker
 
 __all__ = ["WAITERS", "Asked", "FutureDesk", "LoopDesk", "Waiter"]
 
@@ -56,7 +56,7 @@ class Waiter:
         """Whether the thread waits no more, and holds nothing that others wait for."""
         self.reply: TensorDictBase | None = None
         self.error: Exception | None = None
-        self.bell: LockBell | None = None
+        self.bell: LockWaker | None = None
         """Rings when the answer is there, or it is the thread's turn to read; made by the thread before it sleeps."""
 
     def settle(self, reply: TensorDictBase | None, error: Exception | None) -> None:
@@ -65,7 +65,7 @@ class Waiter:
             self.reply, self.error = reply, error
             self.done = True
         if self.bell is not None:
-            self.bell.ring()
+            self.bell.notify()
 
     def outcome(self) -> TensorDictBase:
         """The reply, which is there; or raise the error."""
@@ -186,7 +186,7 @@ class LoopDesk:
         wire: that of the station.
     """
 
-    def __init__(self, station: _Station, loop: asyncio.AbstractEventLoop, wire: Wire) -> None:
+    def __init__(self, station: _Station, loop: asyncio.AbstractEventLoop, wire: FramedSocket) -> None:
         self.loop = loop
         self._thread = threading.get_ident()
         self._wire = wire

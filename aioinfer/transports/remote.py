@@ -9,10 +9,10 @@ from typing import Self
 
 from aioinfer.client import AsyncInferenceClient, InferenceClient
 from aioinfer.errors import ClientClosedError, ServerClosedError
-from aioinfer.transports.addresses import dial
-from aioinfer.transports.parcels import unpack
+from aioinfer.ipc.pickling import loads
+from aioinfer.ipc.sockets import FramedSocket, connect_unix, header
+from aioinfer.transports.control import FromClient
 from aioinfer.transports.tickets import Ticket
-from aioinfer.transports.wire import FromClient, Wire, word
 
 __all__ = ["Remote", "connect"]
 
@@ -32,15 +32,15 @@ def connect(address: str, *, timeout: float | None = 10.0) -> Remote:
         TimeoutError: no answer within ``timeout``; the server has not started, or its event loop is blocked.
     """
     deadline = None if timeout is None else time.monotonic() + timeout
-    wire = Wire(dial(address, timeout))
+    wire = FramedSocket(connect_unix(address, timeout))
     try:
-        wire.send(word(FromClient.DESCRIBE).to_bytes(8, sys.byteorder))
+        wire.send(header(FromClient.DESCRIBE).to_bytes(8, sys.byteorder))
         while True:
             if not wire.wait(None if deadline is None else max(0.0, deadline - time.monotonic())):
                 raise TimeoutError(f"the server at {address} does not answer within {timeout} seconds")
             _, frames = wire.receive()
             for _, payload in frames:
-                return Remote(unpack(payload or b""))
+                return Remote(loads(payload or b""))
     except EOFError:
         raise ServerClosedError(f"the server at {address} has ended") from None
     finally:

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 from tensordict import TensorDict, TensorDictBase
 
-from aioinfer.errors import own_error
-from aioinfer.interaction import Mode
+from aioinfer.errors import clone_exception
+from aioinfer.interaction_type import Mode
 from aioinfer.tensors import Allocate
 from aioinfer.transports.outlets import Outlet
 
@@ -108,6 +108,6 @@ def answer(requests: Sequence[Request], outcomes: Sequence[Any], *, failed: bool
 def _try_to_fail(outlet: Outlet, receivers: Sequence[Any], error: BaseException) -> None:
     for receiver in receivers:
         try:
-            outlet.fail([receiver], [own_error(error)])
+            outlet.fail([receiver], [clone_exception(error)])
         except BaseException:
             _log.exception("a request could not be failed")

@@ -15,7 +15,7 @@ from tensordict import TensorDictBase
 from aioinfer.client import AsyncInferenceClient
 from aioinfer.errors import ServerOverloadedError
 from aioinfer.transports.admission import REFUSALS
-from aioinfer.transports.bells import LockBell
+from aioinfer.wakers import LockWaker
 
 __all__ = ["BoundedAsyncClient", "RoomQueue", "seconds_left"]
 
@@ -94,10 +94,10 @@ class RoomQueue:
 
     def _wait(self, deadline: float | None, turn: list[bool]) -> None:
         """Block until there may be room."""
-        woken = LockBell()
+        woken = LockWaker()
 
         def listener() -> bool:
-            woken.ring()
+            woken.notify()
             return True
 
         try:

@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 from tensordict import TensorDictBase
 
-from aioinfer.transports.bells import Bell
+from aioinfer.wakers import Waker
 
 __all__ = ["Outcome", "Sleepers", "Waiter", "unwrap"]
 
@@ -34,7 +34,7 @@ class Waiter:
 
     __slots__ = ("_bell", "_gone", "_resumed", "_sleepers", "_ticket", "outcome")
 
-    def __init__(self, sleepers: Sleepers, bell: Bell) -> None:
+    def __init__(self, sleepers: Sleepers, bell: Waker) -> None:
         self._sleepers = sleepers
         self._bell = bell
         self._ticket = [True]
@@ -54,7 +54,7 @@ class Waiter:
 
     def release(self) -> None:
         """Let the blocked thread go on."""
-        self._bell.ring()
+        self._bell.notify()
 
     def done(self) -> bool:
         """Whether the outcome is there, or the thread left."""

@@ -9,10 +9,10 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from aioinfer.columns import Columns, RowLayout
 from aioinfer.errors import InvalidRequestError, ModelError
+from aioinfer.ipc.memory import AnonymousSharedMemory
 from aioinfer.modes import long_lived
-from aioinfer.segments import Segment
+from aioinfer.rows import RowLayout, RowTable
 from aioinfer.tensors import Allocate
 
 __all__ = ["SlotMemory"]
@@ -69,12 +69,16 @@ class SlotMemory:
 
     @long_lived()
     def __init__(self, request: RowLayout, reply: RowLayout, count: int, descriptor: int | None = None) -> None:
-        sizes = (8 * count, 8 * count, Columns.nbytes(request, count), Columns.nbytes(reply, count))
+        sizes = (8 * count, 8 * count, RowTable.nbytes(request, count), RowTable.nbytes(reply, count))
         starts = [0]
         for size in sizes:
             starts.append(starts[-1] + -(-size // 64) * 64)
         nbytes = max(1, starts[-1])
-        self.segment = Segment.create(nbytes) if descriptor is None else Segment(descriptor, nbytes, b"")
+        self.segment = (
+            AnonymousSharedMemory.create(nbytes)
+            if descriptor is None
+            else AnonymousSharedMemory(descriptor, nbytes, b"")
+        )
         pieces = [slice(start, start + size) for start, size in zip(starts, sizes, strict=False)]
         self.times = self.segment.view[pieces[0]].cast("d")
         """When each slot's request was submitted, on the clock of ``time.perf_counter``."""
@@ -84,8 +88,8 @@ class SlotMemory:
         self._version_column = self.segment.memory[pieces[1]].view(torch.int64)
         self._version_rows = self._version_column.unbind(0)
         self._index = _Indices()
-        self.requests = Columns(request, count, self.segment.memory[pieces[2]], self._index)
-        self.replies = Columns(reply, count, self.segment.memory[pieces[3]], self._index)
+        self.requests = RowTable(request, count, self.segment.memory[pieces[2]], self._index)
+        self.replies = RowTable(reply, count, self.segment.memory[pieces[3]], self._index)
         self._gathered: tuple[Sequence[_InSlot], Tensor] = (), self._index(())
         self._written = self.replies
 

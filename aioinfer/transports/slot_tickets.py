@@ -14,16 +14,15 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from aioinfer.columns import RowLayout
-from aioinfer.stamps import VersionStamps
+from aioinfer.ipc.sockets import frame, header, send_once
+from aioinfer.rows import RowLayout
 from aioinfer.tensors import build
-from aioinfer.transports.addresses import tell
-from aioinfer.transports.control import Control
+from aioinfer.transports.control import Control, FromClient
 from aioinfer.transports.receivers import Asked
 from aioinfer.transports.slot_memory import SlotMemory
 from aioinfer.transports.station import Station
 from aioinfer.transports.tickets import Ticket
-from aioinfer.transports.wire import FromClient, frame, word
+from aioinfer.versions import VersionTensorCache
 
 __all__ = ["SlotTicket"]
 
@@ -57,7 +56,7 @@ class SlotTicket(Ticket):
 
     def layouts(self) -> str:
         """What both ends must agree about, to read the shared memory alike."""
-        return f"{self.num_slots} slots, {self.request.described()}, {self.reply.described()}"
+        return f"{self.num_slots} slots, {self.request.signature()}, {self.reply.signature()}"
 
     def _connect(self) -> Station:
         return _SlotStation(self)
@@ -65,7 +64,7 @@ class SlotTicket(Ticket):
     def _give_back(self) -> None:
         lessor = None if self.lessor is None else self.lessor()
         if lessor is None or not lessor.release(self.id):
-            tell(self.address, frame(word(FromClient.RELEASE), self.id))
+            send_once(self.address, frame(header(FromClient.RELEASE), self.id))
 
     def cargo(self, td: TensorDictBase) -> list[Tensor]:
         return self.request.values(td)
@@ -78,7 +77,7 @@ class _SlotStation(Station):
         self._copies = ticket.copies
         self._memory: SlotMemory | None = None
         self._slots: Sequence[int] = ()
-        self._stamps = VersionStamps()
+        self._stamps = VersionTensorCache()
         super().__init__(ticket.address, ticket.id, ticket.count, ticket.layouts())
 
     def _welcome(self, news: Any, descriptors: Sequence[int]) -> Control:
@@ -114,14 +113,14 @@ class _SlotStation(Station):
         assert memory is not None
         assert control is not None
         slots = [self._slots[number & _PLACE] for number in numbers]
-        sources = memory.replies.read_many(slots) if self._copies else [memory.replies.lend(slot) for slot in slots]
+        sources = memory.replies.read_many(slots) if self._copies else [memory.replies.view(slot) for slot in slots]
         size = self._reply_size
         key = control.version_key()
         if key:
-            for source, stamp in zip(
+            for source, tensor in zip(
                 sources, self._stamp([memory.versions[slot] for slot in slots], size), strict=True
             ):
-                source[key] = stamp
+                source[key] = tensor
         return [build(source, size, None) for source in sources]
 
     def _unload_one(self, number: int) -> TensorDictBase:
@@ -129,7 +128,7 @@ class _SlotStation(Station):
         assert memory is not None
         assert control is not None
         slot = self._slots[number & _PLACE]
-        source = memory.replies.read(slot) if self._copies else memory.replies.lend(slot)
+        source = memory.replies.read(slot) if self._copies else memory.replies.view(slot)
         key = control.version_key()
         if key:
             source[key] = memory.version(slot, self._reply_size)

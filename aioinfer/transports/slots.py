@@ -14,15 +14,15 @@ from tensordict import TensorDictBase
 
 from aioinfer.client import AsyncInferenceClient, InferenceClient
 from aioinfer.errors import ClientBusyError, ClientClosedError, NoFreeSlotError
+from aioinfer.futures import Future
 from aioinfer.modes import long_lived
 from aioinfer.tensors import layout
 from aioinfer.transports.admission import REFUSALS
-from aioinfer.transports.bells import cheapest_bell
-from aioinfer.transports.futures import Future
 from aioinfer.transports.in_process import InProcessAsyncClient, InProcessClient, InProcessTransport
 from aioinfer.transports.outlets import FUTURES, LoopOutlet, Outlet, Receiver
 from aioinfer.transports.room import seconds_left
 from aioinfer.transports.sleepers import Waiter, unwrap
+from aioinfer.wakers import make_waker
 
 __all__ = ["SlotTransport"]
 
@@ -180,7 +180,7 @@ class _SlotClient(InProcessClient):
         waiter: Waiter | None = None
         try:
             slot.take(call)
-            waiter = self._waiter or Waiter(slot.queue.sleepers, cheapest_bell())
+            waiter = self._waiter or Waiter(slot.queue.sleepers, make_waker())
             if wait:
                 put = partial(slot.put, td, waiter, slot.queue.sleepers)
                 deadline = None if timeout is None else time.monotonic() + timeout

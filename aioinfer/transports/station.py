@@ -23,22 +23,32 @@ from aioinfer.errors import (
     InvalidRequestError,
     PeerDiedError,
     ServerClosedError,
-    own_error,
+    clone_exception,
 )
-from aioinfer.interaction import AMBIENT, caller_mode, number_of
+from aioinfer.interaction_type import INHERIT, caller_mode, mode_code
+from aioinfer.ipc.pickling import dumps, load_exception, loads
+from aioinfer.ipc.sockets import (
+    NUMBER,
+    Frame,
+    FramedSocket,
+    Rest,
+    check_same_user,
+    connect_delays,
+    frame,
+    header,
+    try_connect,
+    unix_socket,
+)
 from aioinfer.modes import long_lived
-from aioinfer.transports.addresses import check_peer, delays, try_to_connect
 from aioinfer.transports.calls import Calls
-from aioinfer.transports.control import Control, State
+from aioinfer.transports.control import Control, FromClient, FromServer, State
 from aioinfer.transports.outlets import Outlet
-from aioinfer.transports.parcels import pack, unpack, unpack_error
 from aioinfer.transports.receivers import WAITERS, Asked, FutureDesk, LoopDesk, Waiter
 from aioinfer.transports.turns import Turns
-from aioinfer.transports.wire import NUMBER, Frame, FromClient, FromServer, Rest, Wire, frame, unix_socket, word
 
 __all__ = ["Station"]
 
-_PATIENT = word(FromClient.PATIENT_REQUEST)
+_PATIENT = header(FromClient.REQUEST_WAIT)
 _PLACE = (1 << 32) - 1
 # Seconds after which a thread that reads sees that its client was closed, where others go on.
 _LOOK_UP = 0.25
@@ -87,7 +97,7 @@ class Station(ABC):
         self.futures = FutureDesk(self)
         self.numbers = itertools.count()
         """Of requests: those of a client are ``n << 32 | place``, of 56 bits."""
-        self._greeting = frame(word(FromClient.JOIN), pack((ticket, count, layouts)))
+        self._greeting = frame(header(FromClient.HELLO), dumps((ticket, count, layouts)))
         self._descriptors: dict[int, None] = {}
         self._early: list[Asked] | None = []  # what waits until this process is taken in
         self._lock = threading.Lock()
@@ -97,11 +107,11 @@ class Station(ABC):
         self._loading: set[tuple[int, object]] = set()  # threads that put requests where the server finds them
         self._alone = count == 1  # else a client may be closed without the connection
         self._sock = unix_socket()
-        self._wire = Wire(self._sock)
+        self._wire = FramedSocket(self._sock)
         try:
             if not self._alone:
-                self._wire.look_up(_LOOK_UP)
-            if try_to_connect(self._sock, address):
+                self._wire.set_receive_timeout(_LOOK_UP)
+            if try_connect(self._sock, address):
                 self._join()
             else:  # its backlog is full
                 dialler = object()
@@ -115,10 +125,10 @@ class Station(ABC):
 
     def _dial(self, address: str, dialler: object) -> None:
         try:
-            for delay in delays():
+            for delay in connect_delays():
                 if self.dead is not None:
                     return
-                if try_to_connect(self._sock, address):
+                if try_connect(self._sock, address):
                     self._join()
                     return
                 time.sleep(delay)
@@ -128,7 +138,7 @@ class Station(ABC):
             self._end_turn(dialler)
 
     def _join(self) -> None:
-        check_peer(self._sock)
+        check_same_user(self._sock)
         self._wire.send(self._greeting)
         if not self.waits_for_welcome:
             self._be_early_no_more()
@@ -183,7 +193,7 @@ class Station(ABC):
         control, calls = self.control, self.calls
         if control is not None and (state := control.view[0]):
             self.receive()  # perhaps it is gone, and another one listens there
-            raise self._refusal(control, state) if self.dead is None else own_error(self.dead)
+            raise self._refusal(control, state) if self.dead is None else clone_exception(self.dead)
         if client.claim is None:
             calls[number] = receiver, outlet
         else:
@@ -197,7 +207,7 @@ class Station(ABC):
                 calls[number] = receiver, outlet
                 client.number = number
         mode = caller_mode()
-        text = number if mode is AMBIENT else number | number_of(mode) << 56
+        text = number if mode is INHERIT else number | mode_code(mode) << 56
         return number, text | _PATIENT if patient else text, cargo
 
     def post(self, asked: Sequence[Asked]) -> None:
@@ -291,7 +301,7 @@ class Station(ABC):
 
     def _say(self, kind: FromClient, number: int = 0) -> None:
         if self._connected and self.dead is None:
-            self._wire.send(word(kind, number).to_bytes(8, sys.byteorder))
+            self._wire.send(header(kind, number).to_bytes(8, sys.byteorder))
 
     # -- answers ---------------------------------------------------------------------------------------
 
@@ -317,7 +327,7 @@ class Station(ABC):
         """
         self._wire.flush()
         if self.control is not None and self.control.view[0] == State.ENDED:
-            self._wire.shut_down()  # whoever reads finds the replies that are there first, and then the end
+            self._wire.shutdown()  # whoever reads finds the replies that are there first, and then the end
 
     def _end_turn(self, reader: object) -> None:
         """Settle what was read, if the lead was lost to an exception of a signal's handler; and give it back."""
@@ -394,13 +404,13 @@ class Station(ABC):
         errors: set[int] = set()
         for text, payload in frames:
             kind, number, data = text >> 60, text & NUMBER, payload or b""
-            if kind == FromServer.WELCOME:
+            if kind == FromServer.HELLO_ACK:
                 if self.control is None:
-                    self.control = self._welcome(unpack(data), list(self._descriptors))
+                    self.control = self._welcome(loads(data), list(self._descriptors))
                     self._close_descriptors()
                 self._be_early_no_more()
             elif kind == FromServer.ERROR and number == NUMBER:
-                self._die(unpack_error(data))
+                self._die(load_exception(data))
             else:
                 if kind == FromServer.ERROR:
                     errors.add(number)
@@ -411,7 +421,7 @@ class Station(ABC):
     def _unload_some(self, errors: set[int], numbers: Sequence[int], payloads: Iterable[bytes]) -> Sequence[Any]:
         """Do as ``_unload`` where some of the answers are errors."""
         return [
-            unpack_error(payload) if number in errors else self._unload([number], [payload])[0]
+            load_exception(payload) if number in errors else self._unload([number], [payload])[0]
             for number, payload in zip(numbers, payloads, strict=True)
         ]
 
@@ -435,7 +445,7 @@ class Station(ABC):
         elif error is None and self.control is not None and self.control.has_closed:
             error = self.control.refusal(State.CLOSED)
         self.dead = self.dead or error or PeerDiedError("the server's process is gone")
-        self._wire.shut_down()
+        self._wire.shutdown()
         self.calls.fail_all(self.dead)
         for desk in list(self._desks.values()):
             desk.close()
@@ -453,7 +463,7 @@ class Station(ABC):
     def _hang_up(self) -> None:
         """Hang up, or leave it to the last thread that puts requests where the server finds them."""
         if not self._loading:
-            self._wire.shut_down()
+            self._wire.shutdown()
 
     def desk_is_closed(self) -> None:
         """An event loop has let go of the wire."""

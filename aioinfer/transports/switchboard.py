@@ -8,10 +8,9 @@ import threading
 import time
 from collections.abc import Callable
 
-from aioinfer.transports.addresses import Listener
+from aioinfer.ipc.selector import Selector
+from aioinfer.ipc.sockets import FramedSocket, Listener, wait_for_any
 from aioinfer.transports.line import Board, Line
-from aioinfer.transports.poller import Poller
-from aioinfer.transports.wire import Wire, wait_for_any
 
 __all__ = ["Switchboard"]
 
@@ -37,42 +36,42 @@ class Switchboard:
     """
 
     def __init__(
-        self, make_line: Callable[[Wire, Board], Line], listener: Listener, count_refusal: Callable[[], None]
+        self, make_line: Callable[[FramedSocket, Board], Line], listener: Listener, count_refusal: Callable[[], None]
     ) -> None:
-        self.poller = Poller()
-        self.door = Poller(self.poller.lock)
+        self.poller = Selector()
+        self.door = Selector(self.poller.lock)
         self.listener = listener
         self.count_refusal = count_refusal
         self.lines: dict[Line, bool] = {}
         """Those that are up, and whether they are watched for room to write."""
         self._make_line = make_line
         self._lock = threading.Lock()  # guards the lines
-        self.door.watch(self.listener, self._accept)
-        self.poller.watch(self.door, self.door.look)  # for when there is no event loop, or it waits for us
+        self.door.register(self.listener, self._accept)
+        self.poller.register(self.door, self.door.poll)  # for when there is no event loop, or it waits for us
 
-    def move_to(self, poller: Poller) -> None:
+    def move_to(self, poller: Selector) -> None:
         """Be watched by another poller, that several boards share; before anybody waits."""
         if poller is self.poller:
             return
         with self.poller.lock, poller.lock:
-            self.poller.forget(self.door)
-            poller.watch(self.door, self.door.look)
+            self.poller.unregister(self.door)
+            poller.register(self.door, self.door.poll)
             for line, writable in self.lines.items():
                 if line.joined:
-                    self.poller.forget(line.wire)
-                    poller.watch(line.wire, line.read, writable=writable)
+                    self.poller.unregister(line.wire)
+                    poller.register(line.wire, line.read, writable=writable)
             self.poller, self.door.lock = poller, poller.lock
 
     def move(self, line: Line) -> None:
         """A line has joined: the model thread watches it from now on."""
-        self.door.forget(line.wire)
-        self.poller.watch(line.wire, line.read)
+        self.door.unregister(line.wire)
+        self.poller.register(line.wire, line.read)
 
     def open(self) -> None:
         """Answer who dials."""
         if not self.listener.is_open:
             self.listener.open()
-            self.door.watch(self.listener, self._accept)
+            self.door.register(self.listener, self._accept)
 
     def read_all(self) -> None:
         """Read all that has arrived on any line, whatever a poller says."""
@@ -89,7 +88,7 @@ class Switchboard:
     def give_away(self) -> int:
         """Answer nobody, and return the listening descriptor, by which another process can."""
         with self.poller.lock:
-            self.door.forget(self.listener)
+            self.door.unregister(self.listener)
             return self.listener.give_away()
 
     def close(self) -> None:
@@ -97,7 +96,7 @@ class Switchboard:
         with self.poller.lock:
             if self.listener.is_open:
                 self._accept()
-                self.door.forget(self.listener)
+                self.door.unregister(self.listener)
                 self.listener.close()
             for line in [line for line in self.lines if not line.joined]:
                 self.drop(line)
@@ -110,20 +109,20 @@ class Switchboard:
                     return
                 self._take_in(sock)
             except OSError:  # no descriptors are left, or no memory: whoever dials waits
-                self.door.forget(self.listener)
+                self.door.unregister(self.listener)
                 again = threading.Timer(_DEAF, self._listen_again)
                 again.daemon = True
                 again.start()
                 return
 
     def _take_in(self, sock: socket.socket) -> None:
-        wire = Wire(sock)
+        wire = FramedSocket(sock)
         try:
             line = self._make_line(wire, self)
             with self._lock:
                 self.lines[line] = False
             try:
-                self.door.watch(wire, line.read)
+                self.door.register(wire, line.read)
             except BaseException:
                 self.drop(line)
                 raise
@@ -135,12 +134,12 @@ class Switchboard:
     def _listen_again(self) -> None:
         with self.poller.lock:
             if self.listener.is_open:
-                self.door.watch(self.listener, self._accept)
+                self.door.register(self.listener, self._accept)
 
     def finish(self) -> None:
         """Send what is left to send, and read what is half read, while that gets on; hang up on the rest."""
         give_up_at = time.monotonic() + _GOODBYE
-        while busy := [line for line in list(self.lines) if line.wire.unsent or line.wire.half_read]:
+        while busy := [line for line in list(self.lines) if line.wire.unsent or line.wire.has_partial_frame]:
             if time.monotonic() > give_up_at or not wait_for_any([line.wire for line in busy], _NO_PROGRESS):
                 break
             with self.poller.lock:
@@ -158,7 +157,7 @@ class Switchboard:
                 writable = line.wire.unsent  # by now: whoever comes last sees what there is
                 if self.lines.get(line, writable) != writable:
                     self.lines[line] = writable
-                    (self.poller if line.joined else self.door).watch(line.wire, line.read, writable=writable)
+                    (self.poller if line.joined else self.door).register(line.wire, line.read, writable=writable)
 
     def drop(self, line: Line) -> None:
         """Hang up."""
@@ -166,6 +165,6 @@ class Switchboard:
             with self._lock:
                 known = self.lines.pop(line, None)
             if known is not None:
-                (self.poller if line.joined else self.door).forget(line.wire)
+                (self.poller if line.joined else self.door).unregister(line.wire)
                 line.leave()  # first: whoever hears of the end may join anew at once
                 line.wire.close()

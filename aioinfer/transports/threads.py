@@ -7,12 +7,12 @@ import asyncio
 from tensordict import TensorDictBase
 
 from aioinfer.client import CLOSED, AsyncInferenceClient, InferenceClient
+from aioinfer.futures import Future
 from aioinfer.transports.admission import REFUSALS
-from aioinfer.transports.bells import LockBell
-from aioinfer.transports.futures import Future
 from aioinfer.transports.in_process import InProcessAsyncClient, InProcessClient, InProcessTransport
 from aioinfer.transports.outlets import FUTURES, LoopOutlet
 from aioinfer.transports.sleepers import Waiter, unwrap
+from aioinfer.wakers import LockWaker
 
 __all__ = ["ThreadingTransport"]
 
@@ -55,7 +55,7 @@ class _ThreadClient(InProcessClient):
 
     def __call__(self, td: TensorDictBase, timeout: float | None = None, *, wait: bool = False) -> TensorDictBase:
         queue = self._queue
-        waiter = Waiter(queue.sleepers, LockBell())
+        waiter = Waiter(queue.sleepers, LockWaker())
         try:
             if wait:
                 timeout = queue.put_when_room(td, waiter, queue.sleepers, timeout)

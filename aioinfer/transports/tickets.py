@@ -23,9 +23,9 @@ from aioinfer.errors import (
     InvalidRequestError,
     PeerDiedError,
     ServerClosedError,
-    own_error,
+    clone_exception,
 )
-from aioinfer.transports.futures import Future
+from aioinfer.futures import Future
 from aioinfer.transports.receivers import WAITERS, LoopDesk, Waiter
 from aioinfer.transports.station import Station, client_closed
 
@@ -275,7 +275,9 @@ class _Client(_Place, InferenceClient):
                 station.leave(number, waiter)
         if not waiter.done:
             raise (
-                TimeoutError(f"no reply within {timeout} seconds") if station.dead is None else own_error(station.dead)
+                TimeoutError(f"no reply within {timeout} seconds")
+                if station.dead is None
+                else clone_exception(station.dead)
             )
         return waiter.outcome()
 

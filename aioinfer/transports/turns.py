@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
-from aioinfer.transports.bells import LockBell
 from aioinfer.transports.receivers import Waiter
+from aioinfer.wakers import LockWaker
 
 __all__ = ["Turns"]
 
@@ -26,7 +26,7 @@ class Turns:
 
     def line_up(self, waiter: Waiter) -> None:
         """Wait for the lead: ``waiter.bell`` rings when it may be free. Try to take it once more before waiting."""
-        waiter.bell = waiter.bell or LockBell()
+        waiter.bell = waiter.bell or LockWaker()
         self._line.append(waiter)
 
     def step_out(self, waiter: Waiter) -> None:
@@ -46,4 +46,4 @@ class Turns:
             except IndexError:  # nobody is in line any more
                 return
             if bell is not None:
-                bell.ring()
+                bell.notify()

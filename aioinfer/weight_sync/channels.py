@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from aioinfer.weight_sync.queues import DescriptorQueue
+from aioinfer.ipc.queue import DescriptorQueue
 from aioinfer.weight_sync.transport import MPTransport
 
 __all__ = ["Channel"]

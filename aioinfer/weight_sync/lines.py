@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from aioinfer.errors import WeightSyncError, describe
-from aioinfer.weight_sync.queues import Descriptor, DescriptorQueue
+from aioinfer.ipc.queue import Descriptor, DescriptorQueue
 
 __all__ = ["Ack", "Hello", "Line", "Outcome", "answer_call", "call", "forks_wait", "reason_of"]
 

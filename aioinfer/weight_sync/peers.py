@@ -10,10 +10,10 @@ from contextlib import suppress
 from dataclasses import replace
 
 from aioinfer.errors import WeightSyncError
+from aioinfer.ipc.selector import Source
 from aioinfer.weight_sync.channels import Channel
 from aioinfer.weight_sync.lines import Ack, Hello, Line, Outcome, answer_call, forks_wait
 from aioinfer.weight_sync.publications import Publication, Stored, opened
-from aioinfer.weight_sync.waiting import Source
 
 __all__ = ["Delivery", "Peer"]
 

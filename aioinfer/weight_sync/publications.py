@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
+from aioinfer.ipc.memory import AnonymousSharedMemory
+from aioinfer.ipc.queue import Descriptor
 from aioinfer.modes import long_lived
-from aioinfer.segments import Segment
-from aioinfer.weight_sync.queues import Descriptor
 from aioinfer.weight_sync.snapshots import Layout, LayoutCache, copy_tensors
 from aioinfer.weight_sync.weights import Weights
 
@@ -76,7 +76,7 @@ class Stored:
     """
 
     def __init__(self, size: int) -> None:
-        self.segment = Segment.create(size)
+        self.segment = AnonymousSharedMemory.create(size)
         self.readers = 0
         self._layout: Layout | None = None
         self._views: dict[str, Tensor] = {}
@@ -146,7 +146,7 @@ class Reader:
     """Reads publications. It remembers memory and layouts: the next publication mostly has the same. Worker only."""
 
     def __init__(self) -> None:
-        self._segments: dict[bytes, Segment] = {}
+        self._segments: dict[bytes, AnonymousSharedMemory] = {}
         self._layout: Layout | None = None
         self._views: dict[tuple[bytes, bytes], dict[str, Tensor]] = {}
 
@@ -168,7 +168,7 @@ class Reader:
         if segment is None:
             if publication.segment < 0:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-            segment = Segment(os.dup(publication.segment), publication.size, publication.segment_id)
+            segment = AnonymousSharedMemory(os.dup(publication.segment), publication.size, publication.segment_id)
         self._segments[segment.id] = segment
         while len(self._segments) > _KEPT:
             self._segments.pop(next(iter(self._segments)))

@@ -6,10 +6,10 @@ import queue
 import threading
 import time
 
+from aioinfer.ipc.selector import Source, await_readable, wait_readable
 from aioinfer.weight_sync.channels import Channel
 from aioinfer.weight_sync.lines import Ack, Line, Outcome, call, reason_of
 from aioinfer.weight_sync.publications import Publication, Reader, opened
-from aioinfer.weight_sync.waiting import Source, await_readable, wait_readable
 from aioinfer.weight_sync.weights import Weights
 
 __all__ = ["Arrival", "Receiver"]

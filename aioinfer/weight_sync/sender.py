@@ -10,10 +10,10 @@ from functools import partial
 from typing import TypeVar
 
 from aioinfer.errors import WeightSyncError
+from aioinfer.ipc.selector import Source, await_readable, wait_readable
 from aioinfer.weight_sync.channels import Channel
 from aioinfer.weight_sync.peers import Delivery, Peer
 from aioinfer.weight_sync.publications import Shelf
-from aioinfer.weight_sync.waiting import Source, await_readable, wait_readable
 from aioinfer.weight_sync.weights import Weights
 
 __all__ = ["Part", "Sender"]

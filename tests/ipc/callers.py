@@ -19,7 +19,7 @@ from anyio.from_thread import start_blocking_portal
 from tensordict import TensorDictBase
 
 from aioinfer import InferenceClient, InferenceServer
-from aioinfer.interaction import AMBIENT, Mode, caller_mode, calling_in
+from aioinfer.interaction_type import INHERIT, Mode, caller_mode, requests_carry
 from aioinfer.testing import Callers
 from tests.process_workers import HANG, Child
 
@@ -60,7 +60,7 @@ class Worker(Child):
         return int(self.ask("adopt", client).result(HANG))
 
     def call(
-        self, client: int, td: Any, timeout: float | None = None, *, wait: bool = False, mode: Mode = AMBIENT
+        self, client: int, td: Any, timeout: float | None = None, *, wait: bool = False, mode: Mode = INHERIT
     ) -> Future[TensorDictBase]:
         """Let a client call."""
         return self.ask("call", client, td, timeout, wait, mode)
@@ -93,7 +93,7 @@ class _CallersElsewhere(Callers):
     def _start(
         self, client: Any, td: Any, timeout: float | None, wait: bool, around: AbstractContextManager[Any]
     ) -> Future[TensorDictBase]:
-        mode: Mode = AMBIENT
+        mode: Mode = INHERIT
         if not isinstance(around, nullcontext):
             with around:
                 mode = caller_mode()
@@ -167,12 +167,12 @@ class _Driver:
         target = self._clients[client]
 
         def call() -> Any:
-            with nullcontext() if mode is AMBIENT else calling_in(mode):
+            with nullcontext() if mode is INHERIT else requests_carry(mode):
                 return target(td, timeout, wait=wait)
 
         async def call_and_await() -> Any:
             async with asyncio.timeout(timeout):
-                with nullcontext() if mode is AMBIENT else calling_in(mode):
+                with nullcontext() if mode is INHERIT else requests_carry(mode):
                     return await target(td, wait=wait)
 
         if isinstance(target, InferenceClient):

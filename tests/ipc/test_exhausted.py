@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 
 from aioinfer import ClientClosedError, InferenceServer, MPTransport
+from aioinfer.ipc import sockets
+from aioinfer.ipc.sockets import Listener, connect_unix
 from aioinfer.testing import double, eventually, request
 from aioinfer.testing.callers import is_double
-from aioinfer.transports import addresses
-from aioinfer.transports.addresses import Listener, dial
 from tests.leftovers import needs_descriptors
 from tests.process_workers import HANG, KINDS, Child, call, client_of, outcome
 from tests.transports import process_slots
@@ -101,7 +101,7 @@ def test_a_server_that_cannot_watch_a_new_connection_hangs_up_on_it_and_takes_th
     with InferenceServer(double, transport):
         neighbour = transport.client()
         assert is_double(neighbour(request(1), HANG), 1)
-        watch, failures = transport._board.door.watch, iter([OSError("no space for another one")])
+        watch, failures = transport._board.door.register, iter([OSError("no space for another one")])
 
         def fail_once(source: Any, handler: Any, **options: Any) -> None:
             if source is not transport._board.listener:
@@ -109,7 +109,7 @@ def test_a_server_that_cannot_watch_a_new_connection_hangs_up_on_it_and_takes_th
                     raise error
             watch(source, handler, **options)
 
-        monkeypatch.setattr(transport._board.door, "watch", fail_once)
+        monkeypatch.setattr(transport._board.door, "register", fail_once)
         client = transport.client()
         assert "went away before it took this process in" in str(outcome(client, 1))
         assert outcome(client, 2) == 4
@@ -124,13 +124,13 @@ def test_a_server_that_cannot_watch_a_new_connection_hangs_up_on_it_and_takes_th
 def full(make: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, list[socket.socket]]]:
     """A transport whose backlog is full; and who fills it."""
     with monkeypatch.context() as patched:
-        patched.setattr(addresses, "_BACKLOG", 1)
+        patched.setattr(sockets, "_BACKLOG", 1)
         transport = make()
     with ExitStack() as shut:
         waiting: list[socket.socket] = []
         while True:
             sock = shut.enter_context(socket.socket(socket.AF_UNIX))
-            if not addresses.try_to_connect(sock, transport.address):
+            if not sockets.try_connect(sock, transport.address):
                 break
             waiting.append(sock)
         yield transport, waiting
@@ -219,7 +219,7 @@ def test_of_servers_that_replace_a_stale_path_at_once_exactly_one_listens(tmp_pa
                 child.line.send("listen")
             found = [child.hear() for child in children]
             assert sorted(found) == ["OSError", "OSError", "listens"]
-            with dial(address):
+            with connect_unix(address):
                 pass
             first = children[found.index("listens")]
             assert first.tell("close") == "closed"
@@ -232,7 +232,7 @@ def test_a_server_that_ends_leaves_the_path_of_its_successor_alone(tmp_path: Pat
     os.unlink(address)  # somebody was in a hurry
     second = Listener(address)
     first.close()
-    with dial(address):
+    with connect_unix(address):
         accepted = second.accept()
         assert accepted is not None
         accepted.close()

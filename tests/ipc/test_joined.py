@@ -18,7 +18,7 @@ from aioinfer import (
     ServerOverloadedError,
     ThreadingTransport,
 )
-from aioinfer.interaction import InteractionType, interaction_type
+from aioinfer.interaction_type import InteractionType, interaction_type
 from aioinfer.testing import GatedModel, double, eventually, request
 from aioinfer.testing.callers import expect_error, is_double
 from tests.ipc.callers import Worker

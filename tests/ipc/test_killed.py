@@ -28,8 +28,8 @@ from aioinfer import (
     ServerClosedError,
     ServerPausedError,
 )
+from aioinfer.ipc.sockets import connect_unix
 from aioinfer.testing import double, eventually, request
-from aioinfer.transports.addresses import dial
 from tests.leftovers import assert_no_memory_stays, is_there, running, shared_memory_of
 from tests.process_workers import HANG, METHODS, Child, answer, ask_always, clients_of
 
@@ -297,7 +297,7 @@ def test_a_program_that_is_killed_leaves_no_process_and_no_memory(method: str, k
 
 def is_open(address: str) -> bool:
     try:
-        dial(address).close()
+        connect_unix(address).close()
     except ServerClosedError:
         return False
     return True

@@ -19,12 +19,11 @@ from anyio.from_thread import start_blocking_portal
 from tensordict import TensorDict, TensorDictBase
 
 from aioinfer import InferenceServer, MPTransport, PeerDiedError, ServerClosedError
+from aioinfer.ipc.pickling import dumps
+from aioinfer.ipc.sockets import connect_unix, frame, header
 from aioinfer.testing import GatedModel, double, eventually, request
-from aioinfer.transports.addresses import dial
-from aioinfer.transports.control import State
-from aioinfer.transports.parcels import pack
+from aioinfer.transports.control import FromClient, State
 from aioinfer.transports.station import Station
-from aioinfer.transports.wire import FromClient, frame, word
 from tests.process_workers import HANG, KINDS, Child, call, client_of, clients_of, greeting, outcome
 
 BIG = 1_000_000  # floats: 20 sockets full
@@ -233,9 +232,9 @@ def test_a_worker_that_stood_still_while_the_server_shut_down_is_not_left_waitin
 def test_processes_that_read_nothing_do_not_hold_a_shutdown_up() -> None:
     transport = MPTransport()
     with InferenceServer(repeated, transport) as server, ExitStack() as shut:
-        asked = greeting(transport) + frame(word(FromClient.REQUEST, 1), pack(request(1)))
+        asked = greeting(transport) + frame(header(FromClient.REQUEST, 1), dumps(request(1)))
         for _ in range(12):
-            shut.enter_context(dial(transport.address)).sendall(asked)
+            shut.enter_context(connect_unix(transport.address)).sendall(asked)
         eventually(lambda: server.stats().ok == 12)
         begun_at = time.monotonic()
         server.shutdown(1.0)

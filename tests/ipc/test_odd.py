@@ -16,10 +16,10 @@ from tensordict import NonTensorData, TensorDict, TensorDictBase
 from torch import Tensor
 
 from aioinfer import InferenceServer, InvalidRequestError, ModelError, MPTransport, ProcessSlotTransport, connect
+from aioinfer.ipc.sockets import connect_unix, frame, header
 from aioinfer.testing import double, eventually, request
 from aioinfer.testing.callers import is_double
-from aioinfer.transports.addresses import dial
-from aioinfer.transports.wire import FromClient, frame, word
+from aioinfer.transports.control import FromClient
 from tests.ipc.test_rubbish import is_hung_up
 from tests.process_workers import HANG, KINDS, Child, call, client_of, outcome
 from tests.transports import process_slots
@@ -230,18 +230,18 @@ def test_an_error_that_ends_programs_where_it_is_unpickled_comes_as_a_model_erro
 
 @pytest.mark.parametrize("make", [process_slots, MPTransport])
 def test_who_says_hello_with_a_pickle_that_exits_costs_nobody_anything(make: Any) -> None:
-    from aioinfer.transports.parcels import pack
+    from aioinfer.ipc.pickling import dumps
 
     transport = make()
     with InferenceServer(double, transport) as server:
         client = transport.client()
         assert is_double(client(request(1), HANG), 1)
-        with dial(transport.address) as sock:
-            sock.sendall(frame(word(FromClient.JOIN), pack((Exits(), 1, ""))))
+        with connect_unix(transport.address) as sock:
+            sock.sendall(frame(header(FromClient.HELLO), dumps((Exits(), 1, ""))))
             sock.settimeout(HANG)
             assert sock.recv(1 << 16)
-        with dial(transport.address) as sock:
-            sock.sendall(frame(word(FromClient.RELEASE), b"nobody's") + frame(word(7), b""))
+        with connect_unix(transport.address) as sock:
+            sock.sendall(frame(header(FromClient.RELEASE), b"nobody's") + frame(header(7), b""))
             assert is_hung_up(sock)
         assert is_double(client(request(2), HANG), 2)
         assert server.is_alive

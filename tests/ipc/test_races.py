@@ -23,16 +23,16 @@ from aioinfer import (
     PeerDiedError,
     ServerClosedError,
 )
+from aioinfer.ipc import sockets as wire_module
+from aioinfer.ipc.sockets import FramedSocket, connect_unix, frame, header
 from aioinfer.testing import GatedModel, double, eventually, request
 from aioinfer.testing.callers import is_double
 from aioinfer.transports import process_slots as slots_module
 from aioinfer.transports import station as station_module
-from aioinfer.transports import wire as wire_module
-from aioinfer.transports.addresses import dial
+from aioinfer.transports.control import FromClient, FromServer
 from aioinfer.transports.receivers import FutureDesk, LoopDesk
 from aioinfer.transports.remote import Remote
 from aioinfer.transports.station import Station
-from aioinfer.transports.wire import FromClient, FromServer, Wire, frame, word
 from tests.process_workers import HANG, greeting
 from tests.stepped import Steps
 from tests.transports import slots
@@ -64,7 +64,7 @@ def test_every_future_of_a_connection_that_ends_is_settled_though_their_thread_l
 
     monkeypatch.setattr(FutureDesk, "fail", fail_and_wait)
     if end == "closed while it dials":
-        monkeypatch.setattr(station_module, "try_to_connect", lambda *_: False)
+        monkeypatch.setattr(station_module, "try_connect", lambda *_: False)
     transport, model = MPTransport(), GatedModel()
     with InferenceServer(model, transport), ThreadPoolExecutor(1) as threads:
         client: Any = transport.client()
@@ -130,7 +130,7 @@ def test_a_request_that_is_sent_as_the_server_ends_is_told_so_though_its_process
 
 
 def test_a_client_is_closed_while_its_process_is_taken_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    peek, shut_down = Wire.peek_descriptors, Wire.shut_down
+    peek, shutdown = FramedSocket.peek_descriptors, FramedSocket.shutdown
     arrived, closing = threading.Event(), threading.Event()
 
     def peek_and_wait(*args: Any) -> Any:
@@ -140,14 +140,14 @@ def test_a_client_is_closed_while_its_process_is_taken_in(monkeypatch: pytest.Mo
             assert closing.wait(HANG)
         return frames, rest
 
-    def let_it_be_read_and_shut_down(wire: Wire) -> None:
+    def let_it_be_read_and_shut_down(wire: FramedSocket) -> None:
         if threading.current_thread() is threading.main_thread():
             closing.set()
             assert isinstance(held.exception(HANG), ClientClosedError)
-        shut_down(wire)
+        shutdown(wire)
 
-    monkeypatch.setattr(Wire, "peek_descriptors", peek_and_wait)
-    monkeypatch.setattr(Wire, "shut_down", let_it_be_read_and_shut_down)
+    monkeypatch.setattr(FramedSocket, "peek_descriptors", peek_and_wait)
+    monkeypatch.setattr(FramedSocket, "shutdown", let_it_be_read_and_shut_down)
     transport = MPTransport()
     with InferenceServer(double, transport), ThreadPoolExecutor(1) as threads:
         client: Any = transport.client()
@@ -157,12 +157,12 @@ def test_a_client_is_closed_while_its_process_is_taken_in(monkeypatch: pytest.Mo
 
 
 def test_what_came_with_descriptors_is_read_again_as_other_things_are() -> None:
-    ours, theirs = map(Wire, socket.socketpair())
-    theirs.send_descriptors(frame(word(FromServer.WELCOME), b"news"), [theirs.fileno()])
+    ours, theirs = map(FramedSocket, socket.socketpair())
+    theirs.send_descriptors(frame(header(FromServer.HELLO_ACK), b"news"), [theirs.fileno()])
     descriptors: dict[int, None] = {}
     frames, rest = ours.peek_descriptors(descriptors)
     try:
-        assert frames == [(word(FromServer.WELCOME), b"news")]
+        assert frames == [(header(FromServer.HELLO_ACK), b"news")]
         assert ours.peek() == ((), frames, rest)
     finally:
         for descriptor in descriptors:
@@ -247,13 +247,13 @@ def test_what_a_process_says_after_it_joins_waits_while_the_server_looks_for_its
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     transport = slots(1)
-    hello, cancel = greeting(transport), word(FromClient.CANCEL).to_bytes(8, sys.byteorder)
+    hello, cancel = greeting(transport), header(FromClient.CANCEL).to_bytes(8, sys.byteorder)
     monkeypatch.setattr(wire_module, "_BUFFER_BYTES", len(hello))  # so it is not read together
-    with dial(transport.address) as gone:
+    with connect_unix(transport.address) as gone:
         gone.sendall(hello)
         transport.pending()
         assert transport.callers() == 1
-    with dial(transport.address) as sock:
+    with connect_unix(transport.address) as sock:
         sock.sendall(hello + cancel)
         transport.pending()
         assert transport.callers() == 1
@@ -267,7 +267,7 @@ def test_what_is_kept_as_a_line_was_flushed_by_another_thread_leaves_too(monkeyp
     piece = bytes(1 << 20)
     received = 0
 
-    def unsent(wire: Wire) -> bool:
+    def unsent(wire: FramedSocket) -> bool:
         something = bool(wire.outbox)
         if received and not something and another.ident is None:
             another.start()
@@ -283,14 +283,14 @@ def test_what_is_kept_as_a_line_was_flushed_by_another_thread_leaves_too(monkeyp
             pass
         return received == 2 * len(piece)
 
-    with dial(transport.address) as sock:
+    with connect_unix(transport.address) as sock:
         sock.sendall(greeting(transport))
         transport.pending()
         sock.settimeout(HANG)
         assert sock.recv(1 << 16)
         (line,) = transport._board.lines
         another = threading.Thread(target=line.send, args=(piece,))
-        monkeypatch.setattr(Wire, "unsent", property(unsent))
+        monkeypatch.setattr(FramedSocket, "unsent", property(unsent))
         line.send(piece)
         sock.setblocking(False)
         eventually(everything_has_come, within=SOON)

@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 
 from aioinfer import InferenceServer, MPTransport, ProcessSlotTransport
+from aioinfer.ipc.pickling import dumps
+from aioinfer.ipc.sockets import connect_unix, frame, header
 from aioinfer.testing import double, eventually, request
 from aioinfer.testing.callers import is_double
-from aioinfer.transports.addresses import dial
-from aioinfer.transports.parcels import pack
-from aioinfer.transports.wire import FromClient, frame, word
+from aioinfer.transports.control import FromClient
 from tests.contract.test_exit import used_within
 from tests.ipc.callers import Worker
 from tests.leftovers import needs_descriptors
@@ -85,14 +85,14 @@ def words(*texts: int) -> bytes:
 
 
 RUBBISH: dict[str, tuple[bool, bytes]] = {
-    "a request before it joined": (False, words(word(FromClient.REQUEST, 1))),
-    "a patient request before it joined": (False, words(word(FromClient.PATIENT_REQUEST, 1))),
-    "a cancellation before it joined": (False, words(word(FromClient.CANCEL, 1))),
-    "an unknown kind": (True, words(word(7))),
-    "an unknown kind with a payload": (True, frame(word(6), b"something")),
-    "a place beyond its clients": (True, words(word(FromClient.REQUEST, 5))),
-    "a cancellation of a place beyond its clients": (True, words(word(FromClient.CANCEL, 5))),
-    "an unknown mode": (True, words(word(FromClient.REQUEST, 0, 15))),
+    "a request before it joined": (False, words(header(FromClient.REQUEST, 1))),
+    "a patient request before it joined": (False, words(header(FromClient.REQUEST_WAIT, 1))),
+    "a cancellation before it joined": (False, words(header(FromClient.CANCEL, 1))),
+    "an unknown kind": (True, words(header(7))),
+    "an unknown kind with a payload": (True, frame(header(6), b"something")),
+    "a place beyond its clients": (True, words(header(FromClient.REQUEST, 5))),
+    "a cancellation of a place beyond its clients": (True, words(header(FromClient.CANCEL, 5))),
+    "an unknown mode": (True, words(header(FromClient.REQUEST, 0, 15))),
 }
 
 
@@ -106,7 +106,7 @@ def test_who_says_what_no_client_says_is_hung_up_on_and_nobody_else_notices(make
     data = greeting(transport) * joins + data
     with InferenceServer(double, transport), neighbours(transport):
         for _ in range(20):
-            with dial(transport.address) as sock:
+            with connect_unix(transport.address) as sock:
                 sock.sendall(data)
                 assert is_hung_up(sock)
         eventually(lambda: len(transport._board.lines) == 1)
@@ -117,9 +117,9 @@ REFUSED: dict[str, Callable[[Any], bytes]] = {
     "less than no clients": lambda transport: greeting(transport, -1),
     "very many clients": lambda transport: greeting(transport, 10**9),
     "no number of clients": lambda transport: greeting(transport, "many"),
-    "something else": lambda transport: frame(word(FromClient.JOIN), pack(3)),
-    "no pickle": lambda transport: frame(word(FromClient.JOIN), b"\x80no pickle"),
-    "nothing": lambda transport: words(word(FromClient.JOIN)),
+    "something else": lambda transport: frame(header(FromClient.HELLO), dumps(3)),
+    "no pickle": lambda transport: frame(header(FromClient.HELLO), b"\x80no pickle"),
+    "nothing": lambda transport: words(header(FromClient.HELLO)),
 }
 
 
@@ -129,7 +129,7 @@ def test_who_wants_to_join_as_nobody_can_is_told_so_and_takes_no_slot(rubbish: s
     data = REFUSED[rubbish](transport)
     with InferenceServer(double, transport), neighbours(transport):
         before = transport.callers()
-        socks = [dial(transport.address) for _ in range(10)]
+        socks = [connect_unix(transport.address) for _ in range(10)]
         for sock in socks:
             sock.settimeout(HANG)
             sock.sendall(data)
@@ -145,11 +145,11 @@ def test_random_bytes_and_half_frames_cost_nobody_anything(make: Any) -> None:
     chance = random.Random(SEED)
     transport = make()
     join = greeting(transport)
-    whole = join + frame(word(FromClient.REQUEST, 0), pack(request(1)))
+    whole = join + frame(header(FromClient.REQUEST, 0), dumps(request(1)))
     with InferenceServer(double, transport) as server, neighbours(transport), ExitStack() as shut:
         socks: list[socket.socket] = []
         for turn in range(300):
-            sock = shut.enter_context(dial(transport.address))
+            sock = shut.enter_context(connect_unix(transport.address))
             kind = turn % 4
             if kind == 0:
                 data = chance.randbytes(chance.randrange(1, 300))
@@ -176,7 +176,7 @@ def test_random_bytes_and_half_frames_cost_nobody_anything(make: Any) -> None:
 def test_who_dials_and_says_nothing_is_left_alone_until_the_server_ends(make: Any) -> None:
     transport = make()
     with InferenceServer(double, transport) as server, ExitStack() as shut:
-        silent = [shut.enter_context(dial(transport.address)) for _ in range(20)]
+        silent = [shut.enter_context(connect_unix(transport.address)) for _ in range(20)]
         with neighbours(transport):
             eventually(lambda: len(transport._board.lines) == 21)
         server.shutdown()
@@ -188,7 +188,7 @@ def test_a_process_that_joins_twice_is_hung_up_on_and_leaves_its_slot() -> None:
     transport = process_slots()
     with InferenceServer(double, transport), neighbours(transport):
         before = transport.callers() or 0
-        with dial(transport.address) as sock:
+        with connect_unix(transport.address) as sock:
             sock.sendall(greeting(transport))
             eventually(lambda: (transport.callers() or 0) > before)
             sock.sendall(greeting(transport))
@@ -202,10 +202,10 @@ def test_a_process_that_is_gone_before_it_was_taken_in_takes_no_slot() -> None:
     transport = ProcessSlotTransport(request(0), double(request(0)), num_slots=1)
     server = InferenceServer(double, transport)
     for _ in range(3):
-        with dial(transport.address) as sock:
+        with connect_unix(transport.address) as sock:
             sock.sendall(greeting(transport))
             eventually(lambda: server.stats().pending == 0 and transport.callers() == 1)
-        with dial(transport.address) as sock:
+        with connect_unix(transport.address) as sock:
             sock.sendall(greeting(transport))
         eventually(lambda: server.stats().pending == 0 and not transport._board.lines)
         assert transport.callers() == 0
@@ -217,9 +217,9 @@ def test_a_process_that_is_gone_before_it_was_taken_in_takes_no_slot() -> None:
 def test_who_reads_none_of_what_it_asked_for_costs_nobody_anything(make: Any) -> None:
     """Its descriptions fill its socket before it joins."""
     transport = make()
-    with InferenceServer(double, transport), neighbours(transport), dial(transport.address) as sock:
+    with InferenceServer(double, transport), neighbours(transport), connect_unix(transport.address) as sock:
         sock.settimeout(HANG)
-        sock.sendall(words(*[word(FromClient.DESCRIBE)] * 2000))
+        sock.sendall(words(*[header(FromClient.DESCRIBE)] * 2000))
         eventually(lambda: any(line.wire.unsent for line in list(transport._board.lines)))
         sock.sendall(greeting(transport))
         client = transport.client()

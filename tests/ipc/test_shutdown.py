@@ -14,8 +14,8 @@ import pytest
 from tensordict import TensorDictBase
 
 from aioinfer import InferenceServer, MPTransport, PeerDiedError, ServerClosedError, ServerPausedError
+from aioinfer.ipc.sockets import FramedSocket
 from aioinfer.testing import double, eventually, request
-from aioinfer.transports.wire import Wire
 from tests.process_workers import HANG, KINDS, Child, answer, ask_always, client_of, clients_of, outcome
 from tests.transports import process_slots
 
@@ -158,10 +158,10 @@ def test_clients_that_come_while_a_pause_refuses_are_told_so_however_they_ask(ma
 def test_a_drained_server_answers_a_request_whose_client_is_told_of_the_end_while_it_still_posts(
     make: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    closing, send = threading.Event(), Wire.send
+    closing, send = threading.Event(), FramedSocket.send
     here = threading.get_ident()
 
-    def send_and_stand_still(wire: Wire, data: bytes) -> bool:
+    def send_and_stand_still(wire: FramedSocket, data: bytes) -> bool:
         sent = send(wire, data)
         if threading.get_ident() == here:
             assert closing.wait(HANG)
@@ -190,7 +190,7 @@ def test_a_drained_server_answers_a_request_whose_client_is_told_of_the_end_whil
             gate.set()
 
         ending = pool.submit(end)
-        monkeypatch.setattr(Wire, "send", send_and_stand_still)
+        monkeypatch.setattr(FramedSocket, "send", send_and_stand_still)
         assert client(request(2), HANG)["action"][0] == 4
         ending.result(HANG)
         assert first.result(HANG)["action"][0] == 2

@@ -23,12 +23,12 @@ from aioinfer import (
     ServerClosedError,
     ServerPausedError,
 )
-from aioinfer.columns import Columns
+from aioinfer.ipc.sockets import wait_for_any
+from aioinfer.rows import RowTable
 from aioinfer.testing import GatedModel, double, eventually, request
 from aioinfer.testing.callers import is_double
 from aioinfer.transports import station, switchboard
 from aioinfer.transports.control import State
-from aioinfer.transports.wire import wait_for_any
 from tests.process_workers import HANG, KINDS, client_of, clients_of, outcome
 from tests.transports import slots
 
@@ -216,7 +216,7 @@ def test_a_client_that_a_server_serves_which_runs_again_hears_that_it_has_died()
             (line,) = transport._board.lines
     with InferenceServer(double, transport):
         assert outcome(client, 3) == 6
-        line.wire.shut_down()  # as the end of its process does
+        line.wire.shutdown()  # as the end of its process does
         with pytest.raises(PeerDiedError):
             client(request(4), HANG)
 
@@ -224,7 +224,7 @@ def test_a_client_that_a_server_serves_which_runs_again_hears_that_it_has_died()
 def test_what_is_written_as_its_client_is_closed_spoils_no_request_of_the_next_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    transport, write = slots(1), Columns.write_one
+    transport, write = slots(1), RowTable.write_one
     asked: list[Any] = []
 
     def write_late(*args: Any) -> None:
@@ -238,7 +238,7 @@ def test_what_is_written_as_its_client_is_closed_spoils_no_request_of_the_next_o
     with InferenceServer(double, transport) as server, ThreadPoolExecutor(2) as threads:
         client = transport.client()
         assert outcome(client, 1) == 2
-        monkeypatch.setattr(Columns, "write_one", write_late)
+        monkeypatch.setattr(RowTable, "write_one", write_late)
         with server.paused():
             late = threads.submit(client, request(7), HANG)
             assert isinstance(late.exception(HANG), ClientClosedError)
@@ -264,7 +264,7 @@ def close_not_taken_in(transport: ProcessSlotTransport, monkeypatch: pytest.Monk
     """It has connected when the server ends, and has not said who it is."""
     server = InferenceServer(double, transport).start()
     with monkeypatch.context() as patched, transport.client() as client:
-        patched.setattr(station, "check_peer", lambda _: server.shutdown())
+        patched.setattr(station, "check_same_user", lambda _: server.shutdown())
         assert str(outcome(client, 1)).startswith("ServerClosedError: ")
 
 
@@ -277,7 +277,7 @@ def close_before_it_connects(transport: ProcessSlotTransport, monkeypatch: pytes
         return False
 
     with monkeypatch.context() as patched, ThreadPoolExecutor(1) as threads:
-        patched.setattr(station, "try_to_connect", connect_to_a_full_backlog)
+        patched.setattr(station, "try_connect", connect_to_a_full_backlog)
         client = transport.client()
         asked = threads.submit(client, request(1), HANG)
         assert dialled.wait(HANG)

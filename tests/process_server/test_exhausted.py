@@ -26,9 +26,9 @@ from aioinfer import (
     ServerStartError,
     WeightSyncError,
 )
+from aioinfer.ipc.sockets import connect_unix
 from aioinfer.testing import eventually, request
 from aioinfer.testing.callers import is_double
-from aioinfer.transports.addresses import dial
 from tests import hosted
 from tests.hosted import HANG, METHODS, forked, kill, make_double, make_policy, slots
 from tests.leftovers import needs_descriptors
@@ -80,7 +80,7 @@ def test_a_start_that_runs_out_of_descriptors_leaves_none_and_tells_its_callers(
         """Say whether there was a process."""
         ways = [MPTransport(), slots()]
         server = ProcessInferenceServer(make_policy, ways, ctx=method)
-        callers = [dial(way.address) for way in ways]  # clients would need descriptors too
+        callers = [connect_unix(way.address) for way in ways]  # clients would need descriptors too
         with suppress(ServerStartError), descriptors_left(left):
             server.start()
         if not server.is_alive:

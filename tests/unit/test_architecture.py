@@ -1,4 +1,4 @@
-"""The floors of the house: a module imports from lower floors only."""
+"""The order of the packages."""
 
 from __future__ import annotations
 
@@ -13,56 +13,16 @@ import pytest
 import aioinfer
 
 ROOT = Path(aioinfer.__file__).parent
-# Each line may import from the lines above it.
-FLOORS = (
-    {"errors", "interaction", "interrupts", "batching", "modes", "health"},
-    {"segments", "tensors", "stats", "client"},
-    {"columns", "stamps", "transports.admission", "transports.bells", "transports.poller"},
-    {"devices", "transports.room", "transports.futures", "transports.sleepers", "transports.wire"},
-    {"executor", "transports.outlets"},
-    # between processes, the client's side
-    {"transports.parcels", "transports.addresses", "transports.receivers", "transports.slot_memory"},
-    {"transports.control", "transports.turns", "transports.calls"},
-    {"transports.station"},
-    {"transports.tickets"},
-    {"transports.slot_tickets", "transports.remote"},
-    # the server's side
-    {"transports.requests"},
-    {"transports.pending", "transports.line"},
-    {"transports.switchboard"},
-    {"transports.bridge", "forward"},
-    {"transports.base"},
-    {"transports.queued", "transports.polling", "pause", "policy"},
-    {"transports.in_process", "transports.processes", "worker"},
-    {"transports.threads", "transports.slots", "transports.process_slots", "transports.queues", "transports.joined"},
-    {"transports"},
-    {"weight_sync.weights", "weight_sync.snapshots", "weight_sync.waiting"},
-    {"weight_sync.queues", "weight_sync.targets"},
-    {"weight_sync.lines", "weight_sync.publications"},
-    {"weight_sync.transport"},
-    {"weight_sync.channels"},
-    {"weight_sync.receiver", "weight_sync.peers"},
-    {"weight_sync.worker", "weight_sync.sender", "weight_sync.scheme"},
-    {"weight_sync.recipes"},
-    {"weight_sync.queued"},
-    {"weight_sync.multiprocess", "weight_sync.shared_memory", "weight_sync.nothing"},
-    {"weight_sync"},
-    {"life", "updates"},
-    {"server"},
-    {"hosting.orders", "hosting.process", "hosting.completion"},
-    {"hosting.child", "hosting.hotline"},
-    {"hosting.deliveries", "hosting.pause"},
-    {"hosting.life"},
-    {"hosting.server"},
+# Packages, and modules of the top, in their order: each imports from those above it only, or from its own package.
+LAYERS = (
+    {"errors", "interaction_type", "interrupts", "batching", "modes", "health", "tensors", "stats", "client", "rows"}
+    | {"versions", "devices", "wakers", "futures", "ipc"},
+    {"transports", "weight_sync"},
+    {"forward", "policy", "executor", "pause", "worker", "life", "updates", "server"},
     {"hosting"},
     {""},
-    {"testing.callers"},
-    {"testing.replies", "testing.endings"},
-    {"testing.contract"},
     {"testing"},
-    {"demo", "bench"},
-    {"cli"},
-    {"__main__"},
+    {"demo", "bench", "cli", "__main__"},
 )
 
 
@@ -71,12 +31,8 @@ def module_of(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def floor_of(module: str) -> int:
-    for name in (module, module.split(".")[0]):  # demo and bench may be packages, with an order of their own
-        for floor, modules in enumerate(FLOORS):
-            if name in modules and (name == module or name in {"demo", "bench"}):
-                return floor
-    raise AssertionError(f"{module} is on no floor")
+def layer_of(module: str) -> int:
+    return next(number for number, packages in enumerate(LAYERS) if module.split(".")[0] in packages)
 
 
 SOURCES = {module_of(path): path for path in ROOT.rglob("*.py")}
@@ -94,11 +50,9 @@ def imports_of(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("module", SOURCES)
-def test_a_module_imports_from_lower_floors_only(module: str) -> None:
-    floor = floor_of(module)
+def test_a_package_imports_from_packages_above_it_only(module: str) -> None:
     for imported in imports_of(SOURCES[module]):
-        same_package = module.split(".")[0] == imported.split(".")[0] in {"demo", "bench"}
-        assert floor_of(imported) < floor or same_package, f"{module} imports {imported}"
+        assert layer_of(imported) <= layer_of(module), f"{module} imports {imported}"
 
 
 def test_the_picture_of_the_package_names_files_that_exist() -> None:

@@ -15,7 +15,7 @@ from aioinfer import (
     ServerStartError,
     errors,
 )
-from aioinfer.errors import ModelError, own_error
+from aioinfer.errors import ModelError, clone_exception
 
 
 class Odd(Exception):
@@ -42,7 +42,7 @@ class Hopeless(Exception):
     [ValueError("a", 1), KeyError("k"), OSError(2, "no"), Odd(3, reason="odd"), ExceptionGroup("g", [ValueError("b")])],
 )
 def test_each_caller_gets_an_own_instance_of_the_same_kind(original: Exception) -> None:
-    first, second = own_error(original), own_error(original)
+    first, second = clone_exception(original), clone_exception(original)
     assert first is not second
     assert type(first) is type(original)
     assert str(first) == str(original)
@@ -51,14 +51,14 @@ def test_each_caller_gets_an_own_instance_of_the_same_kind(original: Exception) 
 
 
 def test_attributes_come_along() -> None:
-    copy = own_error(Odd(3, reason="odd"))
+    copy = clone_exception(Odd(3, reason="odd"))
     assert isinstance(copy, Odd)
     assert copy.code == 3
 
 
 @pytest.mark.parametrize("original", [SystemExit(1), KeyboardInterrupt(), StopIteration(2), Hopeless("x")])
 def test_what_no_caller_can_be_given_becomes_a_model_error(original: BaseException) -> None:
-    error = own_error(original)
+    error = clone_exception(original)
     assert type(error) is ModelError
     assert type(original).__name__ in str(error)
     assert error.__cause__ is original

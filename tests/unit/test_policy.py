@@ -11,7 +11,7 @@ from tensordict.nn.probabilistic import interaction_type, set_interaction_type
 from torch import distributions, nn
 
 from aioinfer import InferenceServer, PolicyClientModule, ThreadingTransport
-from aioinfer.interaction import calling_in, stamp, unstamp
+from aioinfer.interaction_type import attach_mode, detach_mode, requests_carry
 from aioinfer.testing import GatedModel, double, eventually, request
 
 HANG = 20.0
@@ -99,7 +99,7 @@ def test_callers_of_unlike_modes_share_a_server_but_no_batch() -> None:
         assert model.entered.wait(HANG)
         futures = []
         for value in range(8):
-            with calling_in(InteractionType.RANDOM if value % 2 else None):
+            with requests_carry(InteractionType.RANDOM if value % 2 else None):
                 futures.append(server.client().submit(request(value)))
         eventually(lambda: server.stats().pending == 8)
         model.open()
@@ -129,9 +129,9 @@ def test_a_mode_of_a_forward_pass_is_not_seen_by_other_threads() -> None:
 @pytest.mark.parametrize("mode", [None, *InteractionType])
 def test_a_stamped_request_gives_its_mode_back(mode: InteractionType | None) -> None:
     td = request(1)
-    stamped = stamp(td, mode)
+    tagged = attach_mode(td, mode)
     assert set(td.keys()) == {"observation"}
-    plain, found = unstamp(stamped)
+    plain, found = detach_mode(tagged)
     assert found is mode
     assert set(plain.keys()) == {"observation"}
 

@@ -8,15 +8,15 @@ from tensordict import TensorDict, TensorDictBase
 
 from aioinfer import InferenceServer, ThreadingTransport
 from aioinfer.testing import double, eventually, request
-from aioinfer.transports.bells import Bell, LockBell, cheapest_bell
 from aioinfer.transports.sleepers import Sleepers, Waiter, unwrap
+from aioinfer.wakers import LockWaker, Waker, make_waker
 
 HANG = 20.0
 
 
-@pytest.fixture(params=[LockBell, cheapest_bell])
-def make_bell(request: pytest.FixtureRequest) -> Callable[[], Bell]:
-    made: Callable[[], Bell] = request.param
+@pytest.fixture(params=[LockWaker, make_waker])
+def make_bell(request: pytest.FixtureRequest) -> Callable[[], Waker]:
+    made: Callable[[], Waker] = request.param
     return made
 
 
@@ -27,7 +27,7 @@ def reply_of(waiter: Waiter, timeout: float = HANG) -> TensorDictBase:
     return unwrap(*waiter.wait(timeout))
 
 
-def test_every_thread_of_a_batch_wakes_and_the_last_one_says_so(make_bell: Callable[[], Bell]) -> None:
+def test_every_thread_of_a_batch_wakes_and_the_last_one_says_so(make_bell: Callable[[], Waker]) -> None:
     awake = threading.Event()
     waking: list[bool] = []
     sleepers = Sleepers(waking, awake.set)
@@ -45,7 +45,7 @@ def test_every_thread_of_a_batch_wakes_and_the_last_one_says_so(make_bell: Calla
     assert not waking
 
 
-def test_threads_that_left_do_not_break_the_chain(make_bell: Callable[[], Bell]) -> None:
+def test_threads_that_left_do_not_break_the_chain(make_bell: Callable[[], Waker]) -> None:
     awake = threading.Event()
     waking: list[bool] = []
     sleepers = Sleepers(waking, awake.set)
@@ -62,7 +62,7 @@ def test_threads_that_left_do_not_break_the_chain(make_bell: Callable[[], Bell])
         thread.join()
 
 
-def test_a_thread_that_leaves_after_it_was_settled_passes_its_turn_on(make_bell: Callable[[], Bell]) -> None:
+def test_a_thread_that_leaves_after_it_was_settled_passes_its_turn_on(make_bell: Callable[[], Waker]) -> None:
     waking: list[bool] = []
     sleepers = Sleepers(waking, lambda: None)
     waiters = [Waiter(sleepers, make_bell()) for _ in range(6)]
@@ -73,7 +73,7 @@ def test_a_thread_that_leaves_after_it_was_settled_passes_its_turn_on(make_bell:
     assert [waiter.done() for waiter in waiters[:2]] == [False, False]
 
 
-def test_a_chain_that_does_not_go_on_is_given_up(make_bell: Callable[[], Bell]) -> None:
+def test_a_chain_that_does_not_go_on_is_given_up(make_bell: Callable[[], Waker]) -> None:
     waking: list[bool] = []
     sleepers = Sleepers(waking, lambda: None)
     waiters = [Waiter(sleepers, make_bell()) for _ in range(6)]
@@ -83,7 +83,7 @@ def test_a_chain_that_does_not_go_on_is_given_up(make_bell: Callable[[], Bell]) 
         assert reply_of(waiter) is REPLY
 
 
-def test_a_used_waiter_waits_again(make_bell: Callable[[], Bell]) -> None:
+def test_a_used_waiter_waits_again(make_bell: Callable[[], Waker]) -> None:
     waking: list[bool] = []
     sleepers = Sleepers(waking, lambda: None)
     waiter = Waiter(sleepers, make_bell())
@@ -130,15 +130,15 @@ def test_impatient_threads_change_nothing_for_the_patient_ones() -> None:
         assert server.stats().ok >= 12 * 150
 
 
-def test_a_bell_wakes_the_one_that_waits_or_the_next(make_bell: Callable[[], Bell]) -> None:
+def test_a_bell_wakes_the_one_that_waits_or_the_next(make_bell: Callable[[], Waker]) -> None:
     bell = make_bell()
     assert not bell.wait(0)
     assert not bell.wait(0.001)
-    bell.ring()
-    bell.ring()
+    bell.notify()
+    bell.notify()
     assert bell.wait(None)
     assert not bell.wait(-1)
-    thread = threading.Thread(target=bell.ring)
+    thread = threading.Thread(target=bell.notify)
     thread.start()
     assert bell.wait(1e30)
     thread.join()
@@ -149,6 +149,6 @@ def test_a_lock_serves_where_file_descriptors_have_run_out(monkeypatch: pytest.M
         raise OSError(24, "Too many open files")
 
     monkeypatch.setattr("os.eventfd", fail, raising=False)
-    assert isinstance(cheapest_bell(), LockBell)
+    assert isinstance(make_waker(), LockWaker)
     monkeypatch.delattr("os.eventfd")
-    assert isinstance(cheapest_bell(), LockBell)
+    assert isinstance(make_waker(), LockWaker)

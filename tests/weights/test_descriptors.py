@@ -20,12 +20,12 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 
 from aioinfer import InferenceServer, ThreadingTransport, WeightSyncError
+from aioinfer.ipc.queue import Descriptor, DescriptorQueue
+from aioinfer.ipc.selector import await_readable, wait_readable
 from aioinfer.testing import eventually
 from aioinfer.weight_sync import MultiProcessWeightSyncScheme
 from aioinfer.weight_sync.lines import Ack, Hello, Line, Outcome
 from aioinfer.weight_sync.publications import Reader
-from aioinfer.weight_sync.queues import Descriptor, DescriptorQueue
-from aioinfer.weight_sync.waiting import await_readable, wait_readable
 from tests.weight_models import Counter
 from tests.weights.workers import HANG, Scheme, following, linear, receiver, scheme, value_of
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tensordict import TensorDict
 from torch import nn
 
+from aioinfer.ipc.queue import Descriptor, DescriptorQueue
 from aioinfer.weight_sync.publications import Reader, Shelf
-from aioinfer.weight_sync.queues import Descriptor, DescriptorQueue
 from aioinfer.weight_sync.snapshots import Layout, LayoutCache, snapshot
 from aioinfer.weight_sync.targets import ModelTarget
 from aioinfer.weight_sync.weights import Strategy, Weights, given_back, read

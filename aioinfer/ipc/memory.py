@@ -12,10 +12,10 @@ from torch import Tensor
 
 from aioinfer.modes import long_lived
 
-__all__ = ["Segment"]
+__all__ = ["AnonymousSharedMemory"]
 
 
-class Segment:
+class AnonymousSharedMemory:
     """A piece of shared memory, reached by a file descriptor that travels to other processes.
 
     There is no entry in ``/dev/shm`` to be removed: the kernel frees the memory with the last descriptor
@@ -35,7 +35,7 @@ class Segment:
             self.memory: Tensor = torch.frombuffer(self.view, dtype=torch.uint8)
 
     @classmethod
-    def create(cls, nbytes: int) -> Segment:
+    def create(cls, nbytes: int) -> AnonymousSharedMemory:
         """Make a new one; at least one byte."""
         fd = _anonymous_file()
         try:

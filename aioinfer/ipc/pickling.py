@@ -15,7 +15,7 @@ from torch import Tensor
 from aioinfer.errors import ModelError
 from aioinfer.tensors import build
 
-__all__ = ["pack", "pack_error", "unpack", "unpack_error", "unpack_or"]
+__all__ = ["dump_exception", "dumps", "load_exception", "loads", "loads_or"]
 
 
 class _Pickler(pickle.Pickler):
@@ -46,17 +46,17 @@ def _tensordict(source: dict[str, Any], batch_size: tuple[int, ...], device: tor
     return build(source, torch.Size(batch_size), device)
 
 
-def pack(message: Any) -> bytes:
+def dumps(message: Any) -> bytes:
     """Pickle anything; tensors inside share no memory with what arrives."""
     body = io.BytesIO()
     _Pickler(body, pickle.HIGHEST_PROTOCOL).dump(message)
     return body.getvalue()
 
 
-unpack: Callable[[bytes], Any] = pickle.loads
+loads: Callable[[bytes], Any] = pickle.loads
 
 
-def unpack_or(data: bytes, instead: Callable[[BaseException], Any]) -> Any:
+def loads_or(data: bytes, instead: Callable[[BaseException], Any]) -> Any:
     """Unpickle what another process sent, whose classes may raise anything.
 
     Args:
@@ -65,16 +65,16 @@ def unpack_or(data: bytes, instead: Callable[[BaseException], Any]) -> Any:
             pickle's but a signal handler's, and raised.
     """
     try:
-        return unpack(data)
+        return loads(data)
     except BaseException:
         try:
-            unpack(data)
+            loads(data)
         except BaseException as error:
             return instead(error)
         raise
 
 
-def pack_error(error: Exception) -> bytes:
+def dump_exception(error: Exception) -> bytes:
     """Pickle an error with its cause; one that does not survive that becomes a :class:`ModelError` that names it.
 
     The text of the cause's traceback travels as a note.
@@ -83,8 +83,8 @@ def pack_error(error: Exception) -> bytes:
     pickled = b""
     for candidate in ((error, cause), (error, _stand_in(cause))):
         try:
-            pickled = pack(candidate)
-            arrived, _ = unpack(pickled)
+            pickled = dumps(candidate)
+            arrived, _ = loads(pickled)
             if type(arrived) is type(error) and str(arrived) == str(error):
                 break
         except BaseException:  # a class of the user's may do anything here
@@ -93,11 +93,11 @@ def pack_error(error: Exception) -> bytes:
     return pickle.dumps((pickled, str(_stand_in(error)), _traceback_of(cause)))
 
 
-def unpack_error(data: bytes) -> Exception:
-    """Make the error that :func:`pack_error` has pickled; a :class:`ModelError` where its class is not known."""
+def load_exception(data: bytes) -> Exception:
+    """Make the error that :func:`dump_exception` has pickled; a :class:`ModelError` where its class is not known."""
     pickled, name, traceback_text = pickle.loads(data)
     # The server's program may have classes that this one does not.
-    arrived, cause = unpack_or(pickled, lambda _: (None, None)) if pickled else (None, None)
+    arrived, cause = loads_or(pickled, lambda _: (None, None)) if pickled else (None, None)
     error: Exception = ModelError(name)
     if isinstance(arrived, Exception):
         error = arrived

@@ -13,7 +13,7 @@ from array import array
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
-from aioinfer.weight_sync.waiting import wait_readable
+from aioinfer.ipc.selector import wait_readable
 
 __all__ = ["Descriptor", "DescriptorQueue"]
 

@@ -1,49 +1,62 @@
-"""A connected pair of sockets that carries frames: from one process to another, and back.
+"""Unix sockets: framed ones that connect two processes, and the address where a server listens.
 
-A frame is a word of 64 bits, native byte order, and often nothing else::
+A frame is a header of 64 bits, native byte order, and often nothing else::
 
-    payload follows? (1 bit) | kind (3 bits) | exploration mode (4 bits) | number of the request (56 bits)
+    payload follows? (1 bit) | kind (3 bits) | mode (4 bits) | number of the request (56 bits)
 
-A payload is its length, a word too, and as many bytes, padded to whole words.
+A payload is its length, 64 bits too, and as many bytes, padded to whole words.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import math
 import os
+import secrets
 import select
 import socket
+import stat
 import struct
+import sys
+import tempfile
 import threading
+import time
 import weakref
 from array import array
 from collections import deque
-from collections.abc import Callable, Sequence
-from enum import IntEnum
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeAlias
+
+from aioinfer.errors import ServerClosedError
 
 __all__ = [
     "NUMBER",
     "PLAIN",
     "Frame",
-    "FromClient",
-    "FromServer",
+    "FramedSocket",
+    "Listener",
     "Rest",
-    "Wire",
     "accept",
+    "check_same_user",
+    "connect_delays",
+    "connect_unix",
     "frame",
+    "header",
+    "send_once",
+    "try_connect",
     "unix_socket",
     "wait_for_any",
-    "word",
 ]
 
 Frame: TypeAlias = tuple[int, bytes | None]
 """A word, and its payload if it has one."""
 
 Rest: TypeAlias = tuple[list[Any], bytearray, int]
-"""What a wire has received and not handed out; see :attr:`Wire.inbox`."""
+"""What a wire has received and not handed out; see :attr:`FramedSocket.inbox`."""
 
 NUMBER = (1 << 56) - 1
 """The bits of a word that are the request's number."""
@@ -55,41 +68,17 @@ _BUFFER_BYTES = 1 << 16
 _WHOLE_BYTES = 1 << 15
 
 
-class FromClient(IntEnum):
-    """What a client says."""
-
-    REQUEST = 0
-    PATIENT_REQUEST = 1
-    """One that waits for room where the queue is full."""
-    CANCEL = 2
-    REFUSED = 3
-    """A request was refused at the client: the server counts it."""
-    JOIN = 4
-    DESCRIBE = 5
-    """Whoever dials wants to know what it takes to join."""
-    RELEASE = 6
-    """Clients that were never used were closed: nobody will join for them."""
-
-
-class FromServer(IntEnum):
-    """What a server says."""
-
-    REPLY = 0
-    ERROR = 1
-    WELCOME = 2
-
-
-def word(kind: int, number: int = 0, mode: int = 0) -> int:
+def header(kind: int, number: int = 0, mode: int = 0) -> int:
     """Put a word together."""
     return kind << 60 | mode << 56 | number
 
 
-def frame(word: int, payload: bytes) -> bytes:
+def frame(header: int, payload: bytes) -> bytes:
     """Put a frame with a payload together."""
-    return struct.pack("=QQ", word | _PAYLOAD, len(payload)) + payload + bytes(-len(payload) % 8)
+    return struct.pack("=QQ", header | _PAYLOAD, len(payload)) + payload + bytes(-len(payload) % 8)
 
 
-class Wire:
+class FramedSocket:
     """One end. Sending never blocks, and receiving only where that is asked for.
 
     Any thread may send; one at a time may receive. What a system call handed to the kernel before ``send`` returns is
@@ -124,7 +113,7 @@ class Wire:
     # -- sending ---------------------------------------------------------------------------------------
 
     @property
-    def half_read(self) -> bool:
+    def has_partial_frame(self) -> bool:
         """Whether the beginning of a frame has arrived, and its end has not."""
         return self.inbox[2] > 0
 
@@ -195,7 +184,7 @@ class Wire:
         """Block until something has arrived, or there is room for what was kept, or ``timeout`` seconds passed."""
         return bool(self.inbox[0]) or wait_for_any([self], timeout)
 
-    def wait_for_room(self, timeout: float | None) -> bool:
+    def wait_writable(self, timeout: float | None) -> bool:
         """Block until there is room for what was kept, or the other end is gone, or ``timeout`` seconds passed."""
         return _poll([(self, select.POLLOUT)], timeout)
 
@@ -218,7 +207,7 @@ class Wire:
         """Do as :meth:`receive`, but return the same again until it is confirmed, by a change of ``inbox``.
 
         Args:
-            block: wait until something has arrived, or for as long as :meth:`look_up` says.
+            block: wait until something has arrived, or for as long as :meth:`set_receive_timeout` says.
 
         Returns:
             Words, and ``None``: ``inbox[0].clear()`` confirms them; or frames, and what ``inbox`` is to be then.
@@ -275,7 +264,7 @@ class Wire:
             raise EOFError
         return self._parse(size)
 
-    def look_up(self, seconds: float) -> None:
+    def set_receive_timeout(self, seconds: float) -> None:
         """Let a :meth:`peek` that blocks return so often, also if nothing has arrived."""
         whole = int(seconds)
         timeout = struct.pack("@ll", whole, int((seconds - whole) * 1e6))
@@ -287,9 +276,9 @@ class Wire:
         frames: list[Frame] = []
         position = 0
         while len(partial) - position >= 8:
-            (word,) = _ONE.unpack_from(partial, position)
-            if word < _PAYLOAD:
-                frames.append((word, None))
+            (header,) = _ONE.unpack_from(partial, position)
+            if header < _PAYLOAD:
+                frames.append((header, None))
                 position += 8
                 continue
             if len(partial) - position < 16:
@@ -298,12 +287,12 @@ class Wire:
             end = position + 16 + length + -length % 8
             if end > len(partial):
                 break
-            frames.append((word & ~_PAYLOAD, bytes(partial[position + 16 : position + 16 + length])))
+            frames.append((header & ~_PAYLOAD, bytes(partial[position + 16 : position + 16 + length])))
             position = end
         left = partial[position:] if position else partial
         return frames, ([], left, len(left))
 
-    def shut_down(self) -> None:
+    def shutdown(self) -> None:
         """Hang up, but keep the descriptor: whoever waits for something to arrive sees the end of it."""
         try:
             self._sock.shutdown(socket.SHUT_RDWR)
@@ -315,12 +304,12 @@ class Wire:
         self._sock.close()
 
 
-def wait_for_any(wires: Sequence[Wire], timeout: float | None) -> bool:
-    """Do as :meth:`Wire.wait`, for several of them."""
+def wait_for_any(wires: Sequence[FramedSocket], timeout: float | None) -> bool:
+    """Do as :meth:`FramedSocket.wait`, for several of them."""
     return _poll([(wire, select.POLLIN | (select.POLLOUT if wire.unsent else 0)) for wire in wires], timeout)
 
 
-def _poll(wires: Sequence[tuple[Wire, int]], timeout: float | None) -> bool:
+def _poll(wires: Sequence[tuple[FramedSocket, int]], timeout: float | None) -> bool:
     poll = select.poll()
     for wire, events in wires:
         if (descriptor := wire.fileno()) < 0:  # closed: there is nothing to wait for
@@ -364,3 +353,269 @@ def _close_all() -> None:
 
 
 os.register_at_fork(before=_forking.acquire, after_in_parent=_forking.release, after_in_child=_close_all)
+
+
+_BACKLOG = 4096
+_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
+# Seconds until a server whose backlog is full is tried again: at first, and at most.
+_DIAL_AGAIN = 0.01
+_DIAL_SELDOM = 0.5
+
+
+class Listener:
+    """A Unix socket that listens.
+
+    Attributes:
+        address: a path; or, for one that was not named and where Linux has them, a name in the abstract namespace,
+            written with a leading ``@``: nothing of it is left when the process is gone, however it ends.
+
+    Args:
+        address: a path to listen at; ``None`` makes an address up.
+        descriptor: of a socket that listens there already; its own from now on.
+
+    Raises:
+        OSError: somebody else listens there, or the path can't be made.
+    """
+
+    def __init__(self, address: str | None = None, descriptor: int | None = None) -> None:
+        self._directory: str | None = None
+        if address is None and sys.platform == "linux":
+            address = f"@aioinfer-{secrets.token_hex(12)}"
+        elif address is None:
+            self._directory = tempfile.mkdtemp(prefix="aioinfer-")
+            address = str(Path(self._directory) / "server")
+        self.address = address
+        self._socket: socket.socket | None = None
+        if descriptor is None:
+            self.open()
+        else:
+            self._adopt(unix_socket(descriptor))
+
+    def open(self) -> None:
+        """Listen, if it does not already."""
+        if self._socket is not None:
+            return
+        sock = unix_socket()
+        try:
+            if self.address.startswith("@"):
+                sock.bind(_native(self.address))
+                sock.listen(_BACKLOG)
+            else:
+                if self._directory is not None:
+                    os.makedirs(self._directory, mode=0o700, exist_ok=True)  # which only its owner may enter
+                with _nobody_else_binds(self.address):
+                    self._bind(sock)
+                    sock.listen(_BACKLOG)
+        except BaseException:
+            sock.close()
+            raise
+        self._adopt(sock)
+
+    def give_away(self) -> int:
+        """Listen no more, and return a descriptor by which another process can go on."""
+        descriptor = os.dup(self.fileno())
+        self._closing.detach()
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+        return descriptor
+
+    def _adopt(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        sock.set_inheritable(False)  # one that came from another process may be
+        self._socket = sock
+        self._closing = weakref.finalize(
+            self, _close, sock, self.address, _identity(self.address), self._directory, os.getpid()
+        )
+
+    def _bind(self, sock: socket.socket) -> None:
+        try:
+            sock.bind(self.address)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or not stat.S_ISSOCK(os.stat(self.address).st_mode):
+                raise
+            if _somebody_listens(self.address):
+                raise
+            os.unlink(self.address)  # left by a process that was killed
+            sock.bind(self.address)
+        os.chmod(self.address, 0o600)
+
+    def fileno(self) -> int:
+        return -1 if self._socket is None else self._socket.fileno()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it listens."""
+        return self._socket is not None
+
+    def accept(self) -> socket.socket | None:
+        """Take the next process in, of this user, that has dialled; ``None`` if there is none.
+
+        Raises:
+            OSError: no descriptor is left for it.
+        """
+        while self._socket is not None:
+            try:
+                sock = accept(self._socket)
+            except (BlockingIOError, ConnectionAbortedError):
+                return None
+            try:
+                check_same_user(sock)
+            except OSError:  # another user, or gone already
+                sock.close()
+            else:
+                return sock
+        return None
+
+    def close(self) -> None:
+        """Listen no more, until ``open``. Idempotent."""
+        if self._socket is not None:
+            self._socket = None
+            self._closing()
+
+
+def _close(
+    sock: socket.socket, address: str, identity: tuple[int, int] | None, directory: str | None, pid: int
+) -> None:
+    if identity is not None and pid == os.getpid():  # not in a forked child, whose parent still listens
+        with suppress(OSError):
+            if _identity(address) == identity:  # while we listen nobody replaces it
+                os.unlink(address)
+            if directory is not None:
+                os.rmdir(directory)
+    sock.close()
+
+
+def _identity(address: str) -> tuple[int, int] | None:
+    """What tells a socket's path from another one of the same name."""
+    try:
+        found = os.stat(address)
+    except (OSError, ValueError):  # no path, or nothing there
+        return None
+    return found.st_dev, found.st_ino
+
+
+@contextmanager
+def _nobody_else_binds(address: str) -> Iterator[None]:
+    """Take turns with others that want the same path: who finds a socket there must know whether anybody listens."""
+    path = f"{address}.lock"
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            found = os.fstat(descriptor)
+            if _identity(path) != (found.st_dev, found.st_ino):  # who had it before has removed it
+                continue
+            try:
+                yield
+            finally:
+                os.unlink(path)
+            return
+        finally:
+            os.close(descriptor)
+
+
+def _somebody_listens(address: str) -> bool:
+    with unix_socket() as sock:
+        try:
+            try_connect(sock, address)
+        except ServerClosedError:
+            return False
+        return True
+
+
+def connect_unix(address: str, timeout: float | None = None) -> socket.socket:
+    """Connect to a listener.
+
+    Args:
+        address: where it listens.
+        timeout: seconds to wait where its backlog is full; ``None`` waits for ever.
+
+    Raises:
+        ServerClosedError: nobody listens there.
+        PermissionError: somebody else does, another user.
+        TimeoutError: its backlog is still full.
+        OSError: no descriptor is left.
+    """
+    deadline = None if timeout is None else time.monotonic() + timeout
+    sock = unix_socket()
+    try:
+        for delay in connect_delays():
+            if try_connect(sock, address):
+                break
+            if deadline is not None and time.monotonic() >= deadline:
+                raise TimeoutError(f"the server at {address} takes nobody in within {timeout} seconds")
+            time.sleep(delay)
+        check_same_user(sock)
+    except BaseException:
+        sock.close()
+        raise
+    sock.setblocking(True)
+    return sock
+
+
+def try_connect(sock: socket.socket, address: str) -> bool:
+    """Connect to a listener without blocking; say whether it had room for us.
+
+    Raises:
+        ServerClosedError: nobody listens there.
+    """
+    sock.setblocking(False)
+    try:
+        sock.connect(_native(address))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise ServerClosedError(f"no server listens at {address}: it is shut down, or its process is gone") from error
+    sock.setblocking(True)
+    return True
+
+
+def connect_delays() -> Iterator[float]:
+    """Seconds to wait, for ever, between attempts to connect to a server whose backlog is full."""
+    delay = _DIAL_AGAIN
+    while True:
+        yield delay
+        delay = min(2 * delay, _DIAL_SELDOM)
+
+
+def check_same_user(sock: socket.socket) -> None:
+    """Raise :class:`PermissionError` if the other end is of another user: abstract names have no permissions."""
+    if not hasattr(socket, "SO_PEERCRED"):  # elsewhere the path's decide
+        return
+    _, uid, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    if uid != os.getuid():
+        raise PermissionError("who is at the other end is another user")
+
+
+def send_once(address: str, data: bytes) -> None:
+    """Connect, send ``data`` and hang up; nobody is told if that can't be. It does not block."""
+    try:
+        sock = unix_socket()
+    except OSError:
+        return
+
+    def send() -> None:
+        with sock:
+            sock.sendall(data)
+
+    def send_later() -> None:
+        with suppress(OSError, ServerClosedError):
+            for delay in connect_delays():
+                if try_connect(sock, address):
+                    break
+                time.sleep(delay)
+            send()
+        sock.close()
+
+    try:
+        if try_connect(sock, address):
+            send()
+        else:
+            threading.Thread(target=send_later, name="aioinfer-connect", daemon=True).start()
+    except (OSError, ServerClosedError):
+        sock.close()
+
+
+def _native(address: str) -> str:
+    return "\0" + address[1:] if address.startswith("@") else address

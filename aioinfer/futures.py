@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from aioinfer.transports.bells import LockBell
+from aioinfer.wakers import LockWaker
 
 __all__ = ["Future", "run_in_thread"]
 
@@ -77,8 +77,8 @@ class Future(concurrent.futures.Future[T]):
     def _wait(self, timeout: float | None) -> None:
         if self.done():
             return
-        bell = LockBell()
-        callback = _Guarded(lambda _: bell.ring())
+        bell = LockWaker()
+        callback = _Guarded(lambda _: bell.notify())
         super().add_done_callback(callback)
         if not bell.wait(timeout):
             with self._condition:

@@ -19,31 +19,31 @@ from tensordict import TensorDictBase
 from tensordict.nn.probabilistic import InteractionType, interaction_type, set_interaction_type
 
 __all__ = [
-    "AMBIENT",
+    "INHERIT",
     "MODES",
     "InteractionType",
     "Mode",
+    "attach_mode",
     "caller_mode",
-    "calling_in",
-    "in_force",
+    "detach_mode",
     "interaction_type",
-    "number_of",
-    "stamp",
-    "unstamp",
+    "mode_code",
+    "requests_carry",
+    "use_mode",
 ]
 
 
-class _Ambient(Enum):
-    AMBIENT = "whatever is in force where the row is computed"
+class _Inherit(Enum):
+    INHERIT = "whatever is in force where the row is computed"
 
 
-AMBIENT = _Ambient.AMBIENT
-Mode: TypeAlias = InteractionType | _Ambient | None
+INHERIT = _Inherit.INHERIT
+Mode: TypeAlias = InteractionType | _Inherit | None
 
 caller_mode: Callable[[], Mode]
 """Returns the mode that a request made here and now carries."""
 
-_named: ContextVar[Mode] = ContextVar("aioinfer_interaction_type", default=AMBIENT)
+_named: ContextVar[Mode] = ContextVar("aioinfer_interaction_type", default=INHERIT)
 
 
 @contextmanager
@@ -58,54 +58,54 @@ def _naming(mode: Mode) -> Iterator[None]:
 if "thread_local" in inspect.signature(set_interaction_type).parameters:
     caller_mode = interaction_type
 
-    def in_force(mode: Mode) -> AbstractContextManager[None]:
+    def use_mode(mode: Mode) -> AbstractContextManager[None]:
         """Put ``mode`` in force for this thread inside a ``with`` block."""
-        return nullcontext() if mode is AMBIENT else set_interaction_type(mode, thread_local=True)
+        return nullcontext() if mode is INHERIT else set_interaction_type(mode, thread_local=True)
 
-    def calling_in(mode: InteractionType | None) -> AbstractContextManager[None]:
+    def requests_carry(mode: InteractionType | None) -> AbstractContextManager[None]:
         """Make the requests inside a ``with`` block carry ``mode``."""
-        return in_force(mode)
+        return use_mode(mode)
 else:
     caller_mode = _named.get
 
-    def in_force(mode: Mode) -> AbstractContextManager[None]:
+    def use_mode(mode: Mode) -> AbstractContextManager[None]:
         """Put ``mode`` in force inside a ``with`` block, unless it is so already."""
-        return nullcontext() if mode is AMBIENT or mode is interaction_type() else set_interaction_type(mode)
+        return nullcontext() if mode is INHERIT or mode is interaction_type() else set_interaction_type(mode)
 
-    def calling_in(mode: InteractionType | None) -> AbstractContextManager[None]:
+    def requests_carry(mode: InteractionType | None) -> AbstractContextManager[None]:
         """Make the requests inside a ``with`` block carry ``mode``."""
         return _naming(mode)
 
 
-MODES: tuple[Mode, ...] = (AMBIENT, None, *InteractionType)
-"""Every mode; its place is the number by which it travels to other processes."""
+MODES: tuple[Mode, ...] = (INHERIT, None, *InteractionType)
+"""Every mode; its index is the code by which it travels to other processes."""
 
 _NUMBERS = {mode: number for number, mode in enumerate(MODES)}
 
 
-def number_of(mode: Mode) -> int:
-    """The place of a mode in ``MODES``."""
-    if mode is AMBIENT:  # an enum takes long to hash, and mostly it is one of these two
+def mode_code(mode: Mode) -> int:
+    """The index of a mode in ``MODES``."""
+    if mode is INHERIT:  # an enum takes long to hash, and mostly it is one of these two
         return 0
     return 1 if mode is None else _NUMBERS[mode]
 
 
-_STAMP = "_aioinfer_interaction_type"
+_MODE_KEY = "_aioinfer_interaction_type"
 
 
-def stamp(td: TensorDictBase, mode: Mode) -> TensorDictBase:
+def attach_mode(td: TensorDictBase, mode: Mode) -> TensorDictBase:
     """Return a shallow copy of a request that carries ``mode`` as an entry, for transports that carry only entries."""
-    if mode is AMBIENT:
+    if mode is INHERIT:
         return td
-    stamped = td.copy()
-    code = torch.full(td.batch_size, number_of(mode), dtype=torch.int8, device=td.device or "cpu")
-    stamped.set(_STAMP, code)
-    return stamped
+    tagged = td.copy()
+    code = torch.full(td.batch_size, mode_code(mode), dtype=torch.int8, device=td.device or "cpu")
+    tagged.set(_MODE_KEY, code)
+    return tagged
 
 
-def unstamp(td: TensorDictBase) -> tuple[TensorDictBase, Mode]:
-    """Split a request into itself and the mode that :func:`stamp` gave it."""
-    code = td.get(_STAMP, None)
+def detach_mode(td: TensorDictBase) -> tuple[TensorDictBase, Mode]:
+    """Split a request into itself and the mode that :func:`attach_mode` gave it."""
+    code = td.get(_MODE_KEY, None)
     if code is None:
-        return td, AMBIENT
-    return td.exclude(_STAMP), MODES[int(code.flatten()[0])]
+        return td, INHERIT
+    return td.exclude(_MODE_KEY), MODES[int(code.flatten()[0])]

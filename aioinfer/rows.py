@@ -16,7 +16,7 @@ from aioinfer.errors import InvalidRequestError, ModelError
 from aioinfer.modes import long_lived
 from aioinfer.tensors import OWN_MEMORY_BYTES, Allocate, build, entries, is_nested, unbind_rows
 
-__all__ = ["Columns", "Leaf", "RowLayout"]
+__all__ = ["LeafSpec", "RowLayout", "RowTable"]
 
 Path: TypeAlias = tuple[str, ...]
 
@@ -27,7 +27,7 @@ _STRIDED = torch.strided
 _MANY = 8
 
 
-class Leaf:
+class LeafSpec:
     """One tensor of each row."""
 
     __slots__ = ("dtype", "name", "nbytes", "path", "shape")
@@ -58,13 +58,13 @@ class RowLayout:
         self.what = what
         self.batch_size = example.batch_size
         self.drop_undeclared = drop_undeclared
-        self.leaves: list[Leaf] = []
+        self.leaves: list[LeafSpec] = []
         self.sizes: dict[Path, torch.Size] = {(): example.batch_size}
         self._read(example, ())
         self._left_out: frozenset[str] = frozenset()
         self._take(self.leaves)
 
-    def _take(self, leaves: list[Leaf]) -> None:
+    def _take(self, leaves: list[LeafSpec]) -> None:
         self.leaves = leaves
         self._is_flat = all(len(leaf.path) == 1 for leaf in self.leaves)
         self.is_simple = self._is_flat and len(self.sizes) == 1
@@ -83,7 +83,7 @@ class RowLayout:
             elif isinstance(value, Tensor) and (kind := _odd_kind(value)):
                 raise TypeError(f"{self.what}_spec has {path[-1]!r}, which is {kind}; expected a plain tensor")
             elif isinstance(value, Tensor):
-                self.leaves.append(Leaf(path, value.shape, value.dtype))
+                self.leaves.append(LeafSpec(path, value.shape, value.dtype))
             else:
                 raise TypeError(
                     f"{self.what}_spec has {path[-1]!r} of type {type(value).__qualname__}; "
@@ -97,7 +97,7 @@ class RowLayout:
         other._take([leaf for leaf in self.leaves if leaf.path != (key,)])
         return other
 
-    def described(self) -> str:
+    def signature(self) -> str:
         """The layout in words; equal for equal layouts."""
         leaves = ", ".join(f"{leaf.name} {leaf.dtype} {list(leaf.shape)}" for leaf in self.leaves)
         sizes = ", ".join(f"{path} {list(size)}" for path, size in self.sizes.items() if path)
@@ -125,7 +125,7 @@ class RowLayout:
                         return values
             except (KeyError, AttributeError, RuntimeError):  # one is not there, or no tensor, or a nested one
                 pass
-        raise InvalidRequestError(self._complaint(td))
+        raise InvalidRequestError(self._mismatch(td))
 
     def batch_values(self, output: TensorDictBase, keys: Set[str] | None) -> list[Tensor]:
         """The tensors ``[B, *shape]`` of a batch of rows, on the CPU, in the order of ``leaves``.
@@ -161,9 +161,9 @@ class RowLayout:
 
     def _unfit(self, output: TensorDictBase, keys: Set[str] | None) -> ModelError:
         own = self._own(output, keys)
-        return ModelError(self._complaint(build(own, output.batch_size, None)[0].to("cpu"), batch_size=False))
+        return ModelError(self._mismatch(build(own, output.batch_size, None)[0].to("cpu"), batch_size=False))
 
-    def _complaint(self, td: Any, *, batch_size: bool = True) -> str:
+    def _mismatch(self, td: Any, *, batch_size: bool = True) -> str:
         if not isinstance(td, TensorDictBase):
             return f"a {self.what} must be a TensorDict, got {type(td).__qualname__}"
         if batch_size and td.batch_size != self.batch_size:
@@ -171,7 +171,7 @@ class RowLayout:
         found = _flat(td)
         missing = [leaf.name for leaf in self.leaves if leaf.path not in found]
         declared = {leaf.path for leaf in self.leaves}
-        unknown = [Leaf(path, torch.Size(), torch.uint8).name for path in found if path not in declared]
+        unknown = [LeafSpec(path, torch.Size(), torch.uint8).name for path in found if path not in declared]
         expected = ", ".join(leaf.name for leaf in self.leaves)
         if missing:
             return f"the {self.what} lacks {', '.join(missing)}; expected {expected}"
@@ -229,7 +229,7 @@ def _flat(td: TensorDictBase, above: Path = ()) -> dict[Path, Any]:
     return found
 
 
-class Columns:
+class RowTable:
     """Rows of like layout in one piece of memory, one contiguous column ``[rows, *shape]`` for each leaf.
 
     It knows nothing of who may touch which row when; that is its user's to order.
@@ -255,7 +255,7 @@ class Columns:
         rows = zip(*[column.unbind(0) for column in self._columns], strict=True)
         return [tuple(row) for row in rows] or [()] * count
 
-    def without(self, key: str) -> Columns:
+    def without(self, key: str) -> RowTable:
         """The same rows, but for one entry."""
         other = copy(self)
         other.layout = self.layout.without(key)
@@ -294,7 +294,7 @@ class Columns:
         """A row as it lies in memory."""
         return self.layout.assemble(self._rows[row], torch.Size([]))
 
-    def lend(self, row: int) -> dict[str, Any]:
+    def view(self, row: int) -> dict[str, Any]:
         """The entries of a row as they lie in memory."""
         return self.layout.tree(self._rows[row])
 

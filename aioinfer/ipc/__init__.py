@@ -1,0 +1,1 @@
+"""What processes share: sockets, memory, descriptors and pickles. Nothing here knows of inference."""
