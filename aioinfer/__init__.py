@@ -19,7 +19,7 @@ Between processes the same way, with a wire in it::
 
 And the way of new weights, from a trainer in another process, or (``server.update_weights``) in this one::
 
-    weight_sync/sender.py        weight_sync/receiver.py      updates.py               executor.py
+    weight_sync/sender.py        weight_sync/receiver.py      weight_updates.py        executor.py
     snapshot in shared memory -> newest of the queue       -> does it fit? load it, -> between two
                                  of each worker               all or nothing           forward passes
 

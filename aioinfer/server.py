@@ -30,9 +30,9 @@ from aioinfer.transports.base import InferenceTransport, ServedTransport
 from aioinfer.transports.joined import JoinedTransport
 from aioinfer.transports.polling import PolledTransport
 from aioinfer.transports.processes import ProcessTransport
-from aioinfer.updates import Updates
 from aioinfer.weight_sync.scheme import WeightSyncScheme
 from aioinfer.weight_sync.weights import WeightsLike, check_version
+from aioinfer.weight_updates import WeightUpdates
 from aioinfer.worker import Worker
 
 __all__ = ["InferenceServer"]
@@ -131,7 +131,7 @@ class InferenceServer(ServerLife):
         self._request_spec = request_spec
         self._max_pending = max_pending
         placement = place(device, output_device)
-        self._updates = Updates(
+        self._updates = WeightUpdates(
             model,
             placement,
             scheme=weight_sync,
@@ -296,7 +296,7 @@ class InferenceServer(ServerLife):
     def _load(self, weights: WeightsLike, version: int | None, cast: bool) -> Future[None]:
         check_version(version)
         worker = self._running()
-        return worker.submit(partial(self._updates.load, self._updates.copied(weights), version, cast=cast))
+        return worker.submit(partial(self._updates.load, self._updates.copy(weights), version, cast=cast))
 
     # -- life ------------------------------------------------------------------------------------------
 

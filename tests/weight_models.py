@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from aioinfer.testing import eventually
 from aioinfer.weight_sync import MultiProcessWeightSyncScheme, SharedMemWeightSyncScheme, WeightSyncScheme
+from aioinfer.weight_sync.sender import Sender
 
 SCHEMES: tuple[type[MultiProcessWeightSyncScheme] | type[SharedMemWeightSyncScheme], ...] = (
     MultiProcessWeightSyncScheme,
@@ -80,6 +81,12 @@ class Counter(nn.Module):
         if state["count"] == "rubbish":
             raise ValueError("rubbish")
         self.count = state["count"]
+
+
+def sender_of(scheme: MultiProcessWeightSyncScheme | SharedMemWeightSyncScheme) -> Sender:
+    """The sender of a trainer, with its workers and its pool of snapshots."""
+    assert scheme._sender is not None
+    return scheme._sender
 
 
 # -- processes ---------------------------------------------------------------------------------------------
@@ -163,9 +170,7 @@ def measure_peak(scheme: MultiProcessWeightSyncScheme, orders: Connection[Any, A
     torch.set_num_threads(1)
     model = large(1.0)
     scheme.init_on_sender(model=model, device_map_fn=lambda index, weights: weights + index, num_workers=4)
-    sender = scheme._sender
-    assert sender is not None
-    eventually(lambda: len(sender._there(range(4))) == 4)
+    eventually(lambda: len(sender_of(scheme).connected(range(4))) == 4)
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
     before = _kilobytes("VmRSS")
     scheme.connect()

@@ -30,8 +30,8 @@ from aioinfer.ipc.sockets import NUMBER, FramedSocket, frame, header
 from aioinfer.pause import PendingPolicy
 from aioinfer.server import InferenceServer
 from aioinfer.stats import ServerStats
-from aioinfer.weight_sync.publications import Reader
-from aioinfer.weight_sync.weights import given_back
+from aioinfer.weight_sync.snapshot import SnapshotReader
+from aioinfer.weight_sync.weights import to_strategy
 
 __all__ = ["run"]
 
@@ -127,7 +127,7 @@ class _Desk:
         self._wire = wire
         self._server = server
         self._updates = updates
-        self._reader = Reader()
+        self._reader = SnapshotReader()
         self._tasks: set[asyncio.Task[None]] = set()
         self._pauses: dict[int, asyncio.Task[None]] = {}  # by the number of the command
         server._updates.on_version = page.write
@@ -244,7 +244,7 @@ class _Desk:
     async def _update(self, cast: bool) -> None:
         try:
             publication = self._updates.get_nowait()
-            weights = given_back(self._reader.read(publication), "state_dict")
+            weights = to_strategy(self._reader.read(publication), "state_dict")
         except Exception as error:  # no descriptor is left for them, most likely
             raise WeightSyncError(f"the weights did not arrive: {type(error).__qualname__}: {error}") from error
         update = partial(self._server.update_weights, weights, version=publication.version, cast=cast)

@@ -12,16 +12,16 @@ from aioinfer.hosting.hotline import Call, Hotline
 from aioinfer.hosting.orders import FromParent
 from aioinfer.ipc.pickling import dumps
 from aioinfer.ipc.queue import DescriptorQueue
-from aioinfer.weight_sync.publications import Publication, Shelf, Stored
-from aioinfer.weight_sync.weights import WeightsLike, check_version, read
+from aioinfer.weight_sync.snapshot import SnapshotBuffer, SnapshotPool, SnapshotRef
+from aioinfer.weight_sync.weights import WeightsLike, check_version, extract_weights
 
 __all__ = ["Deliveries"]
 
 
 @dataclass(slots=True)
 class _Delivery:
-    publication: Publication
-    stored: Stored
+    publication: SnapshotRef
+    stored: SnapshotBuffer
     cast: bool
     done: Completion[None] = field(default_factory=Completion)
 
@@ -41,7 +41,7 @@ class Deliveries:
         self._queue = queue
         # Whoever delivers takes a shelf, or makes one, and puts it back. One whose filling was interrupted may be half
         # written, and does not come back.
-        self._shelves: deque[Shelf] = deque()
+        self._shelves: deque[SnapshotPool] = deque()
         self._waiting: deque[_Delivery] = deque()
         self._under_way = False  # one at most: the queue of descriptors is short
 
@@ -53,13 +53,13 @@ class Deliveries:
             ValueError: ``version`` does not fit into 64 bits.
         """
         check_version(version)
-        found = read(weights, "tensordict")
+        found = extract_weights(weights, "tensordict")
         try:
             shelf = self._shelves.pop()
         except IndexError:
-            shelf = Shelf()
-        publication, stored = shelf.publish(found, version)
-        stored.readers += 1
+            shelf = SnapshotPool()
+        publication, stored = shelf.take(found, version)
+        stored.refcount += 1
         delivery = _Delivery(publication, stored, cast)
         self._hotline.call_soon(partial(self._accept, delivery))
         self._shelves.append(shelf)
@@ -95,7 +95,7 @@ class Deliveries:
         self._go_on()
 
     def _finish(self, delivery: _Delivery, error: BaseException | None) -> None:
-        delivery.stored.readers -= 1
+        delivery.stored.refcount -= 1
         if error is None:
             delivery.done.succeed(None)
         else:

@@ -1,10 +1,12 @@
 """Weights travel from a trainer to the servers and workers that use them; see :class:`WeightSyncScheme`."""
 
-from aioinfer.weight_sync.multiprocess import MultiProcessWeightSyncScheme
-from aioinfer.weight_sync.nothing import NoWeightSyncScheme
+from aioinfer.weight_sync.queue_transport import MPTransport
 from aioinfer.weight_sync.scheme import WeightSyncScheme
-from aioinfer.weight_sync.shared_memory import SharedMemWeightSyncScheme
-from aioinfer.weight_sync.transport import MPTransport
+from aioinfer.weight_sync.schemes import (
+    MultiProcessWeightSyncScheme,
+    NoWeightSyncScheme,
+    SharedMemWeightSyncScheme,
+)
 
 __all__ = [
     "MPTransport",

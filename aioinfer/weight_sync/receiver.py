@@ -1,4 +1,4 @@
-"""The worker's half: takes the newest publication from its queue, and tells the trainer what became of it."""
+"""The worker's half: takes the newest snapshot from its queue, loads it, and acknowledges it to the trainer."""
 
 from __future__ import annotations
 
@@ -6,169 +6,241 @@ import queue
 import threading
 import time
 
+from tensordict import TensorDictBase
+from torch import nn
+
 from aioinfer.ipc.selector import Source, await_readable, wait_readable
-from aioinfer.weight_sync.channels import Channel
-from aioinfer.weight_sync.lines import Ack, Line, Outcome, call, reason_of
-from aioinfer.weight_sync.publications import Publication, Reader, opened
-from aioinfer.weight_sync.weights import Weights
+from aioinfer.weight_sync.channel import Ack, AckConnection, AckKind, Channel, connect, nack_reason, parse_message
+from aioinfer.weight_sync.loader import WeightLoader
+from aioinfer.weight_sync.snapshot import SnapshotReader, SnapshotRef, clone_tensors
+from aioinfer.weight_sync.weights import Strategy, Weights, WeightsLike, extract_weights, to_strategy
 
-__all__ = ["Arrival", "Receiver"]
+__all__ = ["ReceivedUpdate", "Receiver", "WeightReceiver"]
 
 
-class Arrival:
-    """Weights that have arrived. Whoever takes them answers once: ``applied`` or ``refused``.
+class ReceivedUpdate:
+    """A snapshot that a worker has received. The worker calls ``ack`` or ``nack`` once, in any thread.
 
     Attributes:
-        weights: views of the trainer's memory, valid until the answer.
-        version: the sender's own number for them, if it gave one.
-        device: where the sender wants a worker without a model to have them.
-        number: of the publication.
+        weights: views of the trainer's memory, valid until the snapshot is acknowledged.
+        version: the trainer's own number for them, if it gave one.
+        device: where the trainer wants a worker without a model to have them.
+        number: of the snapshot.
     """
 
-    def __init__(self, publication: Publication, weights: Weights, line: Line) -> None:
+    def __init__(self, ref: SnapshotRef, weights: Weights, connection: AckConnection) -> None:
         self.weights = weights
-        self.version = publication.version
-        self.device = publication.device
-        self.number = publication.number
-        self._answered: Ack | None = None
-        self._line = line
+        self.version = ref.version
+        self.device = ref.device
+        self.number = ref.number
+        self._sent: Ack | None = None
+        self._connection = connection
 
-    def applied(self, *, lent: bool = False) -> None:
-        """Say that they are in use; ``lent``: as views, which stay valid until the next are applied."""
-        self._answer(Ack(Outcome.APPLIED, self.number, lent=lent))
+    def ack(self, *, aliased: bool = False) -> None:
+        """Report that the weights are in use; ``aliased``: as views, until the worker acknowledges the next ones."""
+        self._send(Ack(AckKind.ACK, self.number, aliased=aliased))
 
-    def refused(self, error: BaseException) -> None:
-        """Say why they are not used."""
-        self._answer(Ack(Outcome.REFUSED, self.number, reason_of(error)))
+    def nack(self, error: BaseException) -> None:
+        """Report why the worker refuses the weights."""
+        self._send(Ack(AckKind.NACK, self.number, nack_reason(error)))
 
-    def skipped(self) -> None:
-        """Say that newer ones are used."""
-        self._answer(Ack(Outcome.SKIPPED, self.number))
+    def skip(self) -> None:
+        """Report that the worker uses newer weights."""
+        self._send(Ack(AckKind.SKIP, self.number))
 
-    def repeat(self, line: Line) -> None:
-        """Give the same answer to a trainer that has sent them again."""
-        if self._answered is not None:
-            line.say(self._answered)
+    def resend_ack(self, connection: AckConnection) -> None:
+        """Send the same answer again, to a trainer that has sent the snapshot again."""
+        if self._sent is not None:
+            connection.send_ack(self._sent)
 
-    def _answer(self, ack: Ack) -> None:
-        self._answered = ack
-        self._line.say(ack)
+    def _send(self, ack: Ack) -> None:
+        self._sent = ack
+        self._connection.send_ack(ack)
 
 
 class Receiver:
-    """One worker's end. It belongs to one thread at a time; another one may answer an ``Arrival``, or close.
+    """Receives the snapshots of one worker.
+
+    One thread at a time owns it. Another thread may acknowledge a :class:`ReceivedUpdate`, or close the receiver;
+    ``_lock`` guards the connection.
 
     Args:
-        channel: the worker's.
-        model_id: whose weights it receives.
+        channel: of the worker.
+        model_id: the name under which its weights are published.
         thread: the thread whose event loop receives; 0 if there is none.
+
+    Attributes:
+        connected: whether a trainer has accepted the connection, and was alive at the last receive.
     """
 
     def __init__(self, channel: Channel, model_id: str, *, thread: int = 0) -> None:
         self._channel = channel
         self._model_id = model_id
         self._thread = thread
-        self._reader = Reader()
-        self._newest: Arrival | None = None  # of what was taken from the queue
-        self._last: Arrival | None = None  # that was handed out
-        self._lock = threading.Lock()  # guards the line
-        self._line: Line | None = call(channel.hellos, thread=thread)
-        """``None`` when closed."""
+        self._reader = SnapshotReader()
+        self._newest: ReceivedUpdate | None = None  # from the queue, and not returned yet
+        self._last: ReceivedUpdate | None = None  # that was returned
+        self._lock = threading.Lock()
+        self._connection: AckConnection | None = connect(channel.handshakes, thread=thread)  # ``None`` when closed
         self.connected = False
-        """Whether a trainer has answered since this worker came, and was there when ``take`` last looked."""
 
     @property
     def _sources(self) -> list[Source]:
-        """What is readable when ``take`` has something to do."""
-        line = self._line
-        return [self._channel.updates, *([] if line is None else [line])]
+        """Descriptors that are readable when :meth:`receive_nowait` has something to do."""
+        connection = self._connection
+        return [self._channel.updates, *([] if connection is None else [connection])]
 
-    def take(self) -> Arrival | None:
-        """Take the newest weights, without waiting; older ones are skipped.
+    def receive_nowait(self) -> ReceivedUpdate | None:
+        """Take the newest weights from the queue, and skip older ones; ``None`` if there are none.
 
         Raises:
-            ValueError: something else is on the queue.
-            OSError: there is no descriptor for a new line. The next call tries again.
+            ValueError: there is another object in the queue.
+            OSError: there is no descriptor for a new connection. The next call tries again.
         """
-        self._call_again_if_alone()
+        self._reconnect()
         updates = self._channel.updates
-        while (line := self._line) is not None:
+        while (connection := self._connection) is not None:
             try:
-                arrival = self._read(*opened(updates.peek()), line)
+                update = self._read(*parse_message(updates.peek()), connection)
             except queue.Empty:
                 break
             except ValueError:
-                if self._newest is not None:  # what came before is not to be lost: next time
+                if self._newest is not None:  # return the update before it first; the next call raises
                     break
                 updates.drop()
                 raise
-            if arrival is not None:
-                if self._newest is not None and self._newest.number != arrival.number:
-                    self._newest.skipped()
-                self._newest = arrival
-            updates.drop()  # only now: what an exception interrupts, the next call finds again
+            if update is not None:
+                if self._newest is not None and self._newest.number != update.number:
+                    self._newest.skip()
+                self._newest = update
+            updates.drop()  # last: if an exception interrupts this call, the next one finds the message again
         newest, self._newest = self._newest, None
         self._last = newest or self._last
         return newest
 
-    def next(self, timeout: float | None) -> Arrival | None:
-        """Wait up to ``timeout`` seconds, or for ever, for weights."""
+    def receive(self, timeout: float | None) -> ReceivedUpdate | None:
+        """Wait up to ``timeout`` seconds for weights; ``None`` waits for ever."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        while (arrival := self.take()) is None:
+        while (update := self.receive_nowait()) is None:
             left = None if deadline is None else deadline - time.monotonic()
-            if self._line is None or (left is not None and left <= 0):  # a signal handler may have closed it
+            if self._connection is None or (left is not None and left <= 0):  # a signal handler may have closed it
                 return None
             wait_readable(self._sources, left)
-        return arrival
+        return update
 
-    async def anext(self) -> Arrival | None:
-        """Wait for weights; ``None`` if the receiver is closed meanwhile. Cancelling it loses none."""
-        while (arrival := self.take()) is None and self._line is not None:
+    async def areceive(self) -> ReceivedUpdate | None:
+        """Wait for weights; ``None`` if the receiver is closed meanwhile. Cancellation loses no update."""
+        while (update := self.receive_nowait()) is None and self._connection is not None:
             await await_readable(self._sources, None)
-        return arrival
+        return update
 
     def close(self) -> None:
-        """Tell the trainer that this worker goes. What it publishes from now on waits for the next one."""
+        """Disconnect from the trainer. The next worker gets what it publishes from now on. Idempotent."""
         with self._lock:
-            line, self._line = self._line, None
+            connection, self._connection = self._connection, None
             self.connected = False
-            if line is not None:
-                line.say(Ack(Outcome.FAREWELL))
-                line.hang_up()
+            if connection is not None:
+                connection.send_ack(Ack(AckKind.DISCONNECT))
+                connection.close()
 
-    def _read(self, model_id: str, publication: object, line: Line) -> Arrival | None:
-        if not isinstance(publication, Publication):
-            raise ValueError(f"expected a publication on a scheme's weight queue, got {type(publication).__qualname__}")
-        if self._last is not None and publication.number == self._last.number:
-            self._last.repeat(line)  # its memory may have been written again
+    def _read(self, model_id: str, ref: object, connection: AckConnection) -> ReceivedUpdate | None:
+        if not isinstance(ref, SnapshotRef):
+            raise ValueError(f"expected a publication on a scheme's weight queue, got {type(ref).__qualname__}")
+        if self._last is not None and ref.number == self._last.number:
+            self._last.resend_ack(connection)  # the buffer may contain another snapshot by now
             return None
         if model_id != self._model_id:
             reason = f'these are weights of "{model_id}", this worker serves "{self._model_id}"'
-            line.say(Ack(Outcome.REFUSED, publication.number, reason))
+            connection.send_ack(Ack(AckKind.NACK, ref.number, reason))
             return None
         try:
-            return Arrival(publication, self._reader.view(publication), line)
-        except (
-            Exception,
-            SystemExit,
-        ) as error:  # also what mapping memory, or unpickling an extra state, raises
+            return ReceivedUpdate(ref, self._reader.view(ref), connection)
+        except (Exception, SystemExit) as error:  # of mapping memory, or of unpickling an extra state
             try:
-                self._reader.view(publication)
+                self._reader.view(ref)
             except (Exception, SystemExit):
-                line.say(Ack(Outcome.REFUSED, publication.number, reason_of(error)))
+                connection.send_ack(Ack(AckKind.NACK, ref.number, nack_reason(error)))
                 return None
-            raise  # out of a signal handler, and not for the weights
+            raise  # a signal handler has raised it
 
-    def _call_again_if_alone(self) -> None:
-        """Leave a line for the next trainer if the one that had the last line is gone."""
+    def _reconnect(self) -> None:
+        """Offer a connection to the next trainer if the last trainer is gone."""
         with self._lock:
-            if self._line is None:
+            if self._connection is None:
                 return
             try:
-                self._line.listen(self._answered)
+                self._connection.receive(self._handle)
             except EOFError:
                 self.connected = False
-                self._line = call(self._channel.hellos, thread=self._thread)
+                self._connection = connect(self._channel.handshakes, thread=self._thread)
 
-    def _answered(self, _: Ack) -> None:
+    def _handle(self, _: Ack) -> None:
         self.connected = True
+
+
+class WeightReceiver:
+    """Receives weights into a model, in the calling thread; see ``WeightSyncScheme.init_on_receiver``.
+
+    One thread at a time owns it.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        model_id: str,
+        model: nn.Module | TensorDictBase | None,
+        *,
+        strategy: Strategy,
+        cast: bool,
+    ) -> None:
+        self._channel = channel
+        self._model_id = model_id
+        self._model = model
+        self._loader = None if model is None else WeightLoader(model, cast=cast)
+        self._strategy = strategy
+        self._receiver: Receiver | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it has offered a connection to the trainer."""
+        return self._receiver is not None
+
+    def connect(self, timeout: float) -> None:
+        """Offer a connection to the trainer, and wait for the first weights."""
+        if self._receiver is None:
+            self._receiver = Receiver(self._channel, self._model_id)
+        if self.receive(timeout) is None:
+            raise TimeoutError(f"no weights came within {timeout:g} s; connect() may be called again")
+
+    def receive(self, timeout: float) -> WeightsLike | None:
+        """Apply the newest weights, or return ``None`` if none come within ``timeout`` seconds."""
+        if self._receiver is None:
+            raise RuntimeError("connect() comes before receive()")
+        update = self._receiver.receive(timeout)
+        if update is None:
+            return None
+        try:
+            weights = self._apply(update)
+            update.ack()
+        except BaseException as error:  # the sender waits for an answer, whatever was raised
+            if self._loader is not None and self._loader.loaded is update.weights:  # a signal handler raised too late
+                update.ack()
+            else:
+                update.nack(error)
+            raise
+        return to_strategy(weights, self._strategy)
+
+    def _apply(self, update: ReceivedUpdate) -> Weights:
+        if self._loader is None or self._model is None:
+            own = clone_tensors(update.weights.tensors)
+            if update.device is not None:
+                own = {name: tensor.to(update.device) for name, tensor in own.items()}
+            return Weights(own, update.weights.extra_states)
+        self._loader.load(update.weights)
+        return extract_weights(self._model, self._strategy).detached()
+
+    def close(self) -> None:
+        """Disconnect from the trainer. Idempotent."""
+        if self._receiver is not None:
+            self._receiver.close()
+            self._receiver = None

@@ -1,41 +1,40 @@
-"""What every scheme of weight synchronisation offers, to the trainer and to the workers."""
+"""The interface of every scheme of weight synchronisation, for the trainer and for the workers."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 
 import torch
 from tensordict import TensorDictBase
 from torch import nn
 
-from aioinfer.weight_sync.peers import Delivery
 from aioinfer.weight_sync.receiver import Receiver
+from aioinfer.weight_sync.sender import DeviceMapFn, Work
 from aioinfer.weight_sync.weights import Strategy, WeightsLike, check_strategy
 
-__all__ = ["DeviceMapFn", "WeightSyncScheme"]
-
-DeviceMapFn: TypeAlias = Callable[[int, TensorDictBase], WeightsLike]
+__all__ = ["WeightSyncScheme"]
 
 
 class WeightSyncScheme(ABC):
-    """How the weights of one model travel from a trainer to any number of workers (servers, collectors).
+    """Sends the weights of one model from a trainer to any number of workers (servers, collectors).
 
-    It starts in two phases: ``init_on_sender`` in the trainer says who gets what, ``init_on_receiver`` in each worker
-    names the model to update; then both ``connect``, in any order, and the trainer may ``send``. One object is
-    handed to the other processes as they start, by fork or pickled; each of them plays its own part.
+    A scheme starts in two phases. First ``init_on_sender`` in the trainer assigns weights to workers, and
+    ``init_on_receiver`` in each worker names the model to update. Then both sides ``connect``, in any order, and the
+    trainer may ``send``. The scheme is handed to the other processes as they start, by fork or pickled; each process
+    calls the methods of its side.
 
-    What is published is a copy: whatever the trainer does to its parameters afterwards, no worker sees it before the
-    next ``send``. A worker applies all of an update or nothing.
+    Published weights are a copy: the trainer may change its parameters afterwards, and no worker sees the change before
+    the next ``send``. A worker applies all of an update or nothing.
 
     ``async`` in a name means that the call returns before the workers have applied the weights, as in ``send_async``.
-    What is awaited has the prefix ``a``: ``asend`` is ``send``, and ``await_async`` is ``wait_async``.
+    Coroutines have the prefix ``a``: ``asend`` is ``send``, and ``await_async`` is ``wait_async``.
 
     Args:
-        strategy: ``"tensordict"`` takes every parameter and buffer of a module, ``"state_dict"`` what its
-            ``state_dict()`` has. Both take the extra states of modules.
+        strategy: ``"tensordict"`` takes every parameter and buffer of a module, ``"state_dict"`` those in its
+            ``state_dict()``. Both take the extra states of modules.
         sync: whether ``send`` returns when the workers have applied the weights, or at once.
 
     Attributes:
@@ -45,7 +44,7 @@ class WeightSyncScheme(ABC):
         ValueError: another strategy.
     """
 
-    lends: ClassVar[bool] = False
+    shares_memory: ClassVar[bool] = False
     """Whether a worker may go on reading the trainer's memory after it has applied weights."""
 
     def __init__(self, strategy: Strategy = "tensordict", sync: bool = True) -> None:
@@ -70,24 +69,24 @@ class WeightSyncScheme(ABC):
         num_workers: int | None = None,
         ctx: Any = None,
     ) -> None:
-        """Store who gets which weights; copies are made later, on demand.
+        """Assign weights to workers. Copies are made later, by each ``send``.
 
-        There are three ways to say it, which don't mix: ``params_map``; ``weights`` or ``model``, with ``devices``;
-        and ``weights`` or ``model``, with ``device_map_fn`` and ``num_workers``. With ``num_workers`` alone, or
-        nothing, all workers get the same.
+        There are three ways, which don't mix: ``params_map``; ``weights`` or ``model``, with ``devices``; and
+        ``weights`` or ``model``, with ``device_map_fn`` and ``num_workers``. With ``num_workers`` alone, or without
+        any of these, all workers get the same weights.
 
         Args:
             model_id: the name under which the weights are published; ``None`` is ``"policy"``.
             context: an object that has the model: its ``get_model(model_id)``, or its attribute of this name, which
                 may be dotted. It may have ``num_workers``.
-            weights: what is published where ``send`` is given nothing: a module, a TensorDict or a state dict. It is
-                read anew each time.
-            model: the same; modules are mostly named so.
+            weights: a module, a TensorDict or a state dict, which ``send`` publishes if it is given no weights. Each
+                ``send`` reads it anew.
+            model: the same as ``weights``.
             params_map: for each worker, by index, its weights.
-            devices: for each worker, where it gets the weights if it has no model to load them into.
-            device_map_fn: makes the weights of a worker, given its index and those of the trainer.
-            num_workers: how many workers there are.
-            ctx: a multiprocessing context. Any works; it is taken for those who name one.
+            devices: for each worker, the device on which it gets the weights if it has no model to load them into.
+            device_map_fn: makes the weights of a worker from its index and the trainer's weights.
+            num_workers: the number of workers.
+            ctx: a multiprocessing context, accepted for compatibility; schemes use none.
 
         Raises:
             ValueError: ways are mixed, or none is given, or the numbers of workers differ.
@@ -100,28 +99,28 @@ class WeightSyncScheme(ABC):
         *,
         version: int | None = None,
     ) -> None:
-        """Publish weights as they are now. It always returns.
+        """Publish weights as they are now. Always returns.
 
-        With ``sync``, it returns when the workers have applied them. Without, it returns at once; a worker that
-        falls behind applies the newest and skips the rest.
+        With ``sync``, the call returns when the workers have applied the weights. Without, it returns at once; a worker
+        that falls behind applies the newest weights and skips the others.
 
         Args:
-            weights: a module, a TensorDict or a state dict; ``None``: what ``init_on_sender`` was given.
-            worker_ids: one worker or several; ``None``: all but those that have shut down.
+            weights: a module, a TensorDict or a state dict; ``None``: those of ``init_on_sender``.
+            worker_ids: one worker or several; ``None``: all workers, except those that have shut down.
             version: your own number for these weights. By default servers count the updates that they apply.
 
         Raises:
             RuntimeError: before ``init_on_sender`` or ``connect``, or in a process that was forked from the trainer; in
                 a signal handler that has interrupted another call of the scheme; or the scheme is shut down meanwhile.
-            TypeError: ``weights`` is none of these, or has entries that can't be copied as they are: sparse, quantized,
-                conjugate, without values. ``version`` is no ``int``. Nothing was published.
+            TypeError: ``weights`` is none of these, or has entries that can't be copied byte by byte: sparse,
+                quantized, conjugate, without values. ``version`` is no ``int``. Nothing was published.
             ValueError: an unknown worker, or one that is named twice, or a ``version`` that does not fit into 64 bits.
             WeightSyncError: with ``sync``, it names the workers that refused the weights, died, or did not answer
                 in time, in its ``failures`` too. The others have applied them.
         """
-        delivery = self._publish(weights, worker_ids, version, in_turn=self.sync)
+        work = self._publish(weights, worker_ids, version, sequential=self.sync)
         if self.sync:
-            self._wait(delivery)
+            self._wait(work)
 
     async def asend(
         self,
@@ -134,9 +133,9 @@ class WeightSyncScheme(ABC):
 
         The copy is taken before it first suspends. If it is cancelled, the weights are published all the same.
         """
-        delivery = self._publish(weights, worker_ids, version)
+        work = self._publish(weights, worker_ids, version)
         if self.sync:
-            await self._await(delivery)
+            await self._async_wait(work)
 
     def send_async(
         self,
@@ -146,33 +145,33 @@ class WeightSyncScheme(ABC):
         version: int | None = None,
     ) -> None:
         """Publish weights as they are now, and return at once; :meth:`wait_async` waits for the workers."""
-        delivery = self._publish(weights, worker_ids, version)
-        self._unawaited().append(delivery)
+        work = self._publish(weights, worker_ids, version)
+        self._pending().append(work)
 
     def wait_async(self) -> None:
-        """Block until the workers have applied what :meth:`send_async` has published.
+        """Block until the workers have applied the weights that :meth:`send_async` has published.
 
         Raises:
             WeightSyncError: as for :meth:`send`.
         """
-        for delivery in tuple(self._unawaited()):
+        for work in tuple(self._pending()):
             try:
-                self._wait(delivery)
+                self._wait(work)
             finally:
-                self._forget_answered(delivery)
+                self._forget_finished(work)
 
     async def await_async(self) -> None:
         """Do as :meth:`wait_async`, without blocking the event loop. If it is cancelled, it may be called again."""
-        for delivery in tuple(self._unawaited()):
+        for work in tuple(self._pending()):
             try:
-                await self._await(delivery)
+                await self._async_wait(work)
             finally:
-                self._forget_answered(delivery)
+                self._forget_finished(work)
 
-    def _forget_answered(self, delivery: Delivery) -> None:
-        if not delivery.waiting:
-            with suppress(ValueError):  # another thread that waits has
-                self._unawaited().remove(delivery)
+    def _forget_finished(self, work: Work) -> None:
+        if not work.pending:
+            with suppress(ValueError):  # another waiting thread has removed it
+                self._pending().remove(work)
 
     @abstractmethod
     def _publish(
@@ -181,22 +180,22 @@ class WeightSyncScheme(ABC):
         worker_ids: int | Sequence[int] | None,
         version: int | None,
         *,
-        in_turn: bool = False,
-        patience: float | None = None,
-    ) -> Delivery:
-        """Publish weights as they are now; for ``in_turn`` and ``patience`` see ``Sender.publish``."""
+        sequential: bool = False,
+        timeout: float | None = None,
+    ) -> Work:
+        """Publish weights as they are now; for ``sequential`` and ``timeout`` see ``Sender.publish``."""
 
     @abstractmethod
-    def _wait(self, delivery: Delivery) -> None:
-        """Block until the workers have applied it, or raise :class:`WeightSyncError`."""
+    def _wait(self, work: Work) -> None:
+        """Block until the workers have applied the weights, or raise :class:`WeightSyncError`."""
 
     @abstractmethod
-    async def _await(self, delivery: Delivery) -> None:
+    async def _async_wait(self, work: Work) -> None:
         """Do as :meth:`_wait`, without blocking the event loop."""
 
     @abstractmethod
-    def _unawaited(self) -> list[Delivery]:
-        """What ``send_async`` has published and nobody has waited for."""
+    def _pending(self) -> list[Work]:
+        """The work that ``send_async`` has started and no call has waited for."""
 
     # -- the worker ------------------------------------------------------------------------------------
 
@@ -209,16 +208,16 @@ class WeightSyncScheme(ABC):
         worker_idx: int | None = None,
         model: nn.Module | TensorDictBase | None = None,
     ) -> None:
-        """Say which worker this is, and what to update. An ``InferenceServer`` does it by itself.
+        """Name this worker and the model to update. An ``InferenceServer`` needs no such call.
 
         Args:
             model_id: the name under which the weights are published.
             context: an object that has the model, as for :meth:`init_on_sender`. It may have ``worker_idx``.
             worker_idx: the worker's index; ``None`` where there is only one, or the scheme was made by ``for_worker``.
-            model: what is updated; ``None``: weights are only handed out by :meth:`receive`.
+            model: the model to update; ``None``: :meth:`receive` only returns the weights.
 
         Raises:
-            ValueError: a worker that the sender has not registered, or none where there are several.
+            ValueError: the sender has not registered the worker, or no worker is named and there are several.
         """
 
     @abstractmethod
@@ -226,27 +225,27 @@ class WeightSyncScheme(ABC):
         """Apply the newest weights that have come.
 
         Args:
-            timeout: seconds to wait for them; ``None``: as many as the scheme waits for an answer.
+            timeout: seconds to wait for weights; ``None``: the scheme's timeout.
 
         Returns:
             The weights in use now, as a TensorDict or a state dict; ``None`` if none came.
 
         Raises:
             RuntimeError: before ``init_on_receiver`` or ``connect``.
-            WeightSyncError: they don't fit the model, which keeps what it had. The sender is told too.
-            ValueError: something else came.
+            WeightSyncError: the weights don't fit the model, which keeps the ones it had. The sender is told too.
+            ValueError: another object came.
         """
 
     @abstractmethod
     def open_receiver(self, model_id: str, *, thread: int) -> Receiver | None:
-        """Make the receiving end for a server, which waits for weights itself; ``None`` where nothing travels.
+        """Make the receiver of a server, which waits for weights itself; ``None`` if the scheme sends nothing.
 
         Args:
             model_id: the name under which the server's weights are published.
             thread: the thread of the server's event loop.
 
         Raises:
-            ValueError: there are several workers, and nobody has said which one this is.
+            ValueError: there are several workers, and none was named.
         """
 
     # -- both ------------------------------------------------------------------------------------------
@@ -257,15 +256,15 @@ class WeightSyncScheme(ABC):
     ) -> None:
         """Send, or receive and apply, the first weights.
 
-        The trainer does not wait for workers that are not there yet, unless it is given a ``timeout``: they find the
-        weights when they come. With ``sync`` it gives those that are there the time to apply them. A worker waits
-        for the trainer.
+        Without a ``timeout``, the trainer does not wait for workers that have not connected yet: they find the weights
+        when they connect. With ``sync`` it waits until the connected workers have applied them. A worker waits for the
+        trainer.
 
         Args:
             worker_idx: in the trainer, one worker to connect to; in a worker, its index.
             version: in the trainer, your own number for these weights, as for :meth:`send`.
-            timeout: in the trainer, seconds to wait until all workers have come and applied the weights; in a
-                worker, seconds to wait for them, by default as many as the scheme waits for an answer.
+            timeout: in the trainer, seconds to wait until all workers have connected and applied the weights; in a
+                worker, seconds to wait for weights, by default the scheme's timeout.
 
         Raises:
             RuntimeError: before ``init_on_sender`` or ``init_on_receiver``, or in a process that was forked from the
@@ -273,12 +272,12 @@ class WeightSyncScheme(ABC):
             TypeError: as for :meth:`send`.
             ValueError: an unknown worker, or a ``version`` that does not fit into 64 bits.
             TimeoutError: in a worker, no weights came in time; ``connect`` may be called again.
-            WeightSyncError: weights were refused; or, with a ``timeout``, a worker has not come, or has not answered.
+            WeightSyncError: weights were refused; or, with a ``timeout``, a worker has not connected or not answered.
         """
 
     @abstractmethod
     def shutdown(self) -> None:
-        """End this process's part, and give up its queues. Other processes are not touched. Idempotent.
+        """End this process's side, and release its queues. Other processes are not affected. Idempotent.
 
-        A call that waits in another thread ends, with an error. A signal handler may shut down at any moment.
+        A call that waits in another thread ends with an error. A signal handler may call it at any moment.
         """

@@ -23,8 +23,8 @@ from aioinfer import (
 )
 from aioinfer.testing import double, eventually, request
 from aioinfer.testing.callers import is_double
-from aioinfer.weight_sync import MultiProcessWeightSyncScheme, targets
-from aioinfer.weight_sync.lines import reason_of
+from aioinfer.weight_sync import MultiProcessWeightSyncScheme, loader
+from aioinfer.weight_sync.channel import nack_reason
 from aioinfer.worker import Worker
 from tests.hosted import HANG, make_double
 from tests.stepped import Steps
@@ -112,11 +112,11 @@ def test_a_shutdown_ends_a_server_that_serves_what_a_pause_waits_for(
 
 
 def test_a_copy_that_an_ended_server_still_fills_is_not_that_of_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    copy_tensors: Any = vars(targets)["copy_tensors"]
+    copy_tensors: Any = vars(loader)["copy_tensors"]
     began, go, over = threading.Event(), threading.Event(), threading.Event()
 
     def copy_late(memory: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None:
-        monkeypatch.setattr(targets, "copy_tensors", copy_tensors)
+        monkeypatch.setattr(loader, "copy_tensors", copy_tensors)
         kept = {name: tensor.clone() for name, tensor in sources.items()}
         began.set()
         assert go.wait(HANG)
@@ -128,7 +128,7 @@ def test_a_copy_that_an_ended_server_still_fills_is_not_that_of_the_next_one(mon
     server = InferenceServer(policy(0.0), ThreadingTransport(), weight_sync=scheme, swap_weights=True)
     with server:
         scheme.connect(timeout=HANG)
-        monkeypatch.setattr(targets, "copy_tensors", copy_late)
+        monkeypatch.setattr(loader, "copy_tensors", copy_late)
         scheme.send_async(policy(1.0))
         assert began.wait(HANG)
     with server:
@@ -218,4 +218,4 @@ def test_weights_are_refused_for_an_error_whose_message_cannot_be_shown() -> Non
         def __str__(self) -> str:
             raise RuntimeError("no text")
 
-    assert reason_of(Unspeakable()).endswith("Unspeakable: (its message can't be shown)")
+    assert nack_reason(Unspeakable()).endswith("Unspeakable: (its message can't be shown)")

@@ -18,7 +18,6 @@ from aioinfer import DispatchReason, MPTransport, ProcessInferenceServer, Weight
 from aioinfer.hosting.orders import FromParent
 from aioinfer.testing import request
 from aioinfer.weight_sync import MultiProcessWeightSyncScheme, SharedMemWeightSyncScheme
-from aioinfer.weight_sync.publications import Stored
 from tests.hosted import HANG, METHODS, freeze, make_policy, slots, worker
 from tests.process_workers import hear
 from tests.weight_models import SCHEMES, mark, mark_of, policy
@@ -93,14 +92,14 @@ async def test_updates_are_applied_in_their_order_however_many_wait(server: Proc
     await asyncio.gather(*updates[1:])
     reply = server.client()(request(0), HANG)
     assert (mark_of(reply), int(reply["policy_version"])) == (139, 139)
-    assert len(stored_by(server)) <= 40
+    assert len(refcounts(server)) <= 40
     server.update_weights(policy(140.0))
-    assert not any(stored.readers for stored in stored_by(server))
+    assert not any(refcounts(server))
 
 
-def stored_by(server: ProcessInferenceServer) -> list[Stored]:
+def refcounts(server: ProcessInferenceServer) -> list[int]:
     assert server._deliveries is not None
-    return [stored for shelf in server._deliveries._shelves for stored in shelf._stored]
+    return [count for pool in server._deliveries._shelves for count in pool.refcounts]
 
 
 def test_a_process_that_was_forked_from_the_parent_has_no_say(server: ProcessInferenceServer) -> None:

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from aioinfer import InferenceServer, ThreadingTransport, WeightSyncError
 from aioinfer.testing import eventually
-from aioinfer.weight_sync import targets
-from aioinfer.weight_sync.targets import ModelTarget
-from aioinfer.weight_sync.weights import Weights, check_version, read
+from aioinfer.weight_sync import loader
+from aioinfer.weight_sync.loader import WeightLoader
+from aioinfer.weight_sync.weights import Weights, check_version, extract_weights
 from tests.weight_models import Counter
 from tests.weights.test_weights import same
 from tests.weights.workers import HANG, Scheme, following, linear, scheme, value_of
@@ -65,7 +65,7 @@ class Picky(nn.Module):
 
 
 def state_of(module: nn.Module) -> list[Any]:
-    weights = read(module, "tensordict")
+    weights = extract_weights(module, "tensordict")
     return [[tensor.tolist() for tensor in weights.tensors.values()], repr(weights.extra_states)]
 
 
@@ -97,11 +97,11 @@ def test_a_model_that_replaces_its_buffers_in_inference_mode_is_updated_as_a_who
 def test_a_model_that_was_made_in_inference_mode_is_updated_in_either_way() -> None:
     with torch.inference_mode():
         module = nn.Linear(3, 3)
-    target = ModelTarget(module)
+    target = WeightLoader(module)
     for swap in (False, True, False):
         source = nn.Linear(3, 3)
-        weights = read(source, "tensordict").detached()
-        target.load(target.spare(weights, []) if swap else weights, swap=swap)
+        weights = extract_weights(source, "tensordict").detached()
+        target.load(target.stage(weights, []) if swap else weights, swap=swap)
         assert torch.equal(module.weight, source.weight)
 
 
@@ -112,7 +112,7 @@ def test_what_was_expanded_in_inference_mode_is_refused_by_name() -> None:
     before = state_of(module)
     weights = {"weight": torch.ones(3, 3), "bias": torch.ones(3), "wide": torch.ones(3)}
     with pytest.raises(WeightSyncError, match='"wide" can\'t be written'):
-        ModelTarget(module).load(Weights(weights, {}))
+        WeightLoader(module).load(Weights(weights, {}))
     assert state_of(module) == before
 
 
@@ -120,7 +120,7 @@ def test_elements_that_share_memory_get_memory_of_their_own() -> None:
     module = nn.Linear(3, 3, bias=False)
     module.register_buffer("window", torch.zeros(4).as_strided((3, 2), (1, 1)))
     new = {"weight": torch.ones(3, 3), "window": torch.arange(6.0).reshape(3, 2)}
-    ModelTarget(module).load(Weights(new, {}))
+    WeightLoader(module).load(Weights(new, {}))
     assert torch.equal(module.get_buffer("window"), new["window"])
 
 
@@ -132,22 +132,22 @@ def test_elements_that_share_memory_get_memory_of_their_own() -> None:
 def test_an_extra_state_that_is_refused_leaves_all_as_it_was(error: type[BaseException], swap: bool) -> None:
     module = nn.Sequential(Picky(0), nn.Linear(2, 2), Picky(0, refuses=error))
     source = nn.Sequential(Picky(1), nn.Linear(2, 2), Picky(1))
-    target, before = ModelTarget(module), state_of(module)
+    target, before = WeightLoader(module), state_of(module)
     with pytest.raises(WeightSyncError if issubclass(error, Exception) else error):
-        target.load(read(source, "tensordict").detached(), swap=swap)
+        target.load(extract_weights(source, "tensordict").detached(), swap=swap)
     assert state_of(module) == before
-    assert target.in_use is None
+    assert target.loaded is None
 
 
 @pytest.mark.parametrize("swap", [False, True])
-@pytest.mark.parametrize("step", ["_converted", "_staged", "_can_take_over", "partial"])
+@pytest.mark.parametrize("step", ["_convert", "_prepare", "_is_aliasable", "partial"])
 def test_an_error_anywhere_on_the_way_leaves_all_as_it_was(
     step: str, swap: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def module(mark: float) -> nn.Module:
         return nn.Sequential(Picky(mark), Normalizing(mark), Normalizing(mark), Picky(mark))
 
-    right = getattr(targets, step)
+    right = getattr(loader, step)
     for calls in range(40):
         left = calls
 
@@ -159,18 +159,18 @@ def test_an_error_anywhere_on_the_way_leaves_all_as_it_was(
             return right(*arguments, **options)
 
         model = module(0)
-        target, before = ModelTarget(model), state_of(model)
-        monkeypatch.setattr(targets, step, failing)
+        target, before = WeightLoader(model), state_of(model)
+        monkeypatch.setattr(loader, step, failing)
         try:
-            target.load(read(module(1), "tensordict").detached(), swap=swap)
+            target.load(extract_weights(module(1), "tensordict").detached(), swap=swap)
         except torch.OutOfMemoryError:
             assert state_of(model) == before
         else:
             assert same(model, module(1))
             break
         finally:
-            monkeypatch.setattr(targets, step, right)
-    assert calls > 0 or (step, swap) in {("_can_take_over", False)}
+            monkeypatch.setattr(loader, step, right)
+    assert calls > 0 or (step, swap) in {("_is_aliasable", False)}
     assert calls < 39
 
 
@@ -183,12 +183,12 @@ def test_a_load_that_a_signal_interrupts_is_whole_or_none() -> None:
         raise InterruptedError
 
     model, end = module(0), time.monotonic() + 5
-    target, applied, number = ModelTarget(model), 0, 0
+    target, applied, number = WeightLoader(model), 0, 0
     handler = signal.signal(signal.SIGALRM, interrupt)
     try:
         while time.monotonic() < end and number < 1500:
             number += 1
-            weights = read(module(number + 1), "tensordict").detached()
+            weights = extract_weights(module(number + 1), "tensordict").detached()
             before = state_of(model)
             with suppress(InterruptedError, WeightSyncError):  # the latter out of set_extra_state
                 signal.setitimer(signal.ITIMER_REAL, 1e-6 + (number % 100) * 1e-5, 1.0)
@@ -196,7 +196,7 @@ def test_a_load_that_a_signal_interrupts_is_whole_or_none() -> None:
                 while True:  # until the signal comes
                     pass
             signal.setitimer(signal.ITIMER_REAL, 0)
-            if target.in_use is weights:
+            if target.loaded is weights:
                 assert same(model, module(number + 1))
                 applied += 1
             else:
@@ -225,7 +225,7 @@ def test_spare_copies_follow_a_model_whose_layers_are_replaced(scheme: Scheme) -
     source, served = make(), make()
     scheme.init_on_sender(model=source)
     own = scheme.for_worker(0)
-    own.lends = False  # type: ignore[misc]
+    own.shares_memory = False  # type: ignore[misc]
     with InferenceServer(served, ThreadingTransport(), weight_sync=own, swap_weights=True) as server:
         scheme.connect(timeout=HANG)
         for change in [lambda model: None, *changes]:
@@ -253,7 +253,7 @@ def test_tensors_that_a_module_makes_anew_in_set_extra_state_are_loaded_too() ->
             self.table = nn.Parameter(torch.zeros(state))
 
     model, source = Growing(3), Growing(3)
-    ModelTarget(model).load(read(source, "tensordict"))
+    WeightLoader(model).load(extract_weights(source, "tensordict"))
     assert torch.equal(model.table, source.table)
 
 
@@ -318,8 +318,8 @@ def test_what_cannot_be_copied_is_refused_before_anything_else_happens(scheme: S
 
 def test_a_model_that_cannot_take_weights_yet_refuses_them_by_name_and_takes_them_later() -> None:
     model = nn.Sequential(nn.LazyLinear(3))
-    target = ModelTarget(model)
-    weights = read(nn.Sequential(nn.Linear(2, 3)), "tensordict")
+    target = WeightLoader(model)
+    weights = extract_weights(nn.Sequential(nn.Linear(2, 3)), "tensordict")
     with pytest.raises(WeightSyncError, match=r"the model can't take weights.*\"0\.\w+\" is not initialized"):
         target.load(weights)
     model(torch.ones(1, 2))
@@ -336,7 +336,7 @@ def test_a_model_that_cannot_take_weights_yet_refuses_them_by_name_and_takes_the
 )
 def test_names_are_strings_and_there_is_one_of_each(weights: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
-        read(weights, "state_dict")
+        extract_weights(weights, "state_dict")
 
 
 # -- versions ----------------------------------------------------------------------------------------------

@@ -24,9 +24,9 @@ from aioinfer.ipc.queue import Descriptor, DescriptorQueue
 from aioinfer.ipc.selector import await_readable, wait_readable
 from aioinfer.testing import eventually
 from aioinfer.weight_sync import MultiProcessWeightSyncScheme
-from aioinfer.weight_sync.lines import Ack, Hello, Line, Outcome
-from aioinfer.weight_sync.publications import Reader
-from tests.weight_models import Counter
+from aioinfer.weight_sync.channel import Ack, AckConnection, AckKind, Handshake
+from aioinfer.weight_sync.snapshot import SnapshotReader
+from tests.weight_models import Counter, sender_of
 from tests.weights.workers import HANG, Scheme, following, linear, receiver, scheme, value_of
 
 __all__ = ["scheme"]
@@ -113,8 +113,7 @@ def test_a_trainer_without_descriptors_says_so_and_finds_the_worker_when_it_has_
 
 
 def answered(scheme: Scheme) -> bool:
-    assert scheme._sender is not None
-    return scheme._sender._there([0]) == {0}
+    return sender_of(scheme).connected([0]) == {0}
 
 
 @needs_proc
@@ -138,9 +137,9 @@ def test_a_worker_without_descriptors_refuses_new_memory_by_name(scheme: Scheme)
     own, target = scheme.for_worker(0), linear(0)
     own.init_on_receiver(model_id="policy", model=target)
     own.connect()
-    assert own._worker is not None
-    assert own._worker._receiver is not None
-    own._worker._receiver._reader = Reader()  # which knows no memory yet
+    assert own._receiver is not None
+    assert own._receiver._receiver is not None
+    own._receiver._receiver._reader = SnapshotReader()  # which knows no memory yet
     scheme.send_async(linear(2))
     with none_free():
         assert own.receive(0.0) is None
@@ -171,8 +170,7 @@ async def test_a_server_without_descriptors_goes_on_following_when_it_has_some(
             scheme.connect()
             await asyncio.to_thread(eventually, lambda: server.policy_version == 1)
             with none_free():
-                assert scheme._sender is not None
-                scheme._sender.close()  # as the end of its process does: the server needs a new line
+                sender_of(scheme).close()  # as the end of its process does: the server needs a new line
                 await asyncio.wait_for(warned.wait(), HANG)
                 await asyncio.sleep(0.1)
             scheme.init_on_sender(model=source)
@@ -218,13 +216,13 @@ def test_a_worker_may_wait_as_long_as_it_likes(scheme: Scheme, timeout: float) -
 
 
 def test_a_line_that_nobody_reads_is_hung_up_on_and_never_blocks() -> None:
-    one, other = (Line(end.detach()) for end in socket.socketpair())
-    ack = Ack(Outcome.REFUSED, reason="x" * 2000)
+    one, other = (AckConnection(end.detach()) for end in socket.socketpair())
+    ack = Ack(AckKind.NACK, reason="x" * 2000)
     with ThreadPoolExecutor(1) as pool:
-        list(pool.map(one.say, [ack] * 10_000, timeout=HANG))
+        list(pool.map(one.send_ack, [ack] * 10_000, timeout=HANG))
     heard: list[Ack] = []
     with pytest.raises(EOFError):
-        other.listen(heard.append)
+        other.receive(heard.append)
     assert len(heard) > 5
     assert set(heard) == {ack}
 
@@ -254,10 +252,10 @@ def test_a_long_refusal_is_cut_and_blocks_nobody() -> None:
 
 
 def test_a_message_is_read_again_if_its_reader_was_interrupted() -> None:
-    one, other = (Line(end.detach()) for end in socket.socketpair())
-    acks = [Ack(Outcome.APPLIED, (b"", number)) for number in range(3)]
+    one, other = (AckConnection(end.detach()) for end in socket.socketpair())
+    acks = [Ack(AckKind.ACK, (b"", number)) for number in range(3)]
     for ack in acks:
-        one.say(ack)
+        one.send_ack(ack)
     heard: list[Ack] = []
 
     def note(ack: Ack) -> None:
@@ -267,12 +265,12 @@ def test_a_message_is_read_again_if_its_reader_was_interrupted() -> None:
 
     for _ in range(3):
         with pytest.raises(KeyboardInterrupt):
-            other.listen(note)
+            other.receive(note)
     assert heard == [acks[0], acks[0], acks[1], acks[1], acks[2]]
-    other.listen(heard.append)
-    one.hang_up()
+    other.receive(heard.append)
+    one.close()
     with pytest.raises(EOFError):
-        other.listen(heard.append)
+        other.receive(heard.append)
     assert heard[-1] == acks[2]
 
 
@@ -280,12 +278,12 @@ def test_a_message_is_read_again_if_its_reader_was_interrupted() -> None:
 
 
 def test_a_forked_child_holds_no_line_though_some_end_meanwhile() -> None:
-    lines = [tuple(Line(end.detach()) for end in socket.socketpair()) for _ in range(20)]
+    lines = [tuple(AckConnection(end.detach()) for end in socket.socketpair()) for _ in range(20)]
     end = threading.Event()
 
     def churn() -> None:
         while not end.is_set():
-            lines[0] = tuple(Line(end.detach()) for end in socket.socketpair())
+            lines[0] = tuple(AckConnection(end.detach()) for end in socket.socketpair())
 
     churning = threading.Thread(target=churn)
     churning.start()
@@ -305,9 +303,9 @@ def test_a_forked_child_holds_no_line_though_some_end_meanwhile() -> None:
     finally:
         end.set()
         churning.join()
-    lines[1][0].hang_up()
+    lines[1][0].close()
     with pytest.raises(EOFError):
-        lines[1][1].listen(print)
+        lines[1][1].receive(print)
 
 
 @needs_proc
@@ -328,9 +326,9 @@ def test_descriptors_come_back_when_a_scheme_and_its_workers_end(scheme: Scheme)
 
 def test_rubbish_among_the_hellos_is_ignored(scheme: Scheme) -> None:
     scheme.init_on_sender(model=linear(1))
-    hellos = scheme._channels[0].hellos
-    hellos.put("somebody else")
-    hellos._writer.send(b"rubbish")
+    handshakes = scheme._channels[0].handshakes
+    handshakes.put("somebody else")
+    handshakes._writer.send(b"rubbish")
     with following(scheme, 0, target := linear(0)):
         scheme.connect(timeout=HANG)
         assert value_of(target) == 1
@@ -341,14 +339,14 @@ def test_what_was_looked_at_and_is_dropped_leaves_no_descriptor() -> None:
     queue = DescriptorQueue()
     before = descriptors()
     for _ in range(3):
-        queue.put(Hello(Descriptor(queue.fileno()), 1, 1))
+        queue.put(Handshake(Descriptor(queue.fileno()), 1, 1))
         assert queue.peek() is queue.peek()
         queue.drop()
-    queue.put(Hello(Descriptor(queue.fileno()), 1, 1))
-    assert queue.unread(take=False).line == queue.unread(take=True).line == -1
+    queue.put(Handshake(Descriptor(queue.fileno()), 1, 1))
+    assert queue.unread(take=False).connection == queue.unread(take=True).connection == -1
     assert descriptors() == before
-    queue.put(Hello(Descriptor(queue.fileno()), 1, 1))
+    queue.put(Handshake(Descriptor(queue.fileno()), 1, 1))
     queue.peek()
     queue.close()
     assert descriptors() == before - 2
-    assert not Reader()._segments
+    assert not SnapshotReader()._segments

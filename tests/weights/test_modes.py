@@ -12,8 +12,8 @@ from tensordict import TensorDict
 from torch import nn
 
 from aioinfer import InferenceServer, ThreadingTransport
-from aioinfer.weight_sync.targets import ModelTarget
-from aioinfer.weight_sync.weights import read
+from aioinfer.weight_sync.loader import WeightLoader
+from aioinfer.weight_sync.weights import extract_weights
 from tests.weights.test_weights import rich, same, scramble, travelled
 from tests.weights.workers import HANG, Scheme, following, linear, scheme, value_of
 
@@ -136,12 +136,12 @@ def test_a_server_is_updated_under_any_mode(scheme: Scheme, mode: Mode, swap: bo
 def test_memory_that_a_model_is_given_can_be_written_to_under_any_mode(mode: Mode) -> None:
     source, target = rich(), rich()
     target.register_buffer("mask", torch.zeros(1, dtype=torch.bool).expand(2))
-    model = ModelTarget(target)
+    model = WeightLoader(target)
     for swap in (True, False, True):
         scramble(source)
-        weights = travelled(read(source, "tensordict"))
+        weights = travelled(extract_weights(source, "tensordict"))
         with mode():
-            model.load(model.spare(weights, []) if swap else weights, swap=swap)
+            model.load(model.stage(weights, []) if swap else weights, swap=swap)
         assert same(source, target)
         scramble(target)
         use(linear(0))

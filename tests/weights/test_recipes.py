@@ -15,6 +15,7 @@ from aioinfer.weight_sync import (
     MultiProcessWeightSyncScheme,
     SharedMemWeightSyncScheme,
 )
+from tests.weight_models import sender_of
 from tests.weights.workers import HANG, Scheme, following, linear, scheme, value_of
 
 __all__ = ["scheme"]
@@ -59,8 +60,7 @@ def test_one_weight_set_for_all_may_be_said_worker_by_worker(scheme: Scheme) -> 
         nn.init.constant_(source.weight, 2)
         scheme.send()
         assert [value_of(target) for target in targets] == [2, 2]
-        assert scheme._sender is not None
-        assert len(scheme._sender._shelf._stored) <= 2  # they read the same snapshot
+        assert len(sender_of(scheme).pool.refcounts) <= 2  # they read the same snapshot
 
 
 def test_steps_out_of_order_are_errors(scheme: Scheme) -> None:
@@ -150,8 +150,7 @@ def test_copies_are_made_for_one_worker_after_the_other_and_die_before_the_next(
         for _ in range(3):
             scheme.send()
         assert alive == [0] * 16
-        assert scheme._sender is not None
-        assert len(scheme._sender._shelf._stored) <= 2
+        assert len(sender_of(scheme).pool.refcounts) <= 2
     scheme.shutdown()
 
 

@@ -20,7 +20,7 @@ from aioinfer import InferenceServer, SlotTransport, ThreadingTransport, WeightS
 from aioinfer.testing import GatedModel, double, eventually, request
 from aioinfer.weight_sync import MultiProcessWeightSyncScheme, NoWeightSyncScheme, SharedMemWeightSyncScheme
 from tests.transports import FiveVerbs
-from tests.weight_models import SCHEMES, Counter, mark, mark_of, policy
+from tests.weight_models import SCHEMES, Counter, mark, mark_of, policy, sender_of
 
 HANG = 20.0
 REPLIES = 5000  # for each of the four ways in which a scheme's weights reach a server, which makes 20 000
@@ -243,8 +243,7 @@ def test_a_server_serves_what_it_has_until_the_trainer_comes_and_after_it_has_go
         scheme.connect()
         assert mark_of(client(request(0), HANG)) == 1
         assert server.stats().trainer_connected is True
-        assert scheme._sender is not None
-        scheme._sender.close()  # as the end of its process does
+        sender_of(scheme).close()  # as the end of its process does
         eventually(lambda: server.stats().trainer_connected is False)
         assert mark_of(client(request(0), HANG)) == 1
         scheme.init_on_sender(model=policy(2.0))

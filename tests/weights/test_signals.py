@@ -15,7 +15,7 @@ from types import FrameType
 import pytest
 
 from aioinfer import InferenceServer, ThreadingTransport, WeightSyncError
-from tests.weight_models import SCHEMES, Counter, mark, policy
+from tests.weight_models import SCHEMES, Counter, mark, policy, sender_of
 from tests.weights.workers import HANG, Scheme, following, scheme, value_of
 
 __all__ = ["scheme"]
@@ -91,10 +91,9 @@ def test_a_send_that_is_interrupted_anywhere_leaves_everything_as_it_should_be(s
         scheme.send_async(Counter(-1))
         scheme.wait_async()
         assert value_of(target) == -1
-    assert scheme._sender is not None
-    assert len(scheme._sender._shelf._stored) <= 4
-    peer = scheme._sender._peers[0]
-    assert not peer._unanswered
+    assert len(sender_of(scheme).pool.refcounts) <= 4
+    handle = sender_of(scheme).workers[0]
+    assert not handle._unanswered
 
 
 @pytest.mark.parametrize("make", SCHEMES)

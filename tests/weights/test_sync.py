@@ -18,7 +18,7 @@ from aioinfer.testing import eventually
 from aioinfer.weight_sync import (
     MultiProcessWeightSyncScheme,
 )
-from tests.weight_models import SCHEMES, Counter
+from tests.weight_models import SCHEMES, Counter, sender_of
 from tests.weights.workers import HANG, Scheme, following, linear, receiver, scheme, value_of
 
 __all__ = ["scheme"]
@@ -80,8 +80,7 @@ def test_a_slow_worker_skips_to_the_newest_and_nothing_piles_up() -> None:
         for value in range(500):
             scheme.send(linear(value))
             own.receive(0.0)
-        assert scheme._sender is not None
-        assert len(scheme._sender._shelf._stored) <= 3
+        assert len(sender_of(scheme).pool.refcounts) <= 3
         own.shutdown()
         scheme.shutdown()
 
@@ -96,8 +95,7 @@ def test_all_workers_read_one_snapshot(scheme: Scheme) -> None:
         for value in range(10):
             scheme.send(linear(value))
             assert [value_of(target) for target in targets] == [value] * 3
-        assert scheme._sender is not None
-        assert len(scheme._sender._shelf._stored) <= 2
+        assert len(sender_of(scheme).pool.refcounts) <= 2
         scheme.send(linear(50), worker_ids=[0, 2])
         assert [value_of(target) for target in targets] == [50, 9, 50]
 

@@ -13,10 +13,9 @@ from tensordict import TensorDict
 from torch import nn
 
 from aioinfer.ipc.queue import Descriptor, DescriptorQueue
-from aioinfer.weight_sync.publications import Reader, Shelf
-from aioinfer.weight_sync.snapshots import Layout, LayoutCache, snapshot
-from aioinfer.weight_sync.targets import ModelTarget
-from aioinfer.weight_sync.weights import Strategy, Weights, given_back, read
+from aioinfer.weight_sync.loader import WeightLoader
+from aioinfer.weight_sync.snapshot import Layout, LayoutCache, SnapshotPool, SnapshotReader, clone_tensors
+from aioinfer.weight_sync.weights import Strategy, Weights, extract_weights, to_strategy
 from tests.weight_models import Counter
 
 STRATEGIES: tuple[Strategy, ...] = ("tensordict", "state_dict")
@@ -40,19 +39,19 @@ def scramble(module: nn.Module) -> None:
 
 
 def same(one: nn.Module, other: nn.Module, strategy: Strategy = "tensordict") -> bool:
-    left, right = read(one, strategy), read(other, strategy)
+    left, right = extract_weights(one, strategy), extract_weights(other, strategy)
     equal = all(torch.equal(tensor, right.tensors[name]) for name, tensor in left.tensors.items())
     return equal and left.tensors.keys() == right.tensors.keys() and left.extra_states == right.extra_states
 
 
 def travelled(weights: Weights) -> Weights:
     """What arrives of published weights."""
-    publication, stored = Shelf().publish(weights, None)
+    ref, buffer = SnapshotPool().take(weights, None)
     queue = DescriptorQueue()
-    queue.put(publication)
-    arrived = Reader().read(queue.get(timeout=5))
+    queue.put(ref)
+    arrived = SnapshotReader().read(queue.get(timeout=5))
     queue.close()
-    del stored
+    del buffer
     return arrived
 
 
@@ -61,7 +60,7 @@ def travelled(weights: Weights) -> Weights:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_everything_that_a_module_has_is_read(strategy: Strategy) -> None:
-    weights = read(rich(), strategy)
+    weights = extract_weights(rich(), strategy)
     expected = dict(rich().state_dict())
     assert weights.extra_states == {"3._extra_state": expected.pop("3._extra_state")}
     assert weights.tensors.keys() == expected.keys() | ({"passing"} if strategy == "tensordict" else set())
@@ -69,17 +68,16 @@ def test_everything_that_a_module_has_is_read(strategy: Strategy) -> None:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_what_is_read_can_be_given_back_and_read_again(strategy: Strategy) -> None:
-    weights = read(rich(), strategy)
-    again = read(given_back(weights, strategy), strategy)
+    weights = extract_weights(rich(), strategy)
+    again = extract_weights(to_strategy(weights, strategy), strategy)
     assert again.tensors.keys() == weights.tensors.keys()
     assert again.extra_states == weights.extra_states
 
 
 def test_a_tensordict_of_a_module_is_read_as_the_module() -> None:
     module = rich()
-    assert (
-        read(TensorDict.from_module(module), "tensordict").tensors.keys() == read(module, "tensordict").tensors.keys()
-    )
+    td = TensorDict.from_module(module)
+    assert extract_weights(td, "tensordict").tensors.keys() == extract_weights(module, "tensordict").tensors.keys()
 
 
 @pytest.mark.parametrize(
@@ -92,7 +90,7 @@ def test_a_tensordict_of_a_module_is_read_as_the_module() -> None:
 )
 def test_what_is_no_weights_is_refused(source: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
-        read(source, "tensordict")
+        extract_weights(source, "tensordict")
 
 
 # -- travelling --------------------------------------------------------------------------------------------
@@ -103,7 +101,7 @@ def test_everything_travels_and_fits(strategy: Strategy) -> None:
     source, target = rich(), rich()
     scramble(source)
     source[3] = Counter(8)
-    ModelTarget(target).load(travelled(read(source, strategy)))
+    WeightLoader(target).load(travelled(extract_weights(source, strategy)))
     assert same(source, target, strategy)
 
 
@@ -131,34 +129,34 @@ def test_tensors_that_are_not_contiguous_travel() -> None:
 
 
 def test_tied_tensors_share_memory_in_a_snapshot() -> None:
-    weights = read(rich(), "tensordict").tensors
-    copies = snapshot(weights)
+    weights = extract_weights(rich(), "tensordict").tensors
+    copies = clone_tensors(weights)
     assert copies["0.weight"] is copies["2.weight"]
     assert copies["0.weight"].data_ptr() != weights["0.weight"].data_ptr()
-    arrived = travelled(read(rich(), "state_dict")).tensors
+    arrived = travelled(extract_weights(rich(), "state_dict")).tensors
     assert arrived["0.weight"].data_ptr() == arrived["2.weight"].data_ptr()
 
 
 def test_a_layout_is_kept_while_the_tensors_have_it() -> None:
     cache, module = LayoutCache(), rich()
-    layout = cache.of(read(module, "tensordict").tensors)
+    layout = cache.of(extract_weights(module, "tensordict").tensors)
     scramble(module)
-    assert cache.of(read(module, "tensordict").tensors) is layout
+    assert cache.of(extract_weights(module, "tensordict").tensors) is layout
     module[2].weight = nn.Parameter(torch.ones(3, 3))  # no longer tied
-    assert cache.of(read(module, "tensordict").tensors).nbytes > layout.nbytes
+    assert cache.of(extract_weights(module, "tensordict").tensors).nbytes > layout.nbytes
     assert Layout.unpickle(layout.pickled) == layout
 
 
 def test_memory_is_used_again_when_nobody_reads_it() -> None:
-    shelf, weights = Shelf(), Weights({"weight": torch.ones(10)}, {})
-    first, stored = shelf.publish(weights, None)
-    stored.readers += 1
-    second, _ = shelf.publish(weights, None)
+    pool, weights = SnapshotPool(), Weights({"weight": torch.ones(10)}, {})
+    first, buffer = pool.take(weights, None)
+    buffer.refcount += 1
+    second, _ = pool.take(weights, None)
     assert second.segment_id != first.segment_id
-    stored.readers -= 1
-    third, _ = shelf.publish(weights, None)
+    buffer.refcount -= 1
+    third, _ = pool.take(weights, None)
     assert third.segment_id == first.segment_id
-    larger, _ = shelf.publish(Weights({"weight": torch.ones(10**6)}, {}), None)
+    larger, _ = pool.take(Weights({"weight": torch.ones(10**6)}, {}), None)
     assert larger.segment_id not in {first.segment_id, second.segment_id}
 
 

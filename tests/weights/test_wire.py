@@ -18,7 +18,7 @@ from aioinfer.weight_sync import (
     NoWeightSyncScheme,
     WeightSyncScheme,
 )
-from tests.weight_models import Counter
+from tests.weight_models import Counter, sender_of
 from tests.weights.workers import HANG, Scheme, following, linear, receiver, scheme, value_of
 
 __all__ = ["scheme"]
@@ -104,8 +104,7 @@ def test_a_publication_that_fails_leaves_the_one_before_it_where_it_is(scheme: S
         with pytest.raises((AttributeError, pickle.PicklingError)):
             scheme.send_async()
     scheme.timeout = 0.1
-    assert scheme._sender is not None
-    scheme._sender._timeout = 0.1
+    sender_of(scheme).timeout = 0.1
     with pytest.raises(WeightSyncError, match="worker 0 did not answer"):  # and not as if it had been applied
         scheme.wait_async()
     scheme.send_async(Counter(43))
@@ -125,12 +124,11 @@ def test_waiting_that_was_interrupted_or_failed_can_be_done_again(scheme: Scheme
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    assert scheme._sender is not None
     with monkeypatch.context() as patch:
-        patch.setattr(scheme._sender, "_wait", interrupt)
+        patch.setattr(sender_of(scheme), "_wait", interrupt)
         with pytest.raises(KeyboardInterrupt):
             scheme.wait_async()
-    scheme._sender._timeout = 0.05
+    sender_of(scheme).timeout = 0.05
     with ThreadPoolExecutor(4) as pool:  # all wait for the same
         failures = [waiting.exception(HANG) for waiting in [pool.submit(scheme.wait_async) for _ in range(4)]]
     assert any(isinstance(failure, WeightSyncError) for failure in failures)
@@ -163,27 +161,25 @@ def test_a_worker_that_is_named_twice_is_an_error_and_nothing_is_kept(scheme: Sc
             with pytest.raises(ValueError, match=r"names a worker twice: \[0, 1, 0\]"):
                 scheme.send(worker_ids=[0, 1, 0])
         scheme.send(worker_ids=[1, 0])
-        assert scheme._sender is not None
-        assert len(scheme._sender._shelf._stored) <= 3
+        assert len(sender_of(scheme).pool.refcounts) <= 3
 
 
 def test_weights_that_are_put_a_second_time_are_answered_and_not_read_again(scheme: Scheme) -> None:
     scheme.init_on_sender(model=linear(1))
     scheme.connect()
     receiver = scheme.open_receiver("policy", thread=0)
-    assert scheme._sender is not None
-    peer = scheme._sender._peers[0]
-    newest = peer._newest
-    first = receiver.take()
+    handle = sender_of(scheme).workers[0]
+    newest = handle._latest
+    first = receiver.receive_nowait()
     assert first is not None
-    first.applied()
-    peer._newest = newest
-    peer._put_newest()  # as for the successor of a worker, which has found them already
-    assert receiver.take() is None
+    first.ack()
+    handle._latest = newest
+    handle._put_latest()  # as for the successor of a worker, which has found them already
+    assert receiver.receive_nowait() is None
     scheme.send_async(linear(2))
-    second = receiver.take()
+    second = receiver.receive_nowait()
     assert second is not None
-    second.applied()
+    second.ack()
     scheme.wait_async()
     receiver.close()
 
@@ -275,19 +271,18 @@ def test_weights_that_a_worker_took_but_did_not_apply_are_left_for_the_next(sche
     scheme.init_on_sender(model=linear(1))
     scheme.connect()
     first = scheme.open_receiver("policy", thread=0)
-    assert first.take() is not None
+    assert first.receive_nowait() is not None
     first.close()
-    assert scheme._sender is not None
-    scheme._sender._there([0])  # what any call of the trainer looks at first
+    sender_of(scheme).connected([0])  # what any call of the trainer looks at first
     second = scheme.open_receiver("policy", thread=0)
-    arrival = second.take()
-    assert arrival is not None
-    assert float(arrival.weights.tensors["weight"][0, 0]) == 1
-    arrival.applied()
+    update = second.receive_nowait()
+    assert update is not None
+    assert float(update.weights.tensors["weight"][0, 0]) == 1
+    update.ack()
     second.close()
-    scheme._sender._there([0])
+    sender_of(scheme).connected([0])
     third = scheme.open_receiver("policy", thread=0)
-    assert third.take() is None
+    assert third.receive_nowait() is None
     third.close()
 
 
@@ -323,11 +318,10 @@ def test_the_newest_stays_though_the_worker_reads_what_is_taken_back(scheme: Sch
     updates = scheme._channels[0].updates
     updates.put("somebody else's")
     scheme.connect()  # takes it back
-    assert scheme._sender is not None
-    peer, unread = scheme._sender._peers[0], updates.unread
+    handle, unread = sender_of(scheme).workers[0], updates.unread
     unread(take=True)
     updates.put("somebody else's")
-    peer._put_newest()
+    handle._put_latest()
 
     def overtaken(*, take: bool) -> Any:
         if take:
@@ -336,7 +330,7 @@ def test_the_newest_stays_though_the_worker_reads_what_is_taken_back(scheme: Sch
 
     with monkeypatch.context() as patch:
         patch.setattr(updates, "unread", overtaken)
-        assert peer._take_back()
+        assert handle._retract_unread()
     own, target = scheme.for_worker(0), linear(0)
     own.init_on_receiver(model_id="policy", model=target)
     own.connect()

@@ -1,10 +1,10 @@
-"""The model at the receiving end: whether weights fit it, and how they get into it, all of them or none."""
+"""Loads weights into the model of a worker: checks that they fit, and applies all of them or none."""
 
 from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -14,32 +14,32 @@ from torch import Tensor, nn
 
 from aioinfer.errors import WeightSyncError
 from aioinfer.modes import long_lived
-from aioinfer.weight_sync.snapshots import copy_tensors
-from aioinfer.weight_sync.weights import EXTRA_STATE, Weights, read, tensors_of
+from aioinfer.weight_sync.snapshot import copy_tensors
+from aioinfer.weight_sync.weights import EXTRA_STATE, Weights, extract_tensors, extract_weights
 
-__all__ = ["ModelTarget", "Spares"]
+__all__ = ["StagingBuffers", "WeightLoader"]
 
-_SHOWN = 3  # offending keys in a message
+_SHOWN = 3  # mismatches in a message
 
 Undo = list[Callable[[], object]]
 
+_Signature: TypeAlias = tuple[tuple[str, str, torch.Size, torch.dtype, torch.device, tuple[int, ...]], ...]
+StagingBuffers: TypeAlias = list[tuple[_Signature, dict[str, Tensor]]]
+"""Copies of a model's tensors, each with the signature of the tensors that it was allocated for."""
 
-_Description: TypeAlias = tuple[tuple[str, str, torch.Size, torch.dtype, torch.device, tuple[int, ...]], ...]
-Spares: TypeAlias = list[tuple[_Description, dict[str, Tensor]]]
-"""Copies of a model's tensors, each with the layout that it was made for."""
 
+class WeightLoader:
+    """Loads weights into the parameters, buffers and extra states of one model.
 
-class ModelTarget:
-    """The parameters, buffers and extra states of a model, as the place where weights go.
-
-    Whoever runs the model must not run it during ``load``. ``spare`` may be filled beside a forward pass.
+    The thread that runs the model calls ``load`` and ``copy_aliased``, so no forward pass runs meanwhile. Another
+    thread may call ``can_alias`` and ``stage`` during a forward pass.
 
     Args:
         model: a module, or a TensorDict of weights.
         cast: whether weights of another dtype are converted.
 
     Attributes:
-        in_use: what was loaded last.
+        loaded: the weights that were loaded last.
 
     Raises:
         TypeError: ``model`` is neither, or a TensorDict that has no tensors of its own to write to.
@@ -52,22 +52,21 @@ class ModelTarget:
             _check_ownership(model)
         self._model = model
         self._cast = cast
-        self._borrowed: list[Tensor] = []  # parameters that have taken over the memory of weights
-        self.in_use: Weights | None = None
+        self._aliased: list[Tensor] = []  # parameters whose memory belongs to loaded weights
+        self.loaded: Weights | None = None
 
     def load(self, weights: Weights, *, swap: bool = False, cast: bool = False) -> None:
-        """Make ``weights`` those of the model: all of them; or none, whatever is raised.
+        """Load all of ``weights`` into the model, or none of them if anything is raised.
 
-        An exception out of a signal handler may come when the last step is done. Then they are ``in_use``.
+        A signal handler may raise after the last step. Then ``loaded`` is ``weights``.
 
         Args:
-            weights: what the model is to compute with.
-            swap: let the parameters take over the memory of ``weights`` instead of copying it; buffers
-                are copied in any case.
-            cast: convert another dtype this time.
+            weights: the new weights.
+            swap: let the parameters alias the memory of ``weights`` instead of copying it. Buffers are always copied.
+            cast: convert weights of another dtype in this call.
 
         Raises:
-            WeightSyncError: keys, shapes or dtypes don't fit; the message names the first offending keys.
+            WeightSyncError: keys, shapes or dtypes don't fit; the message names the first mismatches.
         """
         targets = self._targets()
         self._check(targets, weights, cast=cast)
@@ -75,7 +74,7 @@ class ModelTarget:
         try:
             if weights.extra_states:
                 self._set_extra_states(weights.extra_states, undo)
-                targets = self._targets()  # a module may have made its tensors anew
+                targets = self._targets()  # a module may have replaced its tensors
                 self._check(targets, weights, cast=cast)
             self._load_tensors(targets, weights, undo, swap=swap)
         except BaseException as error:
@@ -83,87 +82,85 @@ class ModelTarget:
             raise
 
     def _load_tensors(self, targets: Mapping[str, Tensor], weights: Weights, undo: Undo, *, swap: bool) -> None:
-        lent = set(map(id, self._borrowed))
-        in_place: dict[int, tuple[Tensor, Tensor]] = {}  # by target; those that are one and the same are written once
+        read_only = set(map(id, self._aliased))
+        in_place: dict[int, tuple[Tensor, Tensor]] = {}  # by target, so that tied parameters are written once
         moved: dict[int, tuple[Tensor, Tensor]] = {}
-        borrowed: list[Tensor] = []
+        aliased: list[Tensor] = []
         for name, tensor in weights.tensors.items():
             target = targets[name]
-            if swap and _can_take_over(target, tensor):
+            if swap and _is_aliasable(target, tensor):
                 moved[id(target)] = target, tensor
-                borrowed.append(target)
-            elif id(target) in lent or _overlaps(target):  # not to be written to
-                moved[id(target)] = target, _converted(tensor, target)
+                aliased.append(target)
+            elif id(target) in read_only or _overlaps(target):
+                moved[id(target)] = target, _convert(tensor, target)
             else:
-                in_place[id(target)] = target, _staged(tensor, target)
+                in_place[id(target)] = target, _prepare(tensor, target)
         for target, memory in moved.values():
             undo.append(partial(setattr, target, "data", target.data))
             target.data = memory
         memories, sources = zip(*in_place.values(), strict=True) if in_place else ((), ())
-        # One call of C code, in which no signal handler runs: before it all is undone, after it nothing.
+        # One call of C code, in which no signal handler runs: before it everything is undone, after it nothing.
         steps: list[Callable[[], object]] = [partial(torch._foreach_copy_, memories, sources)] if in_place else []
-        steps += [undo.clear, partial(self.__dict__.update, in_use=weights, _borrowed=borrowed)]
-        # Tensors that were made in inference mode may be written to there only; all others may too.
+        steps += [undo.clear, partial(self.__dict__.update, loaded=weights, _aliased=aliased)]
+        # Inference mode may write to any tensor, and only it to tensors that were made in inference mode.
         with torch.inference_mode(), torch._C.DisableTorchFunction():
             list(map(operator.call, steps))
 
-    def can_borrow(self, weights: Weights) -> bool:
-        """Whether all parameters can take over the memory of ``weights``: same device, dtype and strides."""
+    def can_alias(self, weights: Weights) -> bool:
+        """Whether all parameters can alias the memory of ``weights``: same device, dtype and strides."""
         targets = self._targets()
         pairs = [(targets[name], tensor) for name, tensor in weights.tensors.items() if name in targets]
-        return all(_can_take_over(*pair) for pair in pairs if isinstance(pair[0], nn.Parameter))
+        return all(_is_aliasable(*pair) for pair in pairs if isinstance(pair[0], nn.Parameter))
 
-    def spare(self, weights: Weights, spares: Spares) -> Weights:
-        """Copy weights into memory of the model's own that its parameters don't use now, for ``load(swap=True)``.
+    def stage(self, weights: Weights, buffers: StagingBuffers) -> Weights:
+        """Copy weights into a staging buffer that the parameters don't alias now, for ``load(swap=True)``.
 
         Args:
-            weights: what to copy.
-            spares: where such memory is kept for the next time, by one thread at a time.
+            weights: the weights to copy.
+            buffers: the staging buffers that later calls use again; one thread at a time owns the list.
 
         Raises:
-            WeightSyncError: they don't fit.
+            WeightSyncError: the weights don't fit.
         """
         targets = self._targets()
         self._check(targets, weights)
-        description = _describe(targets)
-        spares[:] = [spare for spare in spares if spare[0] == description]  # the model may have changed
-        in_use: Mapping[str, Tensor] = {} if self.in_use is None else self.in_use.tensors
-        spare = next((tensors for _, tensors in spares if not _shared(tensors, in_use)), None)
-        if spare is None:
-            spare = _allocate_like(targets)
-            spares.append((description, spare))
-        copy_tensors({name: spare[name] for name in weights.tensors}, weights.tensors)
-        return Weights({name: spare[name] for name in weights.tensors}, weights.extra_states)
+        signature = _signature(targets)
+        buffers[:] = [buffer for buffer in buffers if buffer[0] == signature]  # the model may have changed
+        loaded: Mapping[str, Tensor] = {} if self.loaded is None else self.loaded.tensors
+        free = next((tensors for _, tensors in buffers if not _share_tensors(tensors, loaded)), None)
+        if free is None:
+            free = _allocate_like(targets)
+            buffers.append((signature, free))
+        copy_tensors({name: free[name] for name in weights.tensors}, weights.tensors)
+        return Weights({name: free[name] for name in weights.tensors}, weights.extra_states)
 
     @long_lived()
-    def copy_borrowed(self) -> None:
-        """Move the parameters out of the memory that the last ``load(swap=True)`` gave them."""
-        borrowed, self._borrowed = self._borrowed, []
-        for tensor in borrowed:
+    def copy_aliased(self) -> None:
+        """Move the parameters from the memory that ``load(swap=True)`` gave them to memory of their own."""
+        aliased, self._aliased = self._aliased, []
+        for tensor in aliased:
             tensor.data = tensor.data.clone()
 
     def _targets(self) -> dict[str, Tensor]:
         try:
-            return tensors_of(self._model)
+            return extract_tensors(self._model)
         except TypeError as error:
             raise WeightSyncError(f"the model can't take weights: {error}") from error
 
     def _check(self, targets: Mapping[str, Tensor], weights: Weights, *, cast: bool = False) -> None:
         cast = cast or self._cast
-        faults = [
-            *self._misfits(targets, weights.tensors, cast=cast),
-            *self._unknown_extra_states(weights.extra_states),
-        ]
+        faults = self._mismatches(targets, weights.tensors, cast=cast)
+        faults += [f'the model has no "{name}"' for name in weights.extra_states if self._owner_of(name) is None]
         if faults:
             more = f", and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
             raise WeightSyncError(f"the weights don't fit the model: {'; '.join(faults[:_SHOWN])}{more}")
 
-    def _misfits(self, targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, cast: bool) -> list[str]:
+    def _mismatches(self, targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, cast: bool) -> list[str]:
         faults: list[str] = []
         if targets.keys() != tensors.keys():
             missing = targets.keys() - tensors.keys()
             if missing and isinstance(self._model, nn.Module):
-                required = read(self._model, "state_dict").tensors  # not the buffers that are not persistent
+                required = extract_weights(self._model, "state_dict").tensors  # without non-persistent buffers
                 missing &= required.keys()
             faults += [f'"{name}" is missing' for name in targets if name in missing]
             faults += [f'the model has no "{name}"' for name in tensors if name not in targets]
@@ -182,15 +179,12 @@ class ModelTarget:
                 )
             else:
                 owner = owners.setdefault(id(target), name)
-                if owner != name and not _same(tensor, tensors[owner]):
+                if owner != name and not _are_equal(tensor, tensors[owner]):
                     faults.append(f'"{name}" and "{owner}" differ, but are one tensor in the model')
         return faults
 
-    def _unknown_extra_states(self, names: Iterable[str]) -> list[str]:
-        return [f'the model has no "{name}"' for name in names if self._owner_of(name) is None]
-
     def _owner_of(self, name: str) -> nn.Module | None:
-        """The module whose extra state is called ``name``."""
+        """The module whose extra state has this name."""
         if not isinstance(self._model, nn.Module):
             return None
         try:
@@ -205,7 +199,7 @@ class ModelTarget:
             module = self._owner_of(name)
             assert module is not None  # checked before
             with long_lived():
-                before = copy.deepcopy(module.get_extra_state())  # it may go on to change what it has returned
+                before = copy.deepcopy(module.get_extra_state())  # the module may go on to change the object
             undo.append(partial(module.set_extra_state, before))
             try:
                 module.set_extra_state(state)
@@ -214,7 +208,7 @@ class ModelTarget:
 
 
 def _undo(steps: Undo, error: BaseException) -> None:
-    """Take all steps, the last one first; those that fail are noted at ``error``, for which they are taken."""
+    """Run the steps in reverse order. A step that fails adds a note to ``error``, the reason for the rollback."""
     for step in reversed(steps):
         try:
             step()
@@ -223,22 +217,22 @@ def _undo(steps: Undo, error: BaseException) -> None:
 
 
 def _original(module: nn.Module) -> nn.Module:
-    """What ``torch.compile`` has wrapped, or else the module itself."""
+    """The module that ``torch.compile`` has wrapped, or else the module itself."""
     original = getattr(module, "_orig_mod", module)
     return original if isinstance(original, nn.Module) else module
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
+def _are_equal(one: Tensor, other: Tensor) -> bool:
     return one is other or one.data_ptr() == other.data_ptr() or torch.equal(one, other)
 
 
-def _can_take_over(target: Tensor, tensor: Tensor) -> bool:
+def _is_aliasable(target: Tensor, tensor: Tensor) -> bool:
     alike = target.dtype == tensor.dtype and target.device == tensor.device and target.stride() == tensor.stride()
     return alike and isinstance(target, nn.Parameter) and not target.is_inference()
 
 
 def _overlaps(tensor: Tensor) -> bool:
-    """Whether elements may share memory, as those of an expanded tensor do."""
+    """Whether elements of the tensor may share memory, as in an expanded tensor."""
     if tensor.is_contiguous():
         return False
     reach = 0
@@ -250,8 +244,8 @@ def _overlaps(tensor: Tensor) -> bool:
     return False
 
 
-def _staged(tensor: Tensor, target: Tensor) -> Tensor:
-    """What can be copied to ``target`` without taking memory, which might fail."""
+def _prepare(tensor: Tensor, target: Tensor) -> Tensor:
+    """Convert ``tensor`` so that copying it to ``target`` allocates no memory, which might fail."""
     if tensor.device == target.device:
         return tensor
     if target.is_contiguous():
@@ -260,17 +254,17 @@ def _staged(tensor: Tensor, target: Tensor) -> Tensor:
 
 
 @long_lived()
-def _converted(tensor: Tensor, target: Tensor) -> Tensor:
-    """A copy of ``tensor`` that may be the memory of ``target``."""
+def _convert(tensor: Tensor, target: Tensor) -> Tensor:
+    """Copy ``tensor`` into new memory that ``target`` can take over."""
     return torch.empty_like(target, requires_grad=False).copy_(tensor)
 
 
-def _shared(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+def _share_tensors(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     return any(one.get(name) is tensor for name, tensor in other.items())
 
 
-def _describe(targets: Mapping[str, Tensor]) -> _Description:
-    """All that memory for ``targets`` depends on: which of them are one and the same, too."""
+def _signature(targets: Mapping[str, Tensor]) -> _Signature:
+    """Everything that a staging buffer for ``targets`` depends on, including which of them are tied."""
     first: dict[int, str] = {}
     return tuple(
         (name, first.setdefault(id(target), name), target.shape, target.dtype, target.device, target.stride())
@@ -280,14 +274,14 @@ def _describe(targets: Mapping[str, Tensor]) -> _Description:
 
 @long_lived()
 def _allocate_like(targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Memory for each target; those that are one and the same get one."""
+    """Allocate memory for each target, once for tied ones."""
     made = {id(target): torch.empty_like(target, requires_grad=False) for target in targets.values()}
     return {name: made[id(target)] for name, target in targets.items()}
 
 
 def _check_ownership(td: TensorDictBase) -> None:
-    """Raise :class:`TypeError` if reading makes copies, which can be written to without any effect."""
-    one, other = tensors_of(td), tensors_of(td)
+    """Raise :class:`TypeError` if reading the TensorDict makes copies: writing to a copy has no effect."""
+    one, other = extract_tensors(td), extract_tensors(td)
     for name, tensor in one.items():
         if tensor.data_ptr() != other[name].data_ptr():
             raise TypeError(

@@ -1,4 +1,4 @@
-"""The wire half of a scheme: weights on one queue, acknowledgements on another."""
+"""Weights over queues of the user's: weights on one queue, acknowledgements on another."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ from tensordict import TensorDictBase
 from torch import nn
 
 from aioinfer.errors import WeightSyncError
-from aioinfer.weight_sync.lines import reason_of
-from aioinfer.weight_sync.publications import Publication, message, opened
-from aioinfer.weight_sync.snapshots import snapshot
-from aioinfer.weight_sync.targets import ModelTarget
-from aioinfer.weight_sync.weights import Strategy, Weights, WeightsLike, given_back, read
+from aioinfer.weight_sync.channel import make_message, nack_reason, parse_message
+from aioinfer.weight_sync.loader import WeightLoader
+from aioinfer.weight_sync.snapshot import clone_tensors
+from aioinfer.weight_sync.weights import Strategy, Weights, WeightsLike, extract_weights, to_strategy
 
 __all__ = ["MPTransport", "MessageQueue"]
 
 
 class MessageQueue(Protocol):
-    """What a queue must have: ``multiprocessing.Queue`` has it, ``queue.Queue`` too."""
+    """The methods that a queue needs. ``multiprocessing.Queue`` and ``queue.Queue`` have them."""
 
     def put(self, obj: Any, /) -> None:
         """Append a message."""
@@ -34,15 +33,17 @@ class MessageQueue(Protocol):
 class MPTransport:
     """Sends weights from one process to another over queues of yours, one queue for each worker.
 
-    A message is ``((model_id, weights), "update_weights")``. With a second queue, the worker acknowledges each: it
-    puts the number of the message, counted from 1, and why it refused it (``None`` if it has not).
+    A message is ``((model_id, weights), "update_weights")``. With a second queue, the worker acknowledges each
+    message: it puts the message's number, counted from 1, and the reason for a refusal, or ``None``.
 
-    The schemes use it over queues of their own, on which only descriptors of shared memory travel.
+    The schemes send messages of the same form over queues of their own, with references to shared memory as weights.
+
+    One thread at a time may use it at each end.
 
     Args:
         weight_queue: from the trainer to the worker.
         ack_queue: from the worker to the trainer.
-        timeout: seconds to wait for weights or for an acknowledgement, where a call names no other.
+        timeout: seconds to wait for weights or for an acknowledgement, unless a call gives its own.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class MPTransport:
         self.timeout = timeout
         self._sent = self._received = 0
 
-    def send_weights_async(self, weights: WeightsLike | Publication, model_id: str = "policy") -> int:
+    def send_weights_async(self, weights: WeightsLike, model_id: str = "policy") -> int:
         """Put a copy of ``weights``, as they are now, on the queue (trainer side).
 
         Args:
@@ -64,11 +65,10 @@ class MPTransport:
         Returns:
             The message's number, counted from 1.
         """
-        if not isinstance(weights, Publication):
-            strategy: Strategy = "tensordict" if isinstance(weights, TensorDictBase) else "state_dict"
-            found = read(weights, strategy)
-            weights = given_back(Weights(snapshot(found.tensors), found.extra_states), strategy)
-        self.weight_queue.put(message(model_id, weights))
+        strategy: Strategy = "tensordict" if isinstance(weights, TensorDictBase) else "state_dict"
+        found = extract_weights(weights, strategy)
+        copied = to_strategy(Weights(clone_tensors(found.tensors), found.extra_states), strategy)
+        self.weight_queue.put(make_message(model_id, copied))
         self._sent += 1
         return self._sent
 
@@ -77,7 +77,7 @@ class MPTransport:
 
         Raises:
             RuntimeError: there is no queue for acknowledgements.
-            TimeoutError: it did not within ``timeout`` seconds.
+            TimeoutError: the worker did not acknowledge it within ``timeout`` seconds.
             WeightSyncError: the worker has refused it.
         """
         if self.ack_queue is None:
@@ -103,33 +103,23 @@ class MPTransport:
             The weights, as a TensorDict or a state dict; ``None`` if none came within ``timeout`` seconds.
 
         Raises:
-            ValueError: something else is on the queue.
+            ValueError: there is another object in the queue.
             WeightSyncError: the weights don't fit ``model``, which keeps the ones it had.
         """
-        received = self.next_message(self.timeout if timeout is None else timeout)
-        if received is None:
+        try:
+            message = self.weight_queue.get(timeout=self.timeout if timeout is None else timeout)
+        except queue.Empty:
             return None
-        weights: WeightsLike = received[1]
+        weights: WeightsLike = parse_message(message)[1]
         self._received += 1
         try:
             if model is not None:
-                ModelTarget(model).load(read(weights, "state_dict"))
-        except BaseException as error:  # whatever it is, the sender must not wait for an answer in vain
-            self._acknowledge(reason_of(error))
+                WeightLoader(model).load(extract_weights(weights, "state_dict"))
+        except BaseException as error:  # the sender waits for an answer, whatever was raised
+            self._acknowledge(nack_reason(error))
             raise
         self._acknowledge(None)
         return weights
-
-    def next_message(self, timeout: float) -> tuple[str, Any] | None:
-        """Take the next model id and weights; ``None`` if nothing came.
-
-        Raises:
-            ValueError: something else is on the queue.
-        """
-        try:
-            return opened(self.weight_queue.get(timeout=timeout))
-        except queue.Empty:
-            return None
 
     def _acknowledge(self, reason: str | None) -> None:
         if self.ack_queue is not None:

@@ -10,8 +10,8 @@ from tensordict import TensorDict
 from torch import nn
 
 from aioinfer import WeightSyncError
-from aioinfer.weight_sync.targets import ModelTarget, Spares
-from aioinfer.weight_sync.weights import Strategy, Weights, read
+from aioinfer.weight_sync.loader import StagingBuffers, WeightLoader
+from aioinfer.weight_sync.weights import Strategy, Weights, extract_weights
 from tests.weight_models import Counter
 from tests.weights.test_weights import STRATEGIES, rich, same, scramble, travelled
 
@@ -23,9 +23,9 @@ def test_tied_parameters_stay_tied_and_parameters_stay_the_same_objects(swap: bo
     source, target = rich(), rich()
     scramble(source)
     before = dict(target.named_parameters(remove_duplicate=False))
-    model = ModelTarget(target)
-    weights = travelled(read(source, "tensordict"))
-    model.load(model.spare(weights, []) if swap else weights, swap=swap)
+    model = WeightLoader(target)
+    weights = travelled(extract_weights(source, "tensordict"))
+    model.load(model.stage(weights, []) if swap else weights, swap=swap)
     assert dict(target.named_parameters(remove_duplicate=False)) == before
     assert target[2].weight is target[0].weight
     assert same(source, target)
@@ -33,58 +33,58 @@ def test_tied_parameters_stay_tied_and_parameters_stay_the_same_objects(swap: bo
 
 def test_weights_are_copied_in_place_unless_they_are_swapped() -> None:
     target = nn.Linear(3, 3)
-    model, address = ModelTarget(target), target.weight.data_ptr()
-    model.load(read(nn.Linear(3, 3), "tensordict"))
+    model, address = WeightLoader(target), target.weight.data_ptr()
+    model.load(extract_weights(nn.Linear(3, 3), "tensordict"))
     assert target.weight.data_ptr() == address
-    new = read(nn.Linear(3, 3), "tensordict").detached()
+    new = extract_weights(nn.Linear(3, 3), "tensordict").detached()
     model.load(new, swap=True)
     assert target.weight.data_ptr() == new.tensors["weight"].data_ptr() != address
-    model.copy_borrowed()
+    model.copy_aliased()
     assert target.weight.data_ptr() != new.tensors["weight"].data_ptr()
     assert torch.equal(target.weight, new.tensors["weight"])
 
 
-def test_a_spare_copy_is_not_the_one_in_use() -> None:
+def test_a_staging_buffer_is_not_the_one_in_use() -> None:
     target = nn.Linear(3, 3)
-    model, spares = ModelTarget(target), Spares()
+    model, buffers = WeightLoader(target), StagingBuffers()
     for _ in range(5):
         source = nn.Linear(3, 3)
-        spare = model.spare(read(source, "tensordict"), spares)
-        assert spare.tensors["weight"].data_ptr() != target.weight.data_ptr()
-        model.load(spare, swap=True)
+        staged = model.stage(extract_weights(source, "tensordict"), buffers)
+        assert staged.tensors["weight"].data_ptr() != target.weight.data_ptr()
+        model.load(staged, swap=True)
         assert torch.equal(target.weight, source.weight)
 
 
-def test_a_spare_copy_is_not_the_one_in_use_after_a_refusal_either() -> None:
+def test_a_staging_buffer_is_not_the_one_in_use_after_a_refusal_either() -> None:
     layer = nn.Linear(3, 3)
     target = nn.Sequential(Counter(0), layer)
-    model, spares = ModelTarget(target), Spares()
+    model, buffers = WeightLoader(target), StagingBuffers()
     for count in (1, 2, "rubbish", "rubbish", 3, "rubbish", 4):
         source = nn.Sequential(Counter(0, count), nn.Linear(3, 3))
         address = layer.weight.data_ptr()
-        spare = model.spare(read(source, "tensordict"), spares)
-        assert spare.tensors["1.weight"].data_ptr() != address
+        staged = model.stage(extract_weights(source, "tensordict"), buffers)
+        assert staged.tensors["1.weight"].data_ptr() != address
         if count == "rubbish":
             with pytest.raises(WeightSyncError, match="rubbish"):
-                model.load(spare, swap=True)
+                model.load(staged, swap=True)
             assert layer.weight.data_ptr() == address
         else:
-            model.load(spare, swap=True)
+            model.load(staged, swap=True)
             assert same(source, target)
 
 
-def test_borrowed_memory_is_never_written_to() -> None:
-    lent = read(nn.Linear(3, 3), "tensordict").detached()
-    copy = {name: tensor.clone() for name, tensor in lent.tensors.items()}
+def test_aliased_memory_is_never_written_to() -> None:
+    aliased = extract_weights(nn.Linear(3, 3), "tensordict").detached()
+    copy = {name: tensor.clone() for name, tensor in aliased.tensors.items()}
     target = nn.Linear(3, 3)
-    model = ModelTarget(target)
-    assert model.can_borrow(lent)
-    model.load(lent, swap=True)
-    double = read(nn.Linear(3, 3).double(), "tensordict").detached()
-    assert not model.can_borrow(double)
+    model = WeightLoader(target)
+    assert model.can_alias(aliased)
+    model.load(aliased, swap=True)
+    double = extract_weights(nn.Linear(3, 3).double(), "tensordict").detached()
+    assert not model.can_alias(double)
     model.load(double, swap=True, cast=True)
     assert torch.equal(target.weight, double.tensors["weight"].float())
-    assert all(torch.equal(tensor, copy[name]) for name, tensor in lent.tensors.items())
+    assert all(torch.equal(tensor, copy[name]) for name, tensor in aliased.tensors.items())
 
 
 LINEAR = {"weight": torch.ones(3, 3), "bias": torch.ones(3)}
@@ -108,7 +108,7 @@ def test_weights_that_do_not_fit_are_refused_as_a_whole(weights: dict[str, Any],
     target = nn.Linear(3, 3)
     before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
     with pytest.raises(WeightSyncError, match=message):
-        ModelTarget(target).load(read(filled, "state_dict"), swap=swap)
+        WeightLoader(target).load(extract_weights(filled, "state_dict"), swap=swap)
     assert all(torch.equal(tensor, before[name]) for name, tensor in target.state_dict().items())
 
 
@@ -116,37 +116,37 @@ def test_another_dtype_is_converted_only_where_asked() -> None:
     target = nn.Linear(3, 3)
     double = {name: tensor.double() for name, tensor in LINEAR.items()}
     with pytest.raises(WeightSyncError, match="dtype"):
-        ModelTarget(target).load(read(double, "state_dict"))
-    model = ModelTarget(target, cast=True)
-    model.load(read(double, "state_dict"))
+        WeightLoader(target).load(extract_weights(double, "state_dict"))
+    model = WeightLoader(target, cast=True)
+    model.load(extract_weights(double, "state_dict"))
     assert torch.equal(target.weight, LINEAR["weight"])
-    model.load(model.spare(read(double, "state_dict"), []), swap=True)
+    model.load(model.stage(extract_weights(double, "state_dict"), []), swap=True)
     assert target.weight.dtype == torch.float32
 
 
 def test_unlike_weights_for_tied_parameters_are_refused() -> None:
     module = rich()
-    weights = {name: value.clone() for name, value in read(module, "tensordict").tensors.items()}
-    ModelTarget(module).load(Weights(weights, {}))  # equal, though no longer tied
+    weights = {name: value.clone() for name, value in extract_weights(module, "tensordict").tensors.items()}
+    WeightLoader(module).load(Weights(weights, {}))  # equal, though no longer tied
     weights["2.weight"] += 1
     with pytest.raises(WeightSyncError, match=r'"2.weight" and "0.weight" differ, but are one tensor'):
-        ModelTarget(module).load(Weights(weights, {}))
+        WeightLoader(module).load(Weights(weights, {}))
 
 
 def test_extra_states_are_set_all_or_none() -> None:
     model = nn.Sequential(Counter(1), Counter(2))
     good = nn.Sequential(Counter(3), Counter(4))
     bad = nn.Sequential(Counter(5), Counter(6, "rubbish"))
-    ModelTarget(model).load(read(good, "state_dict"))
+    WeightLoader(model).load(extract_weights(good, "state_dict"))
     with pytest.raises(WeightSyncError, match=r'the model refused "1\._extra_state": ValueError: rubbish'):
-        ModelTarget(model).load(read(bad, "state_dict"))
+        WeightLoader(model).load(extract_weights(bad, "state_dict"))
     assert same(model, good)
 
 
 def test_buffers_that_are_not_persistent_may_be_left_out() -> None:
     source, target = rich(), rich()
     scramble(source)
-    ModelTarget(target).load(read(source.state_dict(), "tensordict"))
+    WeightLoader(target).load(extract_weights(source.state_dict(), "tensordict"))
     assert same(source, target, "state_dict")
     assert torch.equal(target.get_buffer("passing"), torch.ones(1))
 
@@ -158,18 +158,18 @@ def test_a_compiled_module_has_the_names_of_what_was_compiled(strategy: Strategy
     scramble(source)
     inner: Any = torch.compile(target, backend="eager")
     compiled: Any = torch.compile(nn.Sequential(inner), backend="eager")
-    ModelTarget(compiled).load(read(nn.Sequential(source), strategy))
+    WeightLoader(compiled).load(extract_weights(nn.Sequential(source), strategy))
     assert same(source, target, strategy)
     incomplete = nn.Sequential(source).state_dict()
     del incomplete["0.1.bias"]
     with pytest.raises(WeightSyncError, match=r'"0\.1\.bias" is missing'):
-        ModelTarget(compiled).load(read(incomplete, strategy))
+        WeightLoader(compiled).load(extract_weights(incomplete, strategy))
     counter: Any = torch.compile(Counter(1), backend="eager")
-    ModelTarget(counter).load(read(Counter(2), strategy))
+    WeightLoader(counter).load(extract_weights(Counter(2), strategy))
     assert counter.count == 2
 
 
 def test_a_tensordict_can_be_the_target() -> None:
     td = TensorDict({"layer": {"weight": torch.zeros(3, 3), "bias": torch.zeros(3)}})
-    ModelTarget(td).load(read({f"layer.{name}": tensor for name, tensor in LINEAR.items()}, "state_dict"))
+    WeightLoader(td).load(extract_weights({f"layer.{name}": tensor for name, tensor in LINEAR.items()}, "state_dict"))
     assert torch.equal(td["layer", "weight"], LINEAR["weight"])
