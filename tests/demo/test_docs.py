@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CODE = runpy.run_path(str(ROOT / "docs" / "update_code.py"))
 PAGES: list[Path] = CODE["PAGES"]
 ONLY_ON_OUR_SITE = re.compile(
