@@ -1,4 +1,4 @@
-"""Workers that nobody has handed a client: they are told an address. One is killed, and the next has its slot."""
+"""Workers that were started separately: they know an address. One is killed, and the next one gets its slot."""
 
 import subprocess
 import sys

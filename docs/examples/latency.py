@@ -17,10 +17,10 @@ def main() -> None:
     with InferenceServer(policy, ThreadingTransport()) as server:
         client = server.client()
         request = TensorDict({"observation": torch.randn(4)})
-        client(request)  # the first forward pass sets things up that later ones use
+        client(request)  # the first forward pass is slow: torch sets things up for the later ones
 
         gc.collect()
-        gc.freeze()  # what is loaded by now stays: no later collection has to look through it
+        gc.freeze()  # later collections need not look through the objects that exist by now
 
         worst = 0.0
         for _ in range(1000):

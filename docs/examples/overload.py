@@ -1,4 +1,4 @@
-"""A bounded queue, callers that wait for room, and deadlines that cover the time in the queue."""
+"""A bounded queue, callers that wait for space in it, and deadlines that cover the time in the queue."""
 
 import asyncio
 import time
@@ -19,7 +19,7 @@ def observe() -> TensorDict:
 
 
 def ask_with_deadline(client: InferenceClient) -> None:
-    """A thread says ``timeout``; the request is withdrawn and the client usable at once."""
+    """A thread's deadline is ``timeout``. The request is withdrawn, and the client usable at once."""
     try:
         client(observe(), timeout=0.01)
     except TimeoutError as error:
@@ -35,11 +35,11 @@ async def serve() -> None:
         refused = [outcome for outcome in outcomes if isinstance(outcome, ServerOverloadedError)]
         print(f"{len(outcomes) - len(refused)} served, {len(refused)} refused: {refused[0]}")
 
-        # Wait for room instead: backpressure.
+        # Wait for space in the queue instead: backpressure.
         outcomes = await asyncio.gather(*(client(observe(), wait=True) for _ in range(10)))
         print(f"{len(outcomes)} served with wait=True")
 
-        # A deadline for a task; it covers the wait for room, the queue, and the forward pass.
+        # A deadline for a task; it covers the wait for space, the queue, and the forward pass.
         try:
             async with asyncio.timeout(0.01):
                 await client(observe(), wait=True)

@@ -1,4 +1,4 @@
-"""A transport of one's own: five verbs over a list and a condition."""
+"""A minimal custom transport: five methods over a list and a condition."""
 
 import asyncio
 import threading

@@ -1,4 +1,4 @@
-"""A trainer writes rubbish into its parameters whenever it has published them, and no reply ever shows it."""
+"""A trainer overwrites its parameters whenever it has published them, and no reply ever shows it."""
 
 import threading
 import time
@@ -12,7 +12,7 @@ from aioinfer import InferenceClient, InferenceServer, ThreadingTransport
 from aioinfer.weight_sync import SharedMemWeightSyncScheme
 
 CALLERS, REQUESTS = 8, 250
-RUBBISH = -1.0
+UNPUBLISHED = -1.0
 
 
 class Policy(nn.Module):
@@ -42,7 +42,7 @@ def train(scheme: SharedMemWeightSyncScheme, end: threading.Event) -> None:
         version += 1
         policy.weight.fill_(version)
         scheme.send(version=version)
-        policy.weight.fill_(RUBBISH)
+        policy.weight.fill_(UNPUBLISHED)
         time.sleep(0.002)
 
 
@@ -66,10 +66,10 @@ def main() -> None:
     scheme.shutdown()
 
     mixed = sum(len(set(reply["weights"].tolist())) > 1 for reply in replies)
-    unpublished = sum(RUBBISH in reply["weights"].tolist() for reply in replies)
+    unpublished = sum(UNPUBLISHED in reply["weights"].tolist() for reply in replies)
     mislabelled = sum(float(reply["policy_version"]) not in reply["weights"].tolist() for reply in replies)
     versions = {int(reply["policy_version"]) for reply in replies}
-    print(f"{len(replies)} replies by {len(versions)} weight sets")
+    print(f"{len(replies)} replies by {len(versions)} sets of weights")
     print(f"{mixed} mixed, {unpublished} from unpublished weights, {mislabelled} with a wrong version")
 
 
