@@ -50,8 +50,8 @@ if TYPE_CHECKING:
         ServerStartError,
         WeightSyncError,
     )
-    from aioinfer.hosting import Health, ProcessInferenceServer
     from aioinfer.policy import PolicyClientModule
+    from aioinfer.process_server import Health, ProcessInferenceServer
     from aioinfer.server import InferenceServer
     from aioinfer.stats import Percentiles, ServerStats
     from aioinfer.transports import (
@@ -99,7 +99,7 @@ __all__ = [
 # Where the names above are made. A name is imported when it is first asked for, so that importing the package alone
 # does not import torch: ``aioinfer --help`` takes 0.05 s instead of 3. They are searched in this order: modules without
 # torch first, and ``weight_sync`` last, which has another ``MPTransport``.
-_MODULES = ("errors", "batching", "client", "stats", "policy", "transports", "server", "hosting", "weight_sync")
+_MODULES = ("errors", "batching", "client", "stats", "policy", "transports", "server", "process_server", "weight_sync")
 
 if not TYPE_CHECKING:  # a type checker would take any name for one that exists
 

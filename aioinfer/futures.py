@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import _thread
+import asyncio
 import concurrent.futures
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable
-from typing import Any, TypeVar
+from contextlib import suppress
+from functools import partial
+from typing import Any, Generic, TypeVar
 
 from aioinfer.wakers import LockWaker
 
-__all__ = ["Future", "run_in_thread"]
+__all__ = ["Future", "LockFreeFuture", "run_in_thread"]
 
 T = TypeVar("T")
 
@@ -123,3 +127,93 @@ def run_in_thread(action: Callable[[], T], name: str) -> Future[T]:
 
     threading.Thread(target=run, name=name, daemon=True).start()
     return future
+
+
+class LockFreeFuture(Generic[T]):
+    """A future without a lock and without cancellation, for outcomes that signal handlers wait for.
+
+    A handler may wait for the future that the interrupted thread waits for. With a :class:`Future` it could interrupt
+    that thread while it holds the future's lock, which the thread that sets the result needs.
+
+    Any thread may call all methods. Only the first outcome counts.
+    """
+
+    def __init__(self) -> None:
+        self.done = False
+        self._result: T | None = None
+        self._error: BaseException | None = None
+        self._waiters: deque[Callable[[], object]] = deque()  # each is called once `done` is set
+
+    def set_result(self, result: T) -> None:
+        """Finish with a result."""
+        self._finish(result, None)
+
+    def set_exception(self, error: BaseException) -> None:
+        """Finish with an exception."""
+        self._finish(None, error)
+
+    def _finish(self, result: T | None, error: BaseException | None) -> None:
+        if self.done:
+            return
+        self._result, self._error = result, error
+        self.done = True
+        while self._waiters:
+            self._waiters.popleft()()
+
+    @property
+    def error(self) -> BaseException | None:
+        """The exception that it has finished with, if any."""
+        return self._error
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Block until the future is done, or ``timeout`` seconds passed; return whether it is done."""
+        if not self.done:
+            waker = LockWaker()
+            self._waiters.append(waker.notify)  # if this is too late to be called, `done` is set
+            if not self.done:
+                waker.wait(timeout)
+        return self.done
+
+    async def async_wait(self, timeout: float | None = None) -> bool:  # noqa: ASYNC109 - as wait
+        """Do as :meth:`wait`, without blocking the event loop. Cancellation does not affect the future."""
+        if not self.done:
+            loop = asyncio.get_running_loop()
+            waiter: asyncio.Future[None] = loop.create_future()
+            self._waiters.append(partial(_wake, loop, waiter))
+            if not self.done:
+                await asyncio.wait([waiter], timeout=timeout)
+        return self.done
+
+    def result(self) -> T:
+        """Block until the future is done, and return its result, or raise its exception."""
+        self.wait()
+        try:
+            return self._outcome()
+        finally:
+            del self  # an exception's traceback refers to this frame, which must not refer to the exception
+
+    async def async_result(self) -> T:
+        """Do as :meth:`result`, without blocking the event loop."""
+        await self.async_wait()
+        try:
+            return self._outcome()
+        finally:
+            del self
+
+    def _outcome(self) -> T:
+        try:
+            if self._error is not None:
+                raise self._error
+            return self._result  # type: ignore[return-value]
+        finally:
+            del self
+
+
+def _wake(loop: asyncio.AbstractEventLoop, waiter: asyncio.Future[None]) -> None:
+    with suppress(RuntimeError):  # the loop is closed
+        loop.call_soon_threadsafe(_resolve, waiter)
+
+
+def _resolve(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)

@@ -22,7 +22,7 @@ from aioinfer.weight_sync.loader import StagingBuffers, WeightLoader
 from aioinfer.weight_sync.receiver import ReceivedUpdate, Receiver
 from aioinfer.weight_sync.scheme import WeightSyncScheme
 from aioinfer.weight_sync.snapshot import clone_tensors
-from aioinfer.weight_sync.weights import Weights, WeightsLike, check_version, extract_weights
+from aioinfer.weight_sync.weights import MAX_VERSION, Weights, WeightsLike, extract_weights
 
 __all__ = ["WeightUpdates"]
 
@@ -111,18 +111,13 @@ class WeightUpdates:
     def _load(self, weights: Weights, version: int | None, *, cast: bool = False) -> None:
         assert self._loader is not None  # checked by `copy` and `__init__`
         loader = self._loader
-        version = self._next_version() if version is None else int(version)
+        if version is None and self.version == MAX_VERSION:
+            raise WeightSyncError(f"there is no version after {self.version}; give these weights a number")
+        version = self.version + 1 if version is None else int(version)
         self._placement.update(lambda: loader.load(weights, swap=self._swap, cast=cast))
         self.version = version
         self.on_version(version)
         self._stats.update(applied=True)
-
-    def _next_version(self) -> int:
-        try:
-            check_version(self.version + 1)
-        except ValueError:
-            raise WeightSyncError(f"there is no version after {self.version}; give these weights a number") from None
-        return self.version + 1
 
     @contextmanager
     def _count_refusals(self) -> Iterator[None]:
@@ -198,7 +193,7 @@ class WeightUpdates:
 
     def _apply(self, update: ReceivedUpdate, weights: Weights) -> None:
         try:
-            self._load(weights, update.version)
+            self._load(weights, update.ref.version)
         except BaseException as error:  # also of set_extra_state, or of the device: the old weights stay in use
             self._nack(update, error)
         else:

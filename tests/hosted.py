@@ -22,7 +22,8 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 
 from aioinfer import AsyncInferenceClient, MPTransport, ProcessInferenceServer, ProcessSlotTransport, connect
-from aioinfer.hosting.child import _Desk
+from aioinfer.process_server.child import CommandLoop
+from aioinfer.process_server.parent import WeightSender
 from aioinfer.testing import double, eventually, request
 from tests.weight_models import mark_of, policy
 
@@ -239,11 +240,11 @@ class Babbler:
         return self.run
 
     def run(self, td: TensorDictBase) -> TensorDictBase:
-        (desk,) = [thing for thing in gc.get_objects() if type(thing) is _Desk]
+        (commands,) = [thing for thing in gc.get_objects() if type(thing) is CommandLoop]
         if self.nonsense:
-            desk._wire._sock.send(self.nonsense)
+            commands.sock._sock.send(self.nonsense)
         else:
-            desk._wire._sock.shutdown(socket.SHUT_RDWR)
+            commands.sock._sock.shutdown(socket.SHUT_RDWR)
         return double(td)
 
 
@@ -325,6 +326,15 @@ def worker(client: Any, value: float = 1.0) -> Iterator[Connection[Any, Any]]:
 def freeze(server: ProcessInferenceServer) -> None:
     assert server.pid is not None
     os.kill(server.pid, signal.SIGSTOP)
+
+
+def has_pending_command(server: ProcessInferenceServer) -> bool:
+    return server._connection.has_pending
+
+
+def weight_sender(server: ProcessInferenceServer) -> WeightSender:
+    assert server._weight_sender is not None
+    return server._weight_sender
 
 
 def kill(server: ProcessInferenceServer) -> None:

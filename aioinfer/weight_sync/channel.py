@@ -76,7 +76,7 @@ def parse_message(message: Any) -> tuple[str, Any]:
 
 
 class AckKind(StrEnum):
-    """What an acknowledgement says."""
+    """The kinds of messages on an :class:`AckConnection`."""
 
     ACK = "ack"
     """The worker uses the snapshot."""
@@ -95,7 +95,7 @@ class Ack:
     """A message on an :class:`AckConnection`.
 
     Attributes:
-        kind: what it says.
+        kind: of message.
         number: of the snapshot: the sender's id and a number; zero where the message is about none.
         reason: why the worker refuses the snapshot.
         aliased: whether the worker goes on reading the snapshot's memory until it acknowledges the next one.

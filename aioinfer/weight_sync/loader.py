@@ -179,7 +179,8 @@ class WeightLoader:
                 )
             else:
                 owner = owners.setdefault(id(target), name)
-                if owner != name and not _are_equal(tensor, tensors[owner]):
+                other = tensors[owner]
+                if owner != name and tensor.data_ptr() != other.data_ptr() and not torch.equal(tensor, other):
                     faults.append(f'"{name}" and "{owner}" differ, but are one tensor in the model')
         return faults
 
@@ -220,10 +221,6 @@ def _original(module: nn.Module) -> nn.Module:
     """The module that ``torch.compile`` has wrapped, or else the module itself."""
     original = getattr(module, "_orig_mod", module)
     return original if isinstance(original, nn.Module) else module
-
-
-def _are_equal(one: Tensor, other: Tensor) -> bool:
-    return one is other or one.data_ptr() == other.data_ptr() or torch.equal(one, other)
 
 
 def _is_aliasable(target: Tensor, tensor: Tensor) -> bool:

@@ -22,31 +22,27 @@ class ReceivedUpdate:
     """A snapshot that a worker has received. The worker calls ``ack`` or ``nack`` once, in any thread.
 
     Attributes:
+        ref: the reference to the snapshot.
         weights: views of the trainer's memory, valid until the snapshot is acknowledged.
-        version: the trainer's own number for them, if it gave one.
-        device: where the trainer wants a worker without a model to have them.
-        number: of the snapshot.
     """
 
     def __init__(self, ref: SnapshotRef, weights: Weights, connection: AckConnection) -> None:
+        self.ref = ref
         self.weights = weights
-        self.version = ref.version
-        self.device = ref.device
-        self.number = ref.number
         self._sent: Ack | None = None
         self._connection = connection
 
     def ack(self, *, aliased: bool = False) -> None:
         """Report that the weights are in use; ``aliased``: as views, until the worker acknowledges the next ones."""
-        self._send(Ack(AckKind.ACK, self.number, aliased=aliased))
+        self._send(Ack(AckKind.ACK, self.ref.number, aliased=aliased))
 
     def nack(self, error: BaseException) -> None:
         """Report why the worker refuses the weights."""
-        self._send(Ack(AckKind.NACK, self.number, nack_reason(error)))
+        self._send(Ack(AckKind.NACK, self.ref.number, nack_reason(error)))
 
     def skip(self) -> None:
         """Report that the worker uses newer weights."""
-        self._send(Ack(AckKind.SKIP, self.number))
+        self._send(Ack(AckKind.SKIP, self.ref.number))
 
     def resend_ack(self, connection: AckConnection) -> None:
         """Send the same answer again, to a trainer that has sent the snapshot again."""
@@ -110,7 +106,7 @@ class Receiver:
                 updates.drop()
                 raise
             if update is not None:
-                if self._newest is not None and self._newest.number != update.number:
+                if self._newest is not None and self._newest.ref.number != update.ref.number:
                     self._newest.skip()
                 self._newest = update
             updates.drop()  # last: if an exception interrupts this call, the next one finds the message again
@@ -146,7 +142,7 @@ class Receiver:
     def _read(self, model_id: str, ref: object, connection: AckConnection) -> ReceivedUpdate | None:
         if not isinstance(ref, SnapshotRef):
             raise ValueError(f"expected a publication on a scheme's weight queue, got {type(ref).__qualname__}")
-        if self._last is not None and ref.number == self._last.number:
+        if self._last is not None and ref.number == self._last.ref.number:
             self._last.resend_ack(connection)  # the buffer may contain another snapshot by now
             return None
         if model_id != self._model_id:
@@ -233,8 +229,8 @@ class WeightReceiver:
     def _apply(self, update: ReceivedUpdate) -> Weights:
         if self._loader is None or self._model is None:
             own = clone_tensors(update.weights.tensors)
-            if update.device is not None:
-                own = {name: tensor.to(update.device) for name, tensor in own.items()}
+            if update.ref.device is not None:
+                own = {name: tensor.to(update.ref.device) for name, tensor in own.items()}
             return Weights(own, update.weights.extra_states)
         self._loader.load(update.weights)
         return extract_weights(self._model, self._strategy).detached()

@@ -13,7 +13,7 @@ from torch import nn
 
 from aioinfer.weight_sync.receiver import Receiver
 from aioinfer.weight_sync.sender import DeviceMapFn, Work
-from aioinfer.weight_sync.weights import Strategy, WeightsLike, check_strategy
+from aioinfer.weight_sync.weights import Strategy, WeightsLike
 
 __all__ = ["WeightSyncScheme"]
 
@@ -48,7 +48,8 @@ class WeightSyncScheme(ABC):
     """Whether a worker may go on reading the trainer's memory after it has applied weights."""
 
     def __init__(self, strategy: Strategy = "tensordict", sync: bool = True) -> None:
-        check_strategy(strategy)
+        if strategy not in ("tensordict", "state_dict"):
+            raise ValueError(f'strategy must be "tensordict" or "state_dict", got {strategy!r}')
         self.strategy: Strategy = strategy
         self.sync = sync
         self.cast = False

@@ -271,13 +271,7 @@ class SharedMemWeightSyncScheme(QueuedWeightSyncScheme):
     uses this memory again when no server reads it any more. Where a parameter is on another device, or has another
     dtype or other strides, such a server fills a staging buffer beside its forward passes instead.
 
-    Args:
-        strategy: see :class:`WeightSyncScheme`.
-        sync: see :class:`WeightSyncScheme`.
-        num_workers: make the queues of so many workers now. Else ``init_on_sender`` makes them, and then has to
-            run before the scheme is handed to the other processes.
-        timeout: seconds that workers have to answer, and that a worker waits for weights.
-        cast: whether workers convert weights of another dtype than their model's, instead of refusing them.
+    Its arguments are those of :class:`MultiProcessWeightSyncScheme`.
 
     Raises:
         ValueError: ``init_on_sender`` is asked for weights that differ from worker to worker.

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
+from typing import Concatenate, ParamSpec, TypeAlias, TypeVar
 
 import torch
 from tensordict import TensorDictBase
@@ -80,7 +80,24 @@ class DistributionPlan:
         num_workers: int | None,
         known_workers: Sequence[int],
     ) -> None:
-        _check_arguments(source, params_map, devices, device_map_fn, num_workers)
+        optional = {"devices": devices, "device_map_fn": device_map_fn, "num_workers": num_workers}
+        given = [name for name, value in optional.items() if value is not None]
+        if params_map is not None:
+            if source is not None or given:
+                mixed = ", ".join([*(["weights or model"] if source is not None else []), *given])
+                raise ValueError(f"params_map says who gets what; it can't be mixed with {mixed}")
+            if not params_map:
+                raise ValueError("params_map is empty")
+        elif source is None:
+            raise ValueError("init_on_sender needs weights, a model, a context that has it, or params_map")
+        if devices is not None and device_map_fn is not None:
+            raise ValueError("devices and device_map_fn are two ways to say who gets what; give one of them")
+        if device_map_fn is not None and num_workers is None:
+            raise ValueError("device_map_fn needs num_workers")
+        if devices is not None and num_workers not in (None, len(devices)):
+            raise ValueError(f"there are {len(devices)} devices for num_workers={num_workers}")
+        if num_workers is not None and num_workers < 1:
+            raise ValueError(f"num_workers must be at least 1, got {num_workers}")
         self._strategy = strategy
         self._source = source
         self._params_map = params_map
@@ -124,34 +141,6 @@ class DistributionPlan:
         base = as_tensordict(extract_weights(source, self._strategy).detached())
         for worker in workers:
             yield Shard(extract_weights(self._device_map_fn(worker, base), self._strategy), [worker])
-
-
-def _check_arguments(
-    source: WeightsLike | None,
-    params_map: Mapping[int, WeightsLike] | None,
-    devices: Sequence[Any] | None,
-    device_map_fn: DeviceMapFn | None,
-    num_workers: int | None,
-) -> None:
-    optional = {"devices": devices, "device_map_fn": device_map_fn, "num_workers": num_workers}
-    given = [name for name, value in optional.items() if value is not None]
-    if params_map is not None:
-        if source is not None or given:
-            mixed = ", ".join([*(["weights or model"] if source is not None else []), *given])
-            raise ValueError(f"params_map says who gets what; it can't be mixed with {mixed}")
-        if not params_map:
-            raise ValueError("params_map is empty")
-        return
-    if source is None:
-        raise ValueError("init_on_sender needs weights, a model, a context that has it, or params_map")
-    if devices is not None and device_map_fn is not None:
-        raise ValueError("devices and device_map_fn are two ways to say who gets what; give one of them")
-    if device_map_fn is not None and num_workers is None:
-        raise ValueError("device_map_fn needs num_workers")
-    if devices is not None and num_workers not in (None, len(devices)):
-        raise ValueError(f"there are {len(devices)} devices for num_workers={num_workers}")
-    if num_workers is not None and num_workers < 1:
-        raise ValueError(f"num_workers must be at least 1, got {num_workers}")
 
 
 # -- one worker --------------------------------------------------------------------------------------------
@@ -219,7 +208,7 @@ class WorkerHandle:
 
     @property
     def is_connected(self) -> bool:
-        """Whether the worker lives, and receives."""
+        """Whether the worker is alive, and receives."""
         return self._connection is not None
 
     @property

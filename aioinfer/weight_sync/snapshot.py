@@ -20,7 +20,6 @@ from aioinfer.weight_sync.weights import Weights
 
 __all__ = [
     "Layout",
-    "LayoutCache",
     "SnapshotBuffer",
     "SnapshotPool",
     "SnapshotReader",
@@ -37,24 +36,22 @@ _MAX_MAPPED = 4  # buffers that a reader keeps mapped; a trainer alternates betw
 # -- layouts -----------------------------------------------------------------------------------------------
 
 
+Description = tuple[tuple[str, ...], tuple[torch.dtype, ...], tuple[torch.Size, ...], tuple[int, ...]]
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """The position of each tensor in a buffer.
 
     Attributes:
-        names: dotted names.
-        dtypes: of each tensor.
-        shapes: of each tensor.
-        offsets: in bytes. Tensors that share memory in the source (tied parameters) share it here.
+        entries: name, dtype, shape and first byte of each tensor. Tensors that share memory in the source, as tied
+            parameters do, share it here.
         nbytes: of all tensors together.
         id: the same in every process that has this layout.
         pickled: the layout for other processes.
     """
 
-    names: tuple[str, ...]
-    dtypes: tuple[torch.dtype, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    offsets: tuple[int, ...]
+    entries: tuple[tuple[str, torch.dtype, tuple[int, ...], int], ...]
     nbytes: int
     id: bytes
     pickled: bytes = field(repr=False)
@@ -62,47 +59,29 @@ class Layout:
     @classmethod
     def of(cls, description: Description) -> Layout:
         """Lay out tensors that :func:`_describe` has described."""
-        names, dtypes, shapes, owners = description
         sizes = [
-            _aligned(dtype.itemsize * torch.Size(shape).numel()) if owner == index else 0
-            for index, (dtype, shape, owner) in enumerate(zip(dtypes, shapes, owners, strict=True))
+            _aligned(dtype.itemsize * shape.numel()) if owner == index else 0
+            for index, (_, dtype, shape, owner) in enumerate(zip(*description, strict=True))
         ]
         starts = [0, *accumulate(sizes)]
-        offsets = tuple(starts[owner] for owner in owners)
-        fields = (names, dtypes, tuple(map(tuple, shapes)), offsets, starts[-1], secrets.token_bytes(8))
-        return cls.unpickle(pickle.dumps(fields))
+        entries = tuple(
+            (name, dtype, tuple(shape), starts[owner]) for name, dtype, shape, owner in zip(*description, strict=True)
+        )
+        return cls.unpickle(pickle.dumps((entries, starts[-1], secrets.token_bytes(8))))
 
     @classmethod
     def unpickle(cls, pickled: bytes) -> Layout:
         """Make the layout that another process has pickled."""
-        names, dtypes, shapes, offsets, nbytes, layout_id = pickle.loads(pickled)
-        return cls(names, dtypes, shapes, offsets, nbytes, layout_id, pickled)
+        entries, nbytes, layout_id = pickle.loads(pickled)
+        return cls(entries, nbytes, layout_id, pickled)
 
     @long_lived()
     def views(self, memory: Tensor) -> dict[str, Tensor]:
         """The tensors that lie in ``memory``, ``[nbytes]`` of ``uint8``, by name."""
         return {
             name: memory[offset : offset + dtype.itemsize * torch.Size(shape).numel()].view(dtype).view(shape)
-            for name, dtype, shape, offset in zip(self.names, self.dtypes, self.shapes, self.offsets, strict=True)
+            for name, dtype, shape, offset in self.entries
         }
-
-
-Description = tuple[tuple[str, ...], tuple[torch.dtype, ...], tuple[torch.Size, ...], tuple[int, ...]]
-
-
-class LayoutCache:
-    """Returns the same layout as long as the tensors have it, so that readers unpickle it once."""
-
-    def __init__(self) -> None:
-        self._description: Description | None = None
-        self._layout: Layout | None = None
-
-    def of(self, tensors: Mapping[str, Tensor]) -> Layout:
-        """The layout of ``tensors``."""
-        description = _describe(tensors)
-        if self._layout is None or description != self._description:
-            self._description, self._layout = description, Layout.of(description)
-        return self._layout
 
 
 def _describe(tensors: Mapping[str, Tensor]) -> Description:
@@ -124,7 +103,7 @@ def _aligned(nbytes: int) -> int:
 
 
 def copy_tensors(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None:
-    """Copy ``sources`` over the ``targets`` of the same names, in place, on whatever devices both are."""
+    """Copy ``sources`` over the ``targets`` of the same names, in place, on any devices."""
     # A tensor that is the target of several names, such as a tied parameter, is written once.
     once = {id(target): (target, sources[name]) for name, target in targets.items()}
     if once:
@@ -204,7 +183,8 @@ class SnapshotPool:
 
     def __init__(self) -> None:
         self._buffers: list[SnapshotBuffer] = []
-        self._layouts = LayoutCache()
+        self._description: Description | None = None
+        self._layout: Layout | None = None
         self._sender = secrets.token_bytes(8)
         self._numbers = count(1)
 
@@ -219,7 +199,7 @@ class SnapshotPool:
         Returns:
             The reference to send, and the buffer. The caller counts the readers of the buffer.
         """
-        layout = self._layouts.of(weights.tensors)
+        layout = self.layout_of(weights.tensors)
         extra_states = pickle.dumps(weights.extra_states) if weights.extra_states else b""
         buffer = self._free(layout.nbytes + len(layout.pickled) + len(extra_states))
         buffer.write(weights, layout, extra_states)
@@ -234,6 +214,13 @@ class SnapshotPool:
             extra_states=(layout.nbytes + len(layout.pickled), len(extra_states)),
         )
         return ref, buffer
+
+    def layout_of(self, tensors: Mapping[str, Tensor]) -> Layout:
+        """The layout of ``tensors``; the same object for the same layout, so that readers unpickle it once."""
+        description = _describe(tensors)
+        if self._layout is None or description != self._description:
+            self._description, self._layout = description, Layout.of(description)
+        return self._layout
 
     def _free(self, nbytes: int) -> SnapshotBuffer:
         size = -(-nbytes // _PAGE) * _PAGE

@@ -15,11 +15,11 @@ from torch.nn.parameter import is_lazy
 
 __all__ = [
     "EXTRA_STATE",
+    "MAX_VERSION",
     "Strategy",
     "Weights",
     "WeightsLike",
     "as_tensordict",
-    "check_strategy",
     "check_version",
     "extract_tensors",
     "extract_weights",
@@ -31,6 +31,9 @@ WeightsLike: TypeAlias = nn.Module | TensorDictBase | Mapping[str, Any]
 
 EXTRA_STATE = "_extra_state"
 """The last part of the name under which a state dict has the result of ``nn.Module.get_extra_state``."""
+
+MAX_VERSION = 2**63 - 1
+"""The highest version of weights; the lowest is ``-MAX_VERSION - 1``."""
 
 # torch.compile wraps a module, and the wrapper adds this to all names. One of trainer and server may compile alone.
 _COMPILED = "_orig_mod."
@@ -53,19 +56,13 @@ class Weights:
         return Weights({name: tensor.detach() for name, tensor in self.tensors.items()}, self.extra_states)
 
 
-def check_strategy(strategy: str) -> None:
-    """Raise :class:`ValueError` for anything but the two strategies."""
-    if strategy not in ("tensordict", "state_dict"):
-        raise ValueError(f'strategy must be "tensordict" or "state_dict", got {strategy!r}')
-
-
 def check_version(version: int | None) -> None:
     """Raise :class:`TypeError` or :class:`ValueError` if ``version`` is no version number and not ``None``."""
     if version is None:
         return
     if not isinstance(version, int) or isinstance(version, bool):
         raise TypeError(f"version must be an integer, got {version!r}")
-    if not -(2**63) <= version < 2**63:
+    if not -MAX_VERSION - 1 <= version <= MAX_VERSION:
         raise ValueError(f"version must fit into 64 bits, got {version}")
 
 

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from aioinfer import PeerDiedError, ProcessInferenceServer, ServerClosedError, ServerNotRunningError, ServerStartError
-from aioinfer.hosting.process import handed_over
+from aioinfer.process_server.parent import inherited_fds
 from aioinfer.testing import eventually, request
 from aioinfer.testing.callers import is_double
 from tests import hosted
@@ -134,12 +134,12 @@ def test_a_worker_that_died_leaves_a_process_that_says_why() -> None:
         assert "died of OSError: the wire broke" in health.reason
 
 
-def test_a_process_that_another_thread_forks_meanwhile_does_not_hold_what_is_handed_over() -> None:
+def test_a_process_that_another_thread_forks_meanwhile_does_not_hold_inherited_descriptors() -> None:
     begun, end = threading.Event(), threading.Event()
     reader, writer = os.pipe()
 
     def start() -> None:
-        with handed_over(partial(os.close, writer)):
+        with inherited_fds(partial(os.close, writer)):
             begun.set()
             end.wait(HANG)
 

@@ -27,7 +27,7 @@ from aioinfer import (
 from aioinfer.testing import eventually, request
 from aioinfer.testing.callers import is_double
 from aioinfer.transports.processes import ProcessTransport
-from tests.hosted import HANG, Gated, forked, freeze, kill, make_double, make_policy, slots
+from tests.hosted import HANG, Gated, forked, freeze, has_pending_command, kill, make_double, make_policy, slots
 from tests.process_workers import hear
 from tests.weight_models import mark_of, policy
 
@@ -94,7 +94,7 @@ def test_pending_requests_are_refused_where_that_is_asked_for(tmp_path: Path) ->
 
         pausing = pool.submit(pause)
         client = server.client()
-        eventually(lambda: bool(server._hotline._calls))
+        eventually(lambda: has_pending_command(server))
         assert server.health(HANG).ready  # the process has been asked to pause before
         with pytest.raises(ServerPausedError):
             client(request(4), HANG)
@@ -211,7 +211,7 @@ def test_a_pause_that_has_not_begun_when_the_server_ends_says_so(end: type[Excep
 
     with ThreadPoolExecutor(1) as pool:
         pausing = pool.submit(pause)
-        eventually(lambda: bool(server._hotline._calls))
+        eventually(lambda: has_pending_command(server))
         if end is PeerDiedError:
             kill(server)
         else:

@@ -14,7 +14,7 @@ import pytest
 
 from aioinfer import ProcessInferenceServer, ServerClosedError, ServerNotRunningError, ServerPausedError
 from aioinfer.testing import eventually, request
-from tests.hosted import HANG, forked, make_policy
+from tests.hosted import HANG, forked, has_pending_command, make_policy, weight_sender
 from tests.weight_models import mark_of, policy
 
 pytestmark = [
@@ -99,9 +99,8 @@ def test_calls_that_a_signal_handler_interrupts_leave_nothing_behind(server: Pro
     assert server.health(HANG).ready
     server.update_weights(policy(1.0))
     assert mark_of(server.client()(request(0), HANG)) == 1
-    eventually(lambda: not server._hotline._calls)
-    assert server._deliveries is not None
-    assert len(server._deliveries._shelves) <= 2
+    eventually(lambda: not has_pending_command(server))
+    assert len(weight_sender(server).pools) <= 2
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -19,7 +19,7 @@ LAYERS = (
     | {"versions", "devices", "wakers", "futures", "ipc"},
     {"transports", "weight_sync"},
     {"forward", "policy", "executor", "pause", "worker", "life", "weight_updates", "server"},
-    {"hosting"},
+    {"process_server"},
     {""},
     {"testing"},
     {"demo", "bench", "cli", "__main__"},

@@ -84,7 +84,7 @@ def test_a_trainer_without_descriptors_says_so_and_finds_the_worker_when_it_has_
     scheme.connect()
     scheme.connect()  # by now there is memory that nobody reads
     target = linear(0)
-    own = receiver(scheme, target)  # the trainer has not read its hello yet
+    own = receiver(scheme, target)  # the trainer has not read its handshake yet
     end = threading.Event()
 
     def follow() -> None:
@@ -170,7 +170,7 @@ async def test_a_server_without_descriptors_goes_on_following_when_it_has_some(
             scheme.connect()
             await asyncio.to_thread(eventually, lambda: server.policy_version == 1)
             with none_free():
-                sender_of(scheme).close()  # as the end of its process does: the server needs a new line
+                sender_of(scheme).close()  # as the end of its process does: the server needs a new connection
                 await asyncio.wait_for(warned.wait(), HANG)
                 await asyncio.sleep(0.1)
             scheme.init_on_sender(model=source)
@@ -215,7 +215,7 @@ def test_a_worker_may_wait_as_long_as_it_likes(scheme: Scheme, timeout: float) -
 # -- what is written, and nobody reads ---------------------------------------------------------------------
 
 
-def test_a_line_that_nobody_reads_is_hung_up_on_and_never_blocks() -> None:
+def test_a_connection_that_nobody_reads_is_closed_and_never_blocks() -> None:
     one, other = (AckConnection(end.detach()) for end in socket.socketpair())
     ack = Ack(AckKind.NACK, reason="x" * 2000)
     with ThreadPoolExecutor(1) as pool:
@@ -277,13 +277,13 @@ def test_a_message_is_read_again_if_its_reader_was_interrupted() -> None:
 # -- children ----------------------------------------------------------------------------------------------
 
 
-def test_a_forked_child_holds_no_line_though_some_end_meanwhile() -> None:
-    lines = [tuple(AckConnection(end.detach()) for end in socket.socketpair()) for _ in range(20)]
+def test_a_forked_child_holds_no_connection_though_some_end_meanwhile() -> None:
+    connections = [tuple(AckConnection(end.detach()) for end in socket.socketpair()) for _ in range(20)]
     end = threading.Event()
 
     def churn() -> None:
         while not end.is_set():
-            lines[0] = tuple(AckConnection(end.detach()) for end in socket.socketpair())
+            connections[0] = tuple(AckConnection(end.detach()) for end in socket.socketpair())
 
     churning = threading.Thread(target=churn)
     churning.start()
@@ -293,7 +293,7 @@ def test_a_forked_child_holds_no_line_though_some_end_meanwhile() -> None:
             child = os.fork()
             if child == 0:
                 os.close(read)
-                held = [line for pair in lines[1:] for line in pair if line.fileno() != -1]
+                held = [end for pair in connections[1:] for end in pair if end.fileno() != -1]
                 os.write(write, bytes([len(held)]))
                 os._exit(0)
             os.close(write)
@@ -303,9 +303,9 @@ def test_a_forked_child_holds_no_line_though_some_end_meanwhile() -> None:
     finally:
         end.set()
         churning.join()
-    lines[1][0].close()
+    connections[1][0].close()
     with pytest.raises(EOFError):
-        lines[1][1].receive(print)
+        connections[1][1].receive(print)
 
 
 @needs_proc
@@ -324,7 +324,7 @@ def test_descriptors_come_back_when_a_scheme_and_its_workers_end(scheme: Scheme)
     assert descriptors() <= before
 
 
-def test_rubbish_among_the_hellos_is_ignored(scheme: Scheme) -> None:
+def test_rubbish_among_the_handshakes_is_ignored(scheme: Scheme) -> None:
     scheme.init_on_sender(model=linear(1))
     handshakes = scheme._channels[0].handshakes
     handshakes.put("somebody else")

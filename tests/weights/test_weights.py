@@ -14,7 +14,7 @@ from torch import nn
 
 from aioinfer.ipc.queue import Descriptor, DescriptorQueue
 from aioinfer.weight_sync.loader import WeightLoader
-from aioinfer.weight_sync.snapshot import Layout, LayoutCache, SnapshotPool, SnapshotReader, clone_tensors
+from aioinfer.weight_sync.snapshot import Layout, SnapshotPool, SnapshotReader, clone_tensors
 from aioinfer.weight_sync.weights import Strategy, Weights, extract_weights, to_strategy
 from tests.weight_models import Counter
 
@@ -138,12 +138,12 @@ def test_tied_tensors_share_memory_in_a_snapshot() -> None:
 
 
 def test_a_layout_is_kept_while_the_tensors_have_it() -> None:
-    cache, module = LayoutCache(), rich()
-    layout = cache.of(extract_weights(module, "tensordict").tensors)
+    pool, module = SnapshotPool(), rich()
+    layout = pool.layout_of(extract_weights(module, "tensordict").tensors)
     scramble(module)
-    assert cache.of(extract_weights(module, "tensordict").tensors) is layout
+    assert pool.layout_of(extract_weights(module, "tensordict").tensors) is layout
     module[2].weight = nn.Parameter(torch.ones(3, 3))  # no longer tied
-    assert cache.of(extract_weights(module, "tensordict").tensors).nbytes > layout.nbytes
+    assert pool.layout_of(extract_weights(module, "tensordict").tensors).nbytes > layout.nbytes
     assert Layout.unpickle(layout.pickled) == layout
 
 
