@@ -3,12 +3,14 @@
 import re
 import runpy
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 CODE = runpy.run_path(str(ROOT / "docs" / "update_code.py"))
 PAGES: list[Path] = CODE["PAGES"]
+DRAWINGS = sorted((ROOT / "docs" / "images").glob("*.svg"))
 ONLY_ON_OUR_SITE = re.compile(
     r"^(!!!|\?\?\?|===)|--8<--|^``` *\{|:(material|octicons)-|\{ *[.#:][^}`]*\}$", re.MULTILINE
 )
@@ -30,10 +32,27 @@ def test_a_page_is_plain_markdown(page: Path) -> None:
     assert text.count("<!-- code:") == text.count("<!-- end of code -->")
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_the_links_of_a_page_lead_to_files(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8"))
+    for target in targets:
+        assert "://" in target or (page.parent / target).exists(), f"{name(page)} links {target}"
+
+
 def test_every_example_is_shown_on_a_page() -> None:
     text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     shown = set(re.findall(r"<!-- code: (\S+) -->", text))
     assert shown == {example.name for example in (ROOT / "docs" / "examples").glob("*.py")}
+
+
+@pytest.mark.parametrize("drawing", DRAWINGS, ids=name)
+def test_a_drawing_is_light_and_dark_has_a_title_and_needs_nothing_from_elsewhere(drawing: Path) -> None:
+    text = drawing.read_text(encoding="utf-8")
+    svg = ElementTree.fromstring(text)
+    assert svg.findtext("{http://www.w3.org/2000/svg}title")
+    assert "prefers-color-scheme: dark" in text
+    assert not re.search(r"href|url\((?!#)|@import", text)
+    assert any(drawing.name in page.read_text(encoding="utf-8") for page in PAGES)
 
 
 def test_a_page_whose_example_has_changed_is_found_and_mended(tmp_path: Path) -> None:
