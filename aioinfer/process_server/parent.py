@@ -459,7 +459,7 @@ def _start_error(payload: bytes) -> ServerStartError:
 
 def _describe_exit(code: int | None) -> str:
     if code is None:
-        return "nobody knows how it ended"
+        return "its exit code is unknown"
     if code >= 0:
         return f"exit code {code}"
     with suppress(ValueError):

@@ -282,6 +282,6 @@ def _check_ownership(td: TensorDictBase) -> None:
     for name, tensor in one.items():
         if tensor.data_ptr() != other[name].data_ptr():
             raise TypeError(
-                f'weights can\'t be loaded into "{name}": it is no tensor of the TensorDict, but made when it is read, '
-                "as in a lazily stacked one; pass one that is contiguous()"
+                f'weights can\'t be loaded into "{name}": the TensorDict makes it when it is read, as a lazily '
+                "stacked one does; pass one that is contiguous()"
             )

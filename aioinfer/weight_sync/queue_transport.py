@@ -81,7 +81,7 @@ class MPTransport:
             WeightSyncError: the worker has refused it.
         """
         if self.ack_queue is None:
-            raise RuntimeError("an MPTransport without ack_queue knows nothing of acknowledgements")
+            raise RuntimeError("an MPTransport without ack_queue receives no acknowledgements")
         number = self._sent if number is None else number
         deadline = time.monotonic() + (self.timeout if timeout is None else timeout)
         while True:

@@ -211,7 +211,7 @@ class WeightReceiver:
     def receive(self, timeout: float) -> WeightsLike | None:
         """Apply the newest weights, or return ``None`` if none come within ``timeout`` seconds."""
         if self._receiver is None:
-            raise RuntimeError("connect() comes before receive()")
+            raise RuntimeError("call connect() before receive()")
         update = self._receiver.receive(timeout)
         if update is None:
             return None

@@ -93,7 +93,7 @@ class QueuedWeightSyncScheme(WeightSyncScheme):
         if len(model_id) > _MAX_MODEL_ID:
             raise ValueError(f"model_id may have {_MAX_MODEL_ID} characters, got {len(model_id)}")
         if weights is not None and model is not None:
-            raise ValueError("weights and model both say what is published; give one of them")
+            raise ValueError("weights and model are two sources of what is published; give one of them")
         source = weights if model is None else model
         if context is not None and source is None and params_map is None:
             source = _find_model(context, model_id)
@@ -132,7 +132,7 @@ class QueuedWeightSyncScheme(WeightSyncScheme):
     ) -> Work:
         sender, plan = self._sending()
         if not self._connected:
-            raise RuntimeError("connect() comes before the first send()")
+            raise RuntimeError("call connect() before the first send()")
         check_version(version)
         workers = plan.workers
         if worker_ids is not None:
@@ -162,7 +162,7 @@ class QueuedWeightSyncScheme(WeightSyncScheme):
     def _sending(self) -> tuple[Sender, DistributionPlan]:
         sender, plan = self._sender, self._plan  # read once: another thread may shut down meanwhile
         if sender is None or plan is None or self._pid != os.getpid():
-            raise RuntimeError("init_on_sender() comes first, in the process that sends")
+            raise RuntimeError("call init_on_sender() first, in the process that sends")
         return sender, plan
 
     # -- the worker ------------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ class QueuedWeightSyncScheme(WeightSyncScheme):
     def receive(self, timeout: float | None = None) -> WeightsLike | None:
         receiver = self._receiver
         if receiver is None or self._pid != os.getpid():
-            raise RuntimeError("init_on_receiver() comes before receive(), in the process that receives")
+            raise RuntimeError("call init_on_receiver() before receive(), in the process that receives")
         return receiver.receive(self.timeout if timeout is None else timeout)
 
     def open_receiver(self, model_id: str, *, thread: int) -> Receiver:
@@ -199,7 +199,7 @@ class QueuedWeightSyncScheme(WeightSyncScheme):
         if len(self._channels) > 1:
             raise ValueError(
                 f"there are workers {sorted(self._channels)}; "
-                "say which one this is, with init_on_receiver or for_worker"
+                "name this one with init_on_receiver(worker_idx=...), or use for_worker()"
             )
         return next(iter(self._channels), 0)
 
@@ -222,7 +222,7 @@ class QueuedWeightSyncScheme(WeightSyncScheme):
             receiver.connect(self.timeout if timeout is None else timeout)
             return
         if sender is None:
-            raise RuntimeError("init_on_sender() or init_on_receiver() comes before connect()")
+            raise RuntimeError("call init_on_sender() or init_on_receiver() before connect()")
         self._connected = True
         work = self._publish(None, worker_idx, version, sequential=True, timeout=timeout)
         if timeout is not None:

@@ -85,13 +85,13 @@ class DistributionPlan:
         if params_map is not None:
             if source is not None or given:
                 mixed = ", ".join([*(["weights or model"] if source is not None else []), *given])
-                raise ValueError(f"params_map says who gets what; it can't be mixed with {mixed}")
+                raise ValueError(f"params_map assigns weights to workers; it can't be combined with {mixed}")
             if not params_map:
                 raise ValueError("params_map is empty")
         elif source is None:
             raise ValueError("init_on_sender needs weights, a model, a context that has it, or params_map")
         if devices is not None and device_map_fn is not None:
-            raise ValueError("devices and device_map_fn are two ways to say who gets what; give one of them")
+            raise ValueError("devices and device_map_fn both assign weights to workers; give one of them")
         if device_map_fn is not None and num_workers is None:
             raise ValueError("device_map_fn needs num_workers")
         if devices is not None and num_workers not in (None, len(devices)):

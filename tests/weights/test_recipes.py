@@ -27,11 +27,11 @@ __all__ = ["scheme"]
         ({}, "needs weights, a model, a context"),
         ({"params_map": {}}, "empty"),
         ({"model_id": "x" * 300, "model": linear(1)}, "256 characters, got 300"),
-        ({"params_map": {0: linear(1)}, "model": linear(1)}, "can't be mixed with weights or model"),
-        ({"params_map": {0: linear(1)}, "devices": ["cpu"]}, "can't be mixed with devices"),
-        ({"params_map": {0: linear(1)}, "num_workers": 1}, "can't be mixed with num_workers"),
-        ({"model": linear(1), "weights": linear(1)}, "weights and model both"),
-        ({"model": linear(1), "devices": ["cpu"], "device_map_fn": lambda i, w: w}, "two ways"),
+        ({"params_map": {0: linear(1)}, "model": linear(1)}, "can't be combined with weights or model"),
+        ({"params_map": {0: linear(1)}, "devices": ["cpu"]}, "can't be combined with devices"),
+        ({"params_map": {0: linear(1)}, "num_workers": 1}, "can't be combined with num_workers"),
+        ({"model": linear(1), "weights": linear(1)}, "weights and model are two sources"),
+        ({"model": linear(1), "devices": ["cpu"], "device_map_fn": lambda i, w: w}, "devices and device_map_fn both"),
         ({"model": linear(1), "device_map_fn": lambda i, w: w}, "needs num_workers"),
         ({"model": linear(1), "devices": ["cpu"], "num_workers": 2}, "1 devices for num_workers=2"),
         ({"model": linear(1), "num_workers": 0}, "at least 1"),
@@ -65,7 +65,7 @@ def test_one_weight_set_for_all_may_be_said_worker_by_worker(scheme: Scheme) -> 
 
 def test_steps_out_of_order_are_errors(scheme: Scheme) -> None:
     for step in (scheme.send, scheme.wait_async, scheme.connect):
-        with pytest.raises(RuntimeError, match="comes"):
+        with pytest.raises(RuntimeError, match=r"call init_on_sender\(\)"):
             step()
     with pytest.raises(RuntimeError, match="init_on_receiver"):
         scheme.receive()

@@ -224,7 +224,7 @@ def test_a_server_needs_a_module_and_a_queue() -> None:
     with InferenceServer(policy(), ThreadingTransport(), weight_sync=NoWeightSyncScheme()) as served:
         assert served.stats().trainer_connected is None
     several = MultiProcessWeightSyncScheme(num_workers=2)
-    with pytest.raises(ValueError, match="say which one"):
+    with pytest.raises(ValueError, match="name this one"):
         InferenceServer(policy(), ThreadingTransport(), weight_sync=several).start()
     several.for_worker(1).init_on_receiver(model_id="policy")
     with InferenceServer(policy(), ThreadingTransport(), weight_sync=several.for_worker(1)):
