@@ -1,6 +1,6 @@
 """When a batch leaves, and why.
 
-Pure: no clock, no thread, no queue. Whoever drives it passes the time and the counts, so tests do too.
+Pure: no clock, no thread, no queue. The model thread passes the time and the counts, and so do tests.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class DispatchReason(StrEnum):
     IDLE = "idle"
     """The model was free and ``min_batch_size`` requests were pending."""
     ALL_WAITING = "all_waiting"
-    """Every caller there is was waiting: nobody was left to wait for."""
+    """Every caller was waiting: no further request could come."""
     DRAIN = "drain"
-    """The server was shutting down and served what was pending."""
+    """The server was shutting down, and served the pending requests."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What callers hold: a client that blocks, and a client that is awaited."""
+"""Clients: one that blocks a thread, and one that coroutines await."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["CLOSED", "AsyncInferenceClient", "InferenceClient", "check_count"]
 
 
 class _Closed:
-    """Stands for what a closed client had: whatever is asked of it raises, at no cost for clients that are open."""
+    """The transport of a closed client: every use of it raises. An open client pays nothing for the check."""
 
     def __getattr__(self, name: str) -> NoReturn:
         raise ClientClosedError("the client was closed; make another one")
@@ -41,7 +41,7 @@ def _only(transport: Any) -> Any:
 
 
 class _Handle(metaclass=_ClientType):
-    """A client is a handle on its transport: copying it gives the same handle, as with a file."""
+    """A handle on a transport. To copy it gives the same object, since a copy could not have a slot of its own."""
 
     def __copy__(self) -> Self:
         return self
@@ -50,11 +50,11 @@ class _Handle(metaclass=_ClientType):
         return self
 
     def close(self) -> None:
-        """Give back what the client has: its slot, its connection, its shared memory. Idempotent; any thread.
+        """Free the client's slot, connection and shared memory. Idempotent; any thread.
 
-        The client takes no request from then on: :class:`ClientClosedError`. A request that is under way ends with
-        this error too, if the client has a slot or a connection; clients that have neither let it be answered.
-        A connection that several clients share is closed with the last of them.
+        Every later request raises :class:`ClientClosedError`. A request that is under way ends with this error too, if
+        the client has a slot or a connection; otherwise it is answered. A connection that several clients share is
+        closed with the last of them.
         """
 
 
@@ -87,8 +87,8 @@ class InferenceClient(_Handle):
         :class:`ServerPausedError`, :class:`ServerClosedError`, or, where it lives in another process,
         :class:`PeerDiedError` or :class:`NoFreeSlotError`.
 
-        Its callbacks run on a thread that serves other callers too. They must not block, and so must not call
-        a client that blocks: hand what takes long to another thread.
+        Its callbacks run on a thread that serves other callers too. They must not block, nor call a client that
+        blocks: hand long work to another thread.
 
         Raises:
             InvalidRequestError: ``td`` is no TensorDict, or not of the layout that the server takes.
@@ -102,16 +102,17 @@ class InferenceClient(_Handle):
 
         Args:
             td: as for :meth:`submit`.
-            timeout: seconds to wait for the reply, the time in the queue included; ``None`` waits for ever.
-            wait: where the queue is full, wait for room instead of raising.
+            timeout: the request's deadline: seconds to wait for the reply, the time in the queue included; ``None`` waits
+                for ever.
+            wait: where the queue is full, wait for space instead of raising.
 
         Returns:
             The reply, which the caller owns: it shares memory neither with ``td`` nor with any other reply.
 
         Raises:
             TimeoutError: no reply within ``timeout``. The request is withdrawn and the client usable at once.
-            Exception: what :meth:`submit` raises or its future fails with: the server's refusal, or the error that
-                the model raised on this request.
+            Exception: an error that :meth:`submit` raises or its future fails with: the server's refusal, or the error
+                that the model raised on this request.
         """
 
 
@@ -152,9 +153,9 @@ class AsyncInferenceClient(_Handle):
 
         Args:
             td: as for :meth:`InferenceClient.submit`.
-            timeout: seconds to wait for the reply, the time in the queue included, as with ``asyncio.timeout``;
-                ``None`` waits for ever.
-            wait: where the queue is full, wait for room instead of raising.
+            timeout: the request's deadline: seconds to wait for the reply, the time in the queue included, as with
+                ``asyncio.timeout``; ``None`` waits for ever.
+            wait: where the queue is full, wait for space instead of raising.
 
         Returns:
             The reply, which the caller owns.
@@ -165,6 +166,6 @@ class AsyncInferenceClient(_Handle):
 
 
 def check_count(count: int) -> None:
-    """Raise :class:`ValueError` for what is no number of clients."""
+    """Raise :class:`ValueError` unless ``count`` is a positive integer."""
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise ValueError(f"the number of clients must be an integer of at least 1, got {count!r}")

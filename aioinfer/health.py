@@ -1,4 +1,4 @@
-"""How a server is: in this process, or in a process of its own."""
+"""The health of a server, in this process or in a process of its own."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ __all__ = ["Health"]
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """How a server is: ``alive`` is about its process or its worker, ``ready`` about whether it serves.
+    """The health of a server: ``alive`` is about its process or its model thread, ``ready`` about whether it serves.
 
     Attributes:
-        alive: whether the process runs, of a server in a process of its own; else whether the worker runs.
+        alive: whether the process runs, for a server in a process of its own; otherwise whether the model thread runs.
         ready: whether it serves requests.
-        pid: of the process that serves; ``None`` before the start of one of its own.
-        policy_version: of the weights in use; ``None`` if the process did not say.
-        pending: requests that wait now; ``None`` if the process did not say.
-        exit_code: of a process that has ended; negative, the signal that killed it; ``None`` if it is not known.
-        reason: why it is not ready: it starts, it does not answer, its worker died, it was killed, it is shut down.
+        pid: that of the process that serves; ``None`` before a server in a process of its own has started.
+        policy_version: the version of the weights in use; ``None`` if the process did not answer.
+        pending: requests that wait now; ``None`` if the process did not answer.
+        exit_code: that of a process that has ended; a negative one is the signal that killed it; ``None`` if unknown.
+        reason: why it is not ready: it starts, it does not answer, its model thread died, it was killed, it is shut down.
             Empty if it is ready.
     """
 

@@ -1,4 +1,4 @@
-"""What a server did: a frozen snapshot, and the recorder that fills it."""
+"""Statistics of a server: a frozen snapshot, and the recorder that fills it."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ class Percentiles:
 
 @dataclass(frozen=True, slots=True)
 class ServerStats:
-    """A snapshot of what a server did since it was made, or since the last reset.
+    """A snapshot of a server's statistics since it was made, or since the last reset.
 
     Attributes:
         ok: requests answered with a reply.
         failed: requests answered with an error: the model's, or that the server closed.
-        cancelled: requests whose caller went away (cancelled or timed out) before the answer.
+        cancelled: requests whose caller cancelled them, or whose deadline passed, before the answer.
         rejected: requests refused at ``submit``: invalid, or the queue was full; or by a pause.
-        pending: requests that wait now, none of which a batch has taken.
+        pending: requests that wait for a batch now.
         batches: forward passes by the reason they left, those that failed included.
         failed_passes: forward passes that raised. Where the model raises on several requests, their halves run again: a
             model that can't batch takes ``2n - 1`` passes for ``n`` requests, of which ``n - 1`` fail.
@@ -53,12 +53,12 @@ class ServerStats:
         queue_wait: from ``submit`` until a batch took the request.
         forward: one forward pass: collate, copy to the device, model, copy back.
         request: from ``submit`` until the reply was handed over.
-        policy_version: of the weights in use, whether or not the statistics were reset.
+        policy_version: the version of the weights in use, whether or not the statistics were reset.
         weight_updates: updates of the weights that were applied.
-        refused_updates: updates of the weights that did not fit, or were none.
+        refused_updates: updates that did not fit, or had no weights.
         trainer_connected: whether a trainer has published weights for this server and is still there; ``None``
             before the server's first start, and where nothing is received (without ``weight_sync``, or with a
-            ``NoWeightSyncScheme``). Without a trainer, the server serves what it has.
+            ``NoWeightSyncScheme``). Without a trainer, the server keeps its weights.
     """
 
     ok: int
