@@ -102,8 +102,8 @@ class InferenceClient(_Handle):
 
         Args:
             td: as for :meth:`submit`.
-            timeout: the request's deadline: seconds to wait for the reply, the time in the queue included; ``None`` waits
-                for ever.
+            timeout: the request's deadline: seconds to wait for the reply, the time in the queue included; ``None``
+                waits for ever.
             wait: where the queue is full, wait for space instead of raising.
 
         Returns:

@@ -18,8 +18,8 @@ class Health:
         policy_version: the version of the weights in use; ``None`` if the process did not answer.
         pending: requests that wait now; ``None`` if the process did not answer.
         exit_code: that of a process that has ended; a negative one is the signal that killed it; ``None`` if unknown.
-        reason: why it is not ready: it starts, it does not answer, its model thread died, it was killed, it is shut down.
-            Empty if it is ready.
+        reason: why it is not ready: it starts, it does not answer, its model thread died, it was killed, it is shut
+            down. Empty if it is ready.
     """
 
     alive: bool
