@@ -2,24 +2,24 @@
 
 The way of a request, and the files that it passes::
 
-    client.py               transports/pending.py     batching.py      forward.py        transports/outlets.py
-    InferenceClient ------+                           when does the    stack, model,     one wake-up for each
-                          +-> submit --> pending ---> batch leave, --> rows; one      -> event loop     ---> await
-    AsyncInferenceClient -+              requests     and why?         thread owns
-                                                                       the model         transports/sleepers.py
-                                                                                      -> chain of threads -> return
-                                        '----------- worker.py: wait, take, forward, answer -----------'
-                                                     life.py: from start to shutdown
+    client.py          transports/local.py      transports/queue.py       batching.py        forward.py
+    a client of    --> puts it; tasks and   --> one queue for each    --> when a batch   --> stack, model, rows: one
+    any transport      threads of this          server, FIFO, with        leaves, and        thread owns the model
+                       process                  the bound                 why                 |
+                            ^                                                                 v
+                            '------------- transports/replies.py: one wake-up for each batch and event loop
 
-Between processes the same way, with a wire in it::
+    model_thread.py: wait, take a batch, run it, reply; jobs and pauses between   server.py: from start to shutdown
+
+Between processes the same way, with a connection in it::
 
     transports/tickets.py     transports/station.py    ipc/sockets.py           transports/switchboard.py
-    a client, that pickles -> what this process asks -> one pair of sockets  -> a line to each process -> pending, ...
-                              and who waits for it      for each process
+    a client, that pickles -> its process's calls   -> one framed socket for -> a connection to each process
+                              and their replies        each process
 
 And the way of new weights, from a trainer in another process, or (``server.update_weights``) in this one::
 
-    weight_sync/sender.py        weight_sync/receiver.py      weight_updates.py        executor.py
+    weight_sync/sender.py        weight_sync/receiver.py      weight_updates.py        model_thread.py
     snapshot in shared memory -> newest of the queue       -> does it fit? load it, -> between two
                                  of each worker               all or nothing           forward passes
 

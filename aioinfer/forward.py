@@ -18,7 +18,7 @@ from aioinfer.devices import Model, Placement
 from aioinfer.errors import InvalidRequestError, ModelError, describe
 from aioinfer.interaction_type import use_mode
 from aioinfer.tensors import UnlikeRequestsError, check_output, group_by_layout, rows, stack
-from aioinfer.transports.requests import STORED, Request, SlotStore
+from aioinfer.transports.queue import WRITTEN_IN_PLACE, BatchStore, Request
 from aioinfer.versions import VersionTensorCache
 
 __all__ = ["CollateFn", "ForwardPass", "Outcome"]
@@ -143,7 +143,7 @@ class ForwardPass:
             return [requests[:middle], requests[middle:]] if middle else []
         # The row of a caller that gave up may have been written anew while it was read.
         self._look()
-        left = [request for request in requests if request.outlet is None or not request.receiver.done()]
+        left = [request for request in requests if not request.receiver.done()]
         return [left] if 0 < len(left) < len(requests) else []
 
     def _explained(self, error: BaseException) -> BaseException:
@@ -185,16 +185,16 @@ class ForwardPass:
         tensors = self._version_tensors.make(self._version(), output.batch_size, output.device)
         return rows(output, self._keys, {self._version_key: tensors})
 
-    def _gather(self, store: SlotStore, requests: Sequence[Request]) -> TensorDictBase:
+    def _gather(self, store: BatchStore, requests: Sequence[Request]) -> TensorDictBase:
         if self._collate_fn is not None:
             return self._collate_fn([request.td for request in requests])
         return self._placement.build(lambda allocate: store.gather(requests, allocate))
 
     def _scatter(
-        self, store: SlotStore, requests: Sequence[Request], output: TensorDictBase
+        self, store: BatchStore, requests: Sequence[Request], output: TensorDictBase
     ) -> Sequence[TensorDictBase]:
         store.scatter(requests, output, self._keys, self._version())
-        return [STORED] * len(requests)
+        return [WRITTEN_IN_PLACE] * len(requests)
 
     def _collate(self, tds: list[TensorDictBase]) -> TensorDictBase:
         if self._collate_fn is not None:

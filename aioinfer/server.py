@@ -1,15 +1,21 @@
-"""The batching server: takes a model and a transport, and lives on an event loop."""
+"""The batching server: a model and its transports, from start to shutdown."""
 
 from __future__ import annotations
 
 import asyncio
+import atexit
+import logging
 import os
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+import threading
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import CancelledError
+from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
+from anyio.from_thread import start_blocking_portal
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
@@ -18,27 +24,30 @@ from torch import nn
 from aioinfer.batching import BatchRule
 from aioinfer.client import AsyncInferenceClient, InferenceClient
 from aioinfer.devices import Model, place
-from aioinfer.errors import ServerClosedError
+from aioinfer.errors import ServerClosedError, ServerNotRunningError, clone_exception
 from aioinfer.forward import CollateFn, ForwardPass
-from aioinfer.futures import Future
+from aioinfer.futures import Future, run_in_thread
 from aioinfer.health import Health
-from aioinfer.life import ServerLife
-from aioinfer.pause import Pause, PendingPolicy, check_policy
+from aioinfer.model_thread import ModelThread, Pause, PendingPolicy, check_policy
 from aioinfer.stats import ServerStats, StatsRecorder
-from aioinfer.transports.admission import Admission
-from aioinfer.transports.base import InferenceTransport, ServedTransport
-from aioinfer.transports.joined import JoinedTransport
-from aioinfer.transports.polling import PolledTransport
+from aioinfer.transports.base import Transport
+from aioinfer.transports.polling import InferenceTransport
 from aioinfer.transports.processes import ProcessTransport
+from aioinfer.transports.queue import Admission, RequestQueue
 from aioinfer.weight_sync.scheme import WeightSyncScheme
 from aioinfer.weight_sync.weights import WeightsLike, check_version
 from aioinfer.weight_updates import WeightUpdates
-from aioinfer.worker import Worker
 
 __all__ = ["InferenceServer"]
 
+# Seconds until a background task that has failed runs again, the first time and at most.
+_FIRST_RETRY = 0.1
+_LAST_RETRY = 5.0
 
-class InferenceServer(ServerLife):
+_log = logging.getLogger("aioinfer")
+
+
+class InferenceServer:
     """Serves one model to many callers at once, in batches.
 
     Embed it in a running event loop with ``async with server:`` (and ``await server.aclose()``), or host
@@ -148,9 +157,18 @@ class InferenceServer(ServerLife):
             version_key=policy_version_key,
             version=lambda: self._updates.version,
             split_failed_batches=split_failed_batches,
-            look=lambda: self._transport.pending(),
+            look=lambda: self._queue.read(),
         )
-        super().__init__(_served(self.transports))  # last: it opens the transport, under terms that are set above
+        self._attached = [
+            transport if isinstance(transport, Transport) else transport._aioinfer_transport
+            for transport in self.transports
+        ]
+        self._lock = threading.RLock()
+        self._model_thread: ModelThread | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._portal: ExitStack | None = None
+        self._process = os.getpid()
+        self._queue = self._attach()  # last: the transports take requests from now on, under the terms set above
 
     # -- clients and figures ---------------------------------------------------------------------------
 
@@ -198,7 +216,7 @@ class InferenceServer(ServerLife):
     def stats(self, *, reset: bool = False) -> ServerStats:
         """What the server did since it was made; ``reset=True`` starts anew afterwards."""
         return self._stats.snapshot(
-            pending=self._transport.pending(),
+            pending=self._queue.pending(),
             version=self.policy_version,
             trainer=self._updates.connected,
             reset=reset,
@@ -210,12 +228,12 @@ class InferenceServer(ServerLife):
 
     def health(self) -> Health:
         """How the server is: ``alive`` is about its worker, ``ready`` about whether it takes requests."""
-        worker, closed = self._worker, self._admission.closed
+        thread, closed = self._model_thread, self._queue.admission.closed
         alive = self.is_alive
         ready = alive and closed is None
         if ready:
             reason = ""
-        elif worker is None and closed is None:
+        elif thread is None and closed is None:
             reason = "the server was not started"
         else:
             reason = str(closed or "the server's worker has ended")
@@ -224,7 +242,7 @@ class InferenceServer(ServerLife):
             ready=ready,
             pid=os.getpid(),
             policy_version=self.policy_version,
-            pending=self._transport.pending(),
+            pending=self._queue.pending(),
             reason=reason,
         )
 
@@ -290,29 +308,174 @@ class InferenceServer(ServerLife):
             ValueError: ``pending`` is none of the three.
         """
         check_policy(pending)
-        worker, pause = self._running(), object()
-        return Pause(partial(worker.pause, pending, pause), partial(worker.resume, pause))
+        thread, pause = self._running(), object()
+        return Pause(partial(thread.pause, pending, pause), partial(thread.resume, pause))
 
     def _load(self, weights: WeightsLike, version: int | None, cast: bool) -> Future[None]:
         check_version(version)
-        worker = self._running()
-        return worker.submit(partial(self._updates.load, self._updates.copy(weights), version, cast=cast))
+        thread = self._running()
+        return thread.submit(partial(self._updates.load, self._updates.copy(weights), version, cast=cast))
 
-    # -- life ------------------------------------------------------------------------------------------
+    # -- start and end, in a running event loop --------------------------------------------------------
 
-    def _make_admission(self) -> Admission:
-        return Admission(self._request_spec, self._max_pending, self._stats, self.policy_version_key)
+    @property
+    def is_alive(self) -> bool:
+        """Whether the server's worker runs. It may outlive a ``shutdown`` that did not wait for it."""
+        thread = self._model_thread
+        return thread is not None and thread.is_alive() and self._process == os.getpid()
 
-    def _make_worker(self, admission: Admission) -> Worker:
-        self._updates.open()
-        release = self._updates.release
-        return Worker(self._transport, admission, self._rule, self._forward, self._stats, release)
+    async def __aenter__(self) -> Self:
+        await self._open()
+        return self
 
-    def _companions(self, worker: Worker) -> Mapping[str, Callable[[], Coroutine[Any, Any, None]]]:
-        return {
-            "watching for other processes": self._transport.attend,
-            "receiving weights": partial(self._updates.follow, worker.submit),
-        }
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self, timeout: float | None = 5.0, *, drain: bool = False) -> None:  # noqa: ASYNC109 - as shutdown
+        """Shut down without blocking the event loop; see :meth:`shutdown`.
+
+        If it is cancelled, the server shuts down all the same and nobody waits for its worker.
+        """
+        if self._process != os.getpid():
+            return
+        thread, task, error = self._model_thread, self._task, _closed()
+        if thread is not None and thread.is_alive():
+            thread.refuse(error)
+        # In a thread of its own: those of a pool may all be callers that wait for this server.
+        ending = run_in_thread(lambda: self.shutdown(timeout, drain=drain), "aioinfer-shutdown")
+        try:
+            await asyncio.wrap_future(ending)
+        except asyncio.CancelledError:
+            if thread is not None:
+                run_in_thread(lambda: thread.terminate(error), "aioinfer-terminate")
+            raise
+        if task is not None and task.get_loop() is asyncio.get_running_loop() and not self.is_alive:
+            await asyncio.wait([task])
+
+    async def _open(self) -> None:
+        thread, ready = self._start_thread()
+        self._task = asyncio.get_running_loop().create_task(self._supervise(thread), name="aioinfer-server")
+        try:
+            await asyncio.wrap_future(ready)
+            if (error := self._shut_down_with()) is not None:
+                raise clone_exception(error)
+        except BaseException:
+            await self.aclose()
+            raise
+
+    async def _supervise(self, thread: ModelThread) -> None:
+        """The server's task: it ends with the model thread, or ends it when its event loop goes down first."""
+        create_task = asyncio.get_running_loop().create_task
+        running = [
+            create_task(_keep_running("a transport's task", transport.serve), name="aioinfer-transport")
+            for transport in self._attached
+        ]
+        receive = partial(self._updates.follow, thread.submit)
+        running.append(create_task(_keep_running("receiving weights", receive), name="aioinfer-weights"))
+        try:
+            await asyncio.shield(asyncio.wrap_future(thread.ended))
+        finally:
+            thread.close(_closed(), drain=False)
+            for task in running:
+                task.cancel()
+            await asyncio.wait(running)
+
+    # -- start and end, in a background thread ---------------------------------------------------------
+
+    def start(self) -> Self:
+        """Start the server on an event loop in a background thread.
+
+        Raises:
+            RuntimeError: it runs already, or its last worker has not ended yet.
+            ServerClosedError: it was shut down meanwhile.
+        """
+        with ExitStack() as host:
+            portal = host.enter_context(start_blocking_portal(name="aioinfer-loop"))
+            portal.call(self._open)
+            self._portal = host.pop_all()
+        atexit.register(self.shutdown, 1.0)
+        return self
+
+    def shutdown(self, timeout: float | None = 5.0, *, drain: bool = False) -> None:
+        """Refuse new requests, fail or serve the pending ones, and end the worker. Idempotent.
+
+        In a forked child of the process that made the server nothing happens.
+
+        The batch that the model works on is finished and answered. Where that takes longer than ``timeout``,
+        its requests are failed too, and the worker ends, unnoticed, when the model returns.
+
+        A signal handler may call it, with a ``timeout``: a call that the handler has interrupted may have to go on
+        before the worker can end.
+
+        Args:
+            timeout: seconds to wait for the worker; ``None`` waits for ever.
+            drain: serve the pending requests first, as far as ``timeout`` allows; by default they fail with
+                :class:`ServerClosedError` at once. While the server is paused none is served, so the timeout passes.
+        """
+        if self._process != os.getpid():  # a forked child, which has none of the server's threads
+            return
+        error = _closed()
+        if not self._close_thread(error, drain=drain) and not self._queue.released:
+            self._queue.detach(error)
+            self._close_thread(error, drain=drain)  # one that was started meanwhile has not seen it
+        thread = self._model_thread
+        if thread is not None and not thread.join(timeout):
+            thread.terminate(error)
+        with self._lock:
+            portal, self._portal = self._portal, None
+        if portal is not None:
+            portal.close()
+        atexit.unregister(self.shutdown)
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.shutdown()
+
+    # -- the model thread ------------------------------------------------------------------------------
+
+    def _attach(self) -> RequestQueue:
+        admission = Admission(self._request_spec, self._max_pending, self._stats, self.policy_version_key)
+        queue = RequestQueue(admission, self.max_batch_size)
+        queue.attach(self._attached)
+        return queue
+
+    def _start_thread(self) -> tuple[ModelThread, Future[None]]:
+        with self._lock:
+            if self.is_alive:
+                raise RuntimeError("the server runs already, or its worker has not ended since the last shutdown")
+            if self._queue.admission.closed is not None or self._queue.released:
+                self._queue = self._attach()
+            self._updates.open()
+            thread = ModelThread(self._queue, self._rule, self._forward, self._stats, self._updates.release)
+            ready = thread.start()
+            self._process, self._model_thread = os.getpid(), thread
+            if (error := self._shut_down_with()) is not None:  # by one that found no thread yet
+                thread.close(error, drain=False)
+            return thread, ready
+
+    def _shut_down_with(self) -> ServerClosedError | None:
+        """The error of a shutdown since the last start; a worker that died has left one with a cause instead."""
+        error = self._queue.admission.closed
+        return error if error is not None and error.__cause__ is None else None
+
+    def _running(self) -> ModelThread:
+        thread = self._model_thread
+        if thread is None or not self.is_alive:
+            raise ServerNotRunningError("the server does not run; start it first")
+        return thread
+
+    def _close_thread(self, error: ServerClosedError, *, drain: bool) -> bool:
+        thread = self._model_thread
+        if thread is None or not thread.is_alive():
+            return False
+        thread.close(error, drain=drain)
+        return True
 
 
 def _check_model(model: Any) -> None:
@@ -362,16 +525,27 @@ def _transports(transport: Any) -> list[InferenceTransport]:
                 "transport must be an InferenceTransport, such as ThreadingTransport(), or a list of them, "
                 f"got {one!r:.80}"
             )
-    if not transports:
-        raise ValueError("transport must be at least one InferenceTransport, got an empty list")
+    if not transports or len(set(map(id, transports))) < len(transports):
+        raise ValueError("expected at least one transport, and none twice")
     return transports
 
 
-def _served(transports: Sequence[InferenceTransport]) -> ServedTransport:
-    if len(transports) > 1:
-        return JoinedTransport(transports)
-    (transport,) = transports
-    return transport if isinstance(transport, ServedTransport) else PolledTransport(transport)
+async def _keep_running(what: str, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Run a background task of the server until it returns; if it fails, log the error and run it again."""
+    pause = _FIRST_RETRY
+    while True:
+        try:
+            await run()
+        except (Exception, SystemExit):  # descriptors that have run out, or what unpickling has run
+            _log.exception("%s failed; trying again in %g s", what, pause)
+        else:
+            return
+        await asyncio.sleep(pause)
+        pause = min(2 * pause, _LAST_RETRY)
+
+
+def _closed() -> ServerClosedError:
+    return ServerClosedError("the server is shut down")
 
 
 def _closed_meanwhile() -> ServerClosedError:

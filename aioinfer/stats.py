@@ -101,7 +101,7 @@ class StatsRecorder:
         self._news: deque[Callable[[], None]] = deque()
         self._clear()
 
-    def leave_to_parent(self) -> None:
+    def forget_parent(self) -> None:
         """In a forked child: another thread may have held the lock."""
         self._lock = threading.RLock()
 

@@ -23,7 +23,7 @@ from aioinfer.demo.views import View, live_view, plain_view, suits_live_view, su
 from aioinfer.errors import PeerDiedError, ServerClosedError
 from aioinfer.interrupts import INTERRUPTED
 from aioinfer.server import InferenceServer
-from aioinfer.transports.threads import ThreadingTransport
+from aioinfer.transports.local import ThreadingTransport
 from aioinfer.weight_sync import MultiProcessWeightSyncScheme
 
 __all__ = ["learn"]

@@ -26,7 +26,7 @@ from aioinfer.health import Health
 from aioinfer.ipc.pickling import dump_exception, dumps, loads
 from aioinfer.ipc.queue import DescriptorQueue
 from aioinfer.ipc.sockets import NUMBER, FramedSocket, frame, header
-from aioinfer.pause import PendingPolicy
+from aioinfer.model_thread import PendingPolicy
 from aioinfer.process_server.protocol import Command, Response, ServerConfig, SharedVersion
 from aioinfer.server import InferenceServer
 from aioinfer.stats import ServerStats

@@ -32,7 +32,7 @@ from aioinfer.ipc.pickling import dumps, load_exception, loads
 from aioinfer.ipc.queue import DescriptorQueue
 from aioinfer.ipc.selector import Selector
 from aioinfer.ipc.sockets import NUMBER, FramedSocket, frame, header
-from aioinfer.pause import PendingPolicy
+from aioinfer.model_thread import PendingPolicy
 from aioinfer.process_server.protocol import Command, Response
 from aioinfer.weight_sync.snapshot import SnapshotBuffer, SnapshotPool, SnapshotRef
 from aioinfer.weight_sync.weights import WeightsLike, check_version, extract_weights

@@ -26,7 +26,7 @@ from aioinfer.futures import LockFreeFuture
 from aioinfer.health import Health
 from aioinfer.ipc.queue import DescriptorQueue
 from aioinfer.ipc.sockets import FramedSocket
-from aioinfer.pause import PendingPolicy, check_policy
+from aioinfer.model_thread import PendingPolicy, check_policy
 from aioinfer.process_server.child import run
 from aioinfer.process_server.parent import (
     EXIT_GRACE,
@@ -40,8 +40,8 @@ from aioinfer.process_server.parent import (
 from aioinfer.process_server.protocol import Command, ServerConfig, SharedVersion
 from aioinfer.server import InferenceServer
 from aioinfer.stats import ServerStats
+from aioinfer.transports.local import ThreadingTransport
 from aioinfer.transports.processes import GivenTransport, ProcessTransport
-from aioinfer.transports.threads import ThreadingTransport
 from aioinfer.weight_sync.weights import WeightsLike
 
 __all__ = ["ProcessInferenceServer"]
@@ -283,7 +283,7 @@ class ProcessInferenceServer:
             if transport.is_served:
                 continue
             try:
-                transport.finish(error)
+                transport.close_unserved(error)
             except Exception:
                 _log.exception("callers at %s may not have heard that their server does not start", transport.address)
 

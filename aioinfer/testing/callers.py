@@ -19,7 +19,7 @@ from torch import Tensor
 
 from aioinfer.errors import InferenceError
 from aioinfer.server import InferenceServer
-from aioinfer.transports.base import InferenceTransport
+from aioinfer.transports.polling import InferenceTransport
 
 __all__ = [
     "HANG",

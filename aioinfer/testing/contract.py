@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from aioinfer.testing import endings, replies
 from aioinfer.testing.callers import AwaitingCallers, BlockingCallers, Ground
-from aioinfer.transports.base import InferenceTransport
+from aioinfer.transports.polling import InferenceTransport
 
 __all__ = ["CHECKS", "check_transport"]
 

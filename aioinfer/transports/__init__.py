@@ -1,11 +1,10 @@
 """How requests and replies travel."""
 
-from aioinfer.transports.base import InferenceTransport
+from aioinfer.transports.local import SlotTransport, ThreadingTransport
+from aioinfer.transports.polling import InferenceTransport
 from aioinfer.transports.process_slots import ProcessSlotTransport
 from aioinfer.transports.queues import MPTransport
 from aioinfer.transports.remote import Remote, connect
-from aioinfer.transports.slots import SlotTransport
-from aioinfer.transports.threads import ThreadingTransport
 
 __all__ = [
     "InferenceTransport",

@@ -1,176 +1,172 @@
-"""What carries requests and replies: as users write it, and as a server needs it.
-
-To write a transport, subclass :class:`InferenceTransport` and implement its five verbs; nothing else
-is needed, not even ``super().__init__()``, and no other name is taken but those of its clients. It then works with
-:class:`~aioinfer.InferenceServer` and with both clients. ``aioinfer.testing.check_transport`` runs the contract's tests
-over it.
-
-A faster transport is a :class:`ServedTransport` too, whose verbs are about batches.
-"""
+"""What a server needs of a transport, and what the clients of all transports of one process have in common."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from concurrent.futures import Future
-from functools import cached_property
-from typing import Any
+import asyncio
+import time
+from abc import abstractmethod
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
 
 from tensordict import TensorDictBase
 
-from aioinfer.client import AsyncInferenceClient, InferenceClient, check_count
-from aioinfer.errors import ServerClosedError
-from aioinfer.transports.admission import Admission
-from aioinfer.transports.bridge import BridgedAsyncClient, BridgedClient, OpenRequests
-from aioinfer.transports.requests import Request
-from aioinfer.wakers import LockWaker
+from aioinfer.client import AsyncInferenceClient
+from aioinfer.errors import ServerClosedError, ServerOverloadedError, clone_exception
+from aioinfer.transports.queue import REFUSALS, Request, RequestQueue, set_exceptions, set_results
 
-__all__ = ["InferenceTransport", "ServedTransport"]
+__all__ = ["RefusableAsyncClient", "Transport"]
+
+T = TypeVar("T")
 
 
-class InferenceTransport(ABC):
-    """Carries requests to a server and replies back."""
+class Transport:
+    """A transport as its server sees it: it puts requests into the server's queue, each with the sink of its reply.
 
-    # -- the five verbs --------------------------------------------------------------------------------
+    A subclass makes clients that put requests into ``queue``, and overrides the hooks below that it needs. The four
+    verbs of :class:`~aioinfer.InferenceTransport` on the server's side work too, for code without a server.
 
-    @abstractmethod
-    def submit(self, td: TensorDictBase) -> Future[TensorDictBase]:
-        """Enqueue one request (any thread).
+    Any thread calls ``attach`` and the hooks, unless a hook says otherwise.
+    """
 
-        Returns:
-            A future that resolves to the output TensorDict: of ``concurrent.futures``, or one that
-            behaves as it (``result(timeout)``, ``exception``, ``done``, ``cancel``,
-            ``add_done_callback``).
+    def __init__(self) -> None:
+        self.queue = RequestQueue()
+        """The server's queue, or the transport's own until a server attaches it. Read it anew for each request."""
+
+    # -- attached to a server --------------------------------------------------------------------------
+
+    def check_attach(self, queue: RequestQueue) -> None:
+        """Raise :class:`RuntimeError` while another server runs on this transport."""
+        if self.queue.serving and queue is not self.queue:
+            raise RuntimeError(
+                "the transport has a running server already; shut it down first, or make a second transport"
+            )
+
+    def attach(self, queue: RequestQueue) -> None:
+        """Put requests into a server's queue from now on; pending ones follow.
+
+        Raises:
+            RuntimeError: another server runs on this transport.
         """
+        self.check_attach(queue)
+        released, self.queue = self.queue, queue
+        queue.transports.append(self)
+        released.release(self)
 
-    @abstractmethod
-    def wait_for_work(self, timeout: float) -> None:
-        """Block until a request is pending, or ``timeout`` seconds passed (server side)."""
+    # -- hooks for the server --------------------------------------------------------------------------
 
-    @abstractmethod
-    def drain(self, max_items: int) -> tuple[list[TensorDictBase], list[Any]]:
-        """Take up to ``max_items`` pending requests, without blocking (server side).
+    def start(self) -> None:
+        """A model thread begins to serve the queue."""
 
-        Returns:
-            The requests, and for each an opaque handle that ``resolve`` understands.
-        """
-
-    @abstractmethod
-    def resolve(self, callback: Any, result: TensorDictBase) -> None:
-        """Answer one request (server side). May raise if its caller is gone."""
-
-    @abstractmethod
-    def resolve_exception(self, callback: Any, exc: BaseException) -> None:
-        """Fail one request (server side). May raise if its caller is gone."""
-
-    # -- clients ---------------------------------------------------------------------------------------
-
-    def client(self, *, copy: bool = True) -> InferenceClient:
-        """Make a client for a plain thread.
-
-        Args:
-            copy: ``False`` lends the caller a view of each reply, valid until this client's next request, where the
-                transport has replies in shared memory. Elsewhere replies are the caller's own in either case.
-        """
-        return BridgedClient(self.submit, self._aioinfer_requests)
-
-    def async_client(self, *, copy: bool = True) -> AsyncInferenceClient:
-        """Make a client for coroutines; see :meth:`client`."""
-        return BridgedAsyncClient(self.submit, self._aioinfer_requests)
-
-    def clients(self, count: int, *, copy: bool = True) -> list[InferenceClient]:
-        """Make ``count`` clients for the threads of one process: all, or none where something is lacking."""
-        return _make(count, self.client if copy else lambda: self.client(copy=False))
-
-    def async_clients(self, count: int, *, copy: bool = True) -> list[AsyncInferenceClient]:
-        """Make ``count`` clients for the tasks of one process: all, or none where something is lacking."""
-        return _make(count, self.async_client if copy else lambda: self.async_client(copy=False))
-
-    # Made when first asked for, since a subclass need not call __init__.
-    @cached_property
-    def _aioinfer_requests(self) -> OpenRequests:
-        return OpenRequests()
-
-
-def _make(count: int, make: Any) -> list[Any]:
-    check_count(count)
-    made: list[Any] = []
-    try:
-        for _ in range(count):
-            made.append(make())  # noqa: PERF401 - what was made is closed if the next can't be
-    except BaseException:
-        for client in made:
-            client.close()
-        raise
-    return made
-
-
-class ServedTransport(ABC):
-    """What a server needs of a transport, in batches."""
-
-    @abstractmethod
-    def check_open(self, admission: Admission) -> None:
-        """Raise :class:`RuntimeError` if ``open`` would, for another server runs; change nothing."""
-
-    @abstractmethod
-    def open(self, admission: Admission) -> None:
-        """Take requests, from now on under the terms of ``admission``."""
-
-    @abstractmethod
-    def close(self, error: ServerClosedError) -> None:
-        """Refuse what comes from now on, and fail what is pending if that can be told from what is under way."""
-
-    @abstractmethod
-    def finish(self, error: ServerClosedError) -> None:
-        """Fail every request that has no answer yet; nobody takes any more."""
-
-    @abstractmethod
-    def wake(self) -> None:
-        """Make a running ``wait_for_pending`` return early, if the transport can."""
-
-    async def attend(self) -> None:  # noqa: B027 - most need nothing
+    async def serve(self) -> None:
         """Do what is to be done on the server's event loop while it serves; it is cancelled at the end."""
 
     def callers(self) -> int | None:
         """How many requests could be pending at most; ``None`` if that is unknown."""
         return None
 
-    @abstractmethod
-    def pending(self) -> int:
-        """How many requests wait now, as far as the transport knows."""
+    def held(self) -> int:
+        """How many requests the transport holds that count as pending, and are not in the queue yet."""
+        return 0
 
-    @abstractmethod
-    def wait_for_pending(self, at_least: int, enough: int, timeout: float | None) -> int:
-        """Block until requests are pending, ``wake`` was called, or ``timeout`` seconds passed. Claims nothing.
+    def read(self, *, wait: bool = False) -> None:
+        """Put into the queue what callers have sent until now; with ``wait``, also what takes a moment to be had."""
 
-        Args:
-            at_least: how many requests to wait for.
-            enough: with fewer, a transport may wait a moment longer for requests that it knows to be coming.
-            timeout: seconds; ``None`` waits for ever.
+    def on_wait(self) -> None:
+        """The model thread waits for requests now (model thread)."""
 
-        Returns:
-            How many are pending; it may return early.
+    def on_admission(self) -> None:
+        """The queue begins to refuse requests, or takes them again."""
+
+    def close(self, error: ServerClosedError) -> None:
+        """Take nothing new: the queue is closed. Idempotent."""
+
+    def detach(self, error: ServerClosedError) -> None:
+        """Fail what has no answer yet, flush, and let go: the queue is not served any more. Idempotent."""
+
+    # -- the five verbs, but for submit ----------------------------------------------------------------
+
+    def wait_for_work(self, timeout: float) -> None:
+        """Block until a request is pending, or ``timeout`` seconds passed."""
+        deadline = time.monotonic() + timeout
+        while not self.queue.wait(1, 1, timeout):  # which returns early where a process has said something else
+            timeout = deadline - time.monotonic()
+            if timeout <= 0:
+                return
+
+    def drain(self, max_items: int) -> tuple[list[TensorDictBase], list[Any]]:
+        """Take up to ``max_items`` pending requests, and for each a handle for ``resolve``."""
+        requests = self.queue.get_batch(max_items)
+        return [request.td for request in requests], requests
+
+    def resolve(self, callback: Request, result: TensorDictBase) -> None:
+        """Answer one request."""
+        set_results([callback], [result])
+
+    def resolve_exception(self, callback: Request, exc: BaseException) -> None:
+        """Fail one request."""
+        set_exceptions([callback], [clone_exception(exc)])
+
+    # -- callers that wait for space -------------------------------------------------------------------
+
+    def put_when_not_full(self, put: Callable[[], T], deadline: float | None) -> T:
+        """Call ``put`` until the queue has space, and return what it returns.
+
+        Raises:
+            TimeoutError: there was no space until ``deadline``, on the clock of ``time.monotonic``.
         """
+        turn: list[bool] = []  # has an element from when this caller is woken until it tries again
+        try:
+            while True:
+                not_full = self.queue.not_full
+                try:
+                    return put()
+                except ServerOverloadedError:
+                    turn.clear()
+                    not_full.wait(deadline, turn)
+        except BaseException:
+            if turn:
+                self.queue.not_full.notify(1)
+            raise
 
-    def stand_by(self, bell: LockWaker) -> None:
-        """Block while nothing is to be claimed, until ``bell`` rings and ``wake`` is called; it may return early.
+    async def aput_when_not_full(self, put: Callable[[], T]) -> T:
+        """Do as :meth:`put_when_not_full`, without blocking the event loop."""
+        turn: list[bool] = []  # has an element from when this caller is woken until it tries again
+        try:
+            while True:
+                not_full = self.queue.not_full
+                try:
+                    return put()
+                except ServerOverloadedError:
+                    turn.clear()
+                    await not_full.await_space(turn)
+        except BaseException:
+            if turn:
+                self.queue.not_full.notify(1)
+            raise
 
-        A transport to other processes goes on reading what they send, and sending what they have not read yet.
-        """
-        bell.wait(None)
+
+class RefusableAsyncClient(AsyncInferenceClient):
+    """Base of awaitable clients whose requests are refused where they are put: all but how they are put."""
+
+    _transport: Transport
 
     @abstractmethod
-    def waited(self) -> float:
-        """Seconds since the oldest pending request arrived."""
+    def _put(self, td: TensorDictBase) -> asyncio.Future[TensorDictBase]:
+        """Do as ``submit``; raise what the server refuses."""
 
-    @abstractmethod
-    def take(self, max_items: int) -> list[Request]:
-        """Claim up to ``max_items`` pending requests, without blocking."""
+    def submit(self, td: TensorDictBase) -> asyncio.Future[TensorDictBase]:
+        try:
+            return self._put(td)
+        except REFUSALS as error:
+            refused: asyncio.Future[TensorDictBase] = asyncio.get_running_loop().create_future()
+            refused.set_exception(error.with_traceback(None))
+            return refused
 
-    @abstractmethod
-    def resolve_batch(self, requests: Sequence[Request], replies: Sequence[TensorDictBase]) -> None:
-        """Answer claimed requests."""
-
-    @abstractmethod
-    def fail_batch(self, requests: Sequence[Request], errors: Sequence[Exception]) -> None:
-        """Fail claimed requests, each with an error of its own."""
+    async def __call__(self, td: TensorDictBase, timeout: float | None = None, *, wait: bool = False) -> TensorDictBase:  # noqa: ASYNC109
+        if timeout is not None:
+            async with asyncio.timeout(timeout):
+                return await self(td, wait=wait)
+        if wait:
+            return await (await self._transport.aput_when_not_full(partial(self._put, td)))
+        return await self._put(td)

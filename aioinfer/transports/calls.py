@@ -7,11 +7,11 @@ from itertools import repeat
 from typing import Any, TypeAlias
 
 from aioinfer.errors import clone_exception
-from aioinfer.transports.outlets import Outlet
+from aioinfer.transports.replies import ReplySink
 
 __all__ = ["Calls", "Unload"]
 
-Call: TypeAlias = tuple[Any, Outlet]
+Call: TypeAlias = tuple[Any, ReplySink]
 Unload: TypeAlias = Callable[[Sequence[int], Iterable[Any]], Sequence[Any]]
 
 
@@ -43,7 +43,7 @@ class Calls(dict[int, Call]):
         """Settle one with an error."""
         call = self.get(number)
         if call is not None:
-            call[1].fail([call[0]], [error])
+            call[1].set_exceptions([call[0]], [error])
             self.pop(number, None)
 
     def fail_all(self, error: Exception) -> None:
@@ -55,15 +55,15 @@ class Calls(dict[int, Call]):
 def _settle(calls: Sequence[Call | None], answers: Sequence[Any]) -> None:
     """Hand each call its answer, all at once where they go the same way."""
     if all(calls) and not any(map(isinstance, answers, repeat(Exception))):
-        receivers, outlets = zip(*calls, strict=True)
-        if outlets.count(outlets[0]) == len(outlets):
-            outlets[0].deliver(receivers, answers)
+        receivers, sinks = zip(*calls, strict=True)
+        if sinks.count(sinks[0]) == len(sinks):
+            sinks[0].set_results(receivers, answers)
             return
     for call, answer in zip(calls, answers, strict=True):
         if call is None:  # it was given up
             continue
-        receiver, outlet = call
+        receiver, sink = call
         if isinstance(answer, Exception):
-            outlet.fail([receiver], [answer])
+            sink.set_exceptions([receiver], [answer])
         else:
-            outlet.deliver([receiver], [answer])
+            sink.set_results([receiver], [answer])

@@ -13,8 +13,9 @@ from aioinfer.errors import clone_exception
 from aioinfer.interaction_type import Mode
 from aioinfer.ipc.pickling import dump_exception, dumps, loads
 from aioinfer.ipc.sockets import NUMBER, Frame, FramedSocket, frame, header
+from aioinfer.transports.base import Transport
 from aioinfer.transports.control import FromClient, FromServer
-from aioinfer.transports.requests import Request
+from aioinfer.transports.queue import Request
 
 __all__ = ["Board", "Line", "RemoteRequest"]
 
@@ -79,8 +80,9 @@ class Line(ABC):
         board: where the line hangs.
     """
 
-    def __init__(self, wire: FramedSocket, board: Board) -> None:
+    def __init__(self, wire: FramedSocket, board: Board, transport: Transport) -> None:
         self.wire = wire
+        self.transport = transport
         self.board = board
         self.joined = False
         self._joining = False
@@ -130,7 +132,7 @@ class Line(ABC):
             elif kind == FromClient.REFUSED:
                 self.board.count_refusal()
             elif kind in (FromClient.REQUEST, FromClient.REQUEST_WAIT):
-                self.ask_one(text, payload, patient=kind == FromClient.REQUEST_WAIT)
+                self.ask_one(text, payload, wait=kind == FromClient.REQUEST_WAIT)
             else:
                 raise ValueError(f"unknown kind {kind}")
 
@@ -177,10 +179,10 @@ class Line(ABC):
         if not self.joined:
             raise ValueError("it has not joined")
         for text in words:
-            self.ask_one(text, None, patient=False)
+            self.ask_one(text, None, wait=False)
 
     @abstractmethod
-    def ask_one(self, text: int, payload: bytes | None, *, patient: bool) -> None:
+    def ask_one(self, text: int, payload: bytes | None, *, wait: bool) -> None:
         """Queue a request."""
 
     @abstractmethod
@@ -203,19 +205,19 @@ class Line(ABC):
             self.board.drop(self)
 
     @abstractmethod
-    def deliver(self, receivers: Sequence[Any], replies: Sequence[TensorDictBase]) -> None:
+    def set_results(self, receivers: Sequence[Any], replies: Sequence[TensorDictBase]) -> None:
         """Send replies."""
 
-    def fail(self, receivers: Sequence[RemoteRequest], errors: Sequence[Exception]) -> None:
+    def set_exceptions(self, receivers: Sequence[RemoteRequest], errors: Sequence[Exception]) -> None:
         """Send errors."""
         data = b"".join(
             frame(header(FromServer.ERROR, receiver.number), dump_exception(error))
             for receiver, error in zip(receivers, errors, strict=True)
         )
         for receiver in receivers:  # afterwards: another thread may use it again for the next request at once
-            self.drop(receiver)
+            self.discard(receiver)
         self.send(data)
 
     @abstractmethod
-    def drop(self, receiver: Any) -> None:
+    def discard(self, receiver: Any) -> None:
         """A request is over."""

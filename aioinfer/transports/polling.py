@@ -1,114 +1,391 @@
-"""How a server serves a transport that has only the five verbs: it looks for requests at short intervals."""
+"""Minimal custom transports: five verbs, and the pump that feeds their requests into the server's queue."""
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
 import logging
+import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import CancelledError
+from contextlib import suppress
+from functools import cached_property, partial
 from typing import Any
 
 from tensordict import TensorDictBase
 
-from aioinfer.errors import ServerClosedError, clone_exception
-from aioinfer.interaction_type import detach_mode
-from aioinfer.transports.admission import Admission
-from aioinfer.transports.base import InferenceTransport, ServedTransport
-from aioinfer.transports.requests import Request
+from aioinfer.client import CLOSED, AsyncInferenceClient, InferenceClient, check_count
+from aioinfer.errors import ServerClosedError, clone_exception, describe
+from aioinfer.futures import Future, run_in_thread
+from aioinfer.interaction_type import attach_mode, caller_mode, detach_mode
+from aioinfer.transports.base import RefusableAsyncClient, Transport
+from aioinfer.transports.queue import REFUSALS, Request, RequestQueue, seconds_left
+from aioinfer.wakers import LockWaker
 
-__all__ = ["PolledTransport"]
+__all__ = ["InferenceTransport", "PollingTransport"]
 
-# A foreign `wait_for_work` can't be interrupted: the server looks up this often, in seconds, which
-# costs an idle server less than 0.1 % of a core.
-_LOOK_UP_INTERVAL = 0.3
+# A custom `wait_for_work` can't be interrupted: the pump looks up this often, in seconds, which costs an idle server
+# less than 0.1 % of a core.
+_POLL_INTERVAL = 0.3
 
 _log = logging.getLogger("aioinfer")
 
 
-class PolledTransport(ServedTransport):
-    """Serves batches over the five verbs of a transport, and calls nothing else of it.
+class InferenceTransport(ABC):
+    """Carries requests to a server and replies back.
 
-    What its ``wait_for_work`` and ``drain`` raise ends the server by name; what its ``resolve`` and
-    ``resolve_exception`` raise costs that request its answer, and nobody else.
-
-    Model thread only: ``_held``.
-
-    Args:
-        transport: the five verbs.
+    To write a transport, subclass this and implement its five verbs; nothing else is needed, not even
+    ``super().__init__()``, and no other name is taken but the makers of clients. It then works with
+    :class:`~aioinfer.InferenceServer`, alone or in a list of transports, and with both clients.
+    ``aioinfer.testing.check_transport`` runs the contract's tests over it.
     """
 
-    def __init__(self, transport: InferenceTransport) -> None:
-        self._transport = transport
-        self._requests = transport._aioinfer_requests
-        self._held: deque[Request] = deque()  # drained but not yet claimed: the five verbs can't look without taking
+    # -- the five verbs --------------------------------------------------------------------------------
 
-    def check_open(self, admission: Admission) -> None:
-        self._requests.admission.check_hand_over(admission)
+    @abstractmethod
+    def submit(self, td: TensorDictBase) -> concurrent.futures.Future[TensorDictBase]:
+        """Enqueue one request (any thread).
 
-    def open(self, admission: Admission) -> None:
-        self._requests.open(admission)
+        Returns:
+            A future that resolves to the output TensorDict: of ``concurrent.futures``, or one that
+            behaves as it (``result(timeout)``, ``exception``, ``done``, ``cancel``,
+            ``add_done_callback``).
+        """
 
-    def close(self, error: ServerClosedError) -> None:
-        self._requests.close(error)
+    @abstractmethod
+    def wait_for_work(self, timeout: float) -> None:
+        """Block until a request is pending, or ``timeout`` seconds passed (server side)."""
 
-    def finish(self, error: ServerClosedError) -> None:
-        self.close(error)
+    @abstractmethod
+    def drain(self, max_items: int) -> tuple[list[TensorDictBase], list[Any]]:
+        """Take up to ``max_items`` pending requests, without blocking (server side).
+
+        Returns:
+            The requests, and for each an opaque handle that ``resolve`` understands.
+        """
+
+    @abstractmethod
+    def resolve(self, callback: Any, result: TensorDictBase) -> None:
+        """Answer one request (server side). May raise if its caller is gone."""
+
+    @abstractmethod
+    def resolve_exception(self, callback: Any, exc: BaseException) -> None:
+        """Fail one request (server side). May raise if its caller is gone."""
+
+    # -- clients ---------------------------------------------------------------------------------------
+
+    def client(self, *, copy: bool = True) -> InferenceClient:
+        """Make a client for a plain thread.
+
+        Args:
+            copy: ``False`` lends the caller a view of each reply, valid until this client's next request, where the
+                transport has replies in shared memory. Elsewhere replies are the caller's own in either case.
+        """
+        return _Client(self._aioinfer_transport)
+
+    def async_client(self, *, copy: bool = True) -> AsyncInferenceClient:
+        """Make a client for coroutines; see :meth:`client`."""
+        return _AsyncClient(self._aioinfer_transport)
+
+    def clients(self, count: int, *, copy: bool = True) -> list[InferenceClient]:
+        """Make ``count`` clients for the threads of one process: all, or none where something is lacking."""
+        return _make(count, self.client if copy else lambda: self.client(copy=False))
+
+    def async_clients(self, count: int, *, copy: bool = True) -> list[AsyncInferenceClient]:
+        """Make ``count`` clients for the tasks of one process: all, or none where something is lacking."""
+        return _make(count, self.async_client if copy else lambda: self.async_client(copy=False))
+
+    # Made when it is first asked for, since a subclass need not call __init__.
+    @cached_property
+    def _aioinfer_transport(self) -> PollingTransport:
+        return PollingTransport(self)
+
+
+def _make(count: int, make: Any) -> list[Any]:
+    check_count(count)
+    made: list[Any] = []
+    try:
+        for _ in range(count):
+            made.append(make())  # noqa: PERF401 - what was made is closed if the next can't be
+    except BaseException:
+        for client in made:
+            client.close()
+        raise
+    return made
+
+
+class PollingTransport(Transport):
+    """Serves the five verbs of a custom transport, and calls nothing else of it. It is the sink of its replies, too.
+
+    A pump thread waits for work and drains it into the server's queue when the model thread waits for requests: until
+    then they stay where their callers can cancel them. What ``wait_for_work`` and ``drain`` raise ends the service of
+    this transport by name, and the server only if it has no other transport. What ``resolve`` and
+    ``resolve_exception`` raise costs that request its answer, and no other.
+
+    Any thread: ``submit``, ``held``, ``read``, and what a server calls. Pump thread only: ``_drain``.
+
+    Args:
+        verbs: the custom transport.
+    """
+
+    def __init__(self, verbs: InferenceTransport) -> None:
+        super().__init__()
+        self._verbs = verbs
+        # Requests of our clients: on their way into the transport, and without an answer. The queue's lock guards what
+        # is counted as pending.
+        self._submitting: set[object] = set()
+        self._futures: set[concurrent.futures.Future[TensorDictBase]] = set()
+        self._drained: deque[None] = deque()  # an element for each; a count could not be changed in one step
+        self._error: ServerClosedError | None = None
+        self._pump: Future[None] | None = None
+        self._pump_thread = 0
+        self._turn = LockWaker()  # wakes the pump: the model thread waits, or a reader does
+        self._readers: deque[LockWaker] = deque()
+
+    @property
+    def transport(self) -> PollingTransport:
+        """The transport by which the requests came: this one."""
+        return self
+
+    # -- callers ---------------------------------------------------------------------------------------
+
+    def submit(self, td: TensorDictBase) -> concurrent.futures.Future[TensorDictBase]:
+        """Check a request, count it against ``max_pending``, and submit it; raise what refuses it."""
+        queue = self.queue
+        queue.admission.check(td)
+        if self._error is not None:
+            raise clone_exception(self._error)
+        place = object()
         try:
-            while requests := self.take(1024):
-                self.fail_batch(requests, [clone_exception(error) for _ in requests])
+            if not queue.reserve(self._submitting, place):
+                raise queue.admission.reject_overloaded()
+            future = self._verbs.submit(attach_mode(td, caller_mode()))
+            self._futures.add(future)
+            self._submitting.discard(place)
         except BaseException:
-            _log.exception("%s could not hand out what is pending", type(self._transport).__qualname__)
-        self._requests.fail_all(error)
+            if place in self._submitting:
+                self._submitting.discard(place)
+                queue.not_full.notify(1)
+            raise
+        future.add_done_callback(self._on_done)
+        if self._error is not None:
+            _fail(future, self._error)
+        return future
 
-    def wake(self) -> None:
-        pass  # the five verbs have no way
+    def _on_done(self, future: concurrent.futures.Future[TensorDictBase]) -> None:
+        self._futures.discard(future)
+        if future.cancelled():
+            self.queue.not_full.notify(1)
 
-    def pending(self) -> int:
-        return self._requests.pending
+    def closed_error(self) -> Exception | None:
+        """The error for a caller whose future was cancelled because the server closed."""
+        error = self._error
+        return None if error is None else clone_exception(error)
 
-    def wait_for_pending(self, at_least: int, enough: int, timeout: float | None) -> int:
-        if len(self._held) < at_least:
-            seconds = _LOOK_UP_INTERVAL if timeout is None else max(0.0, min(timeout, _LOOK_UP_INTERVAL))
-            self._transport.wait_for_work(seconds)
-            self._hold(at_least - len(self._held))
-        return len(self._held)
+    # -- hooks for the server --------------------------------------------------------------------------
 
-    def waited(self) -> float:
-        return time.perf_counter() - self._held[0].submitted_at if self._held else 0.0
+    def attach(self, queue: RequestQueue) -> None:
+        self.check_attach(queue)
+        self._error = None
+        super().attach(queue)
 
-    def take(self, max_items: int) -> list[Request]:
-        if len(self._held) < max_items:
-            self._hold(max_items - len(self._held))
-        taken = [self._held.popleft() for _ in range(min(max_items, len(self._held)))]
-        self._requests.claim(len(taken))
-        return taken
+    def start(self) -> None:
+        self._pump = run_in_thread(partial(self._run, self.queue), "aioinfer-pump")
 
-    def _hold(self, max_items: int) -> None:
-        inputs, callbacks = self._transport.drain(max_items)
+    def held(self) -> int:
+        """A request that its caller gave up in its forward pass counts for one less."""
+        return max(0, len(self._futures) - len(self._drained)) + len(self._submitting)
+
+    def read(self, *, wait: bool = False) -> None:
+        pump = self._pump
+        if not wait or pump is None or pump.done() or not self.held() or threading.get_ident() == self._pump_thread:
+            return
+        self._readers.append(done := LockWaker())
+        self._turn.notify()
+        done.wait(2 * _POLL_INTERVAL)
+
+    def on_wait(self) -> None:
+        self._turn.notify()
+        self.read(wait=True)
+
+    def detach(self, error: ServerClosedError) -> None:
+        pump = self._pump
+        if pump is not None and threading.get_ident() != self._pump_thread:
+            self._turn.notify()
+            with suppress(TimeoutError):  # where the transport blocks for longer than it was told
+                pump.exception(4 * _POLL_INTERVAL)
+        try:
+            while callbacks := self._verbs.drain(1024)[1]:
+                for callback in callbacks:
+                    self._fail_callback(callback, clone_exception(error))
+        except BaseException:
+            _log.exception("%s could not hand out what is pending", type(self._verbs).__qualname__)
+        self._error = error
+        for future in tuple(self._futures):
+            _fail(future, error)
+
+    # -- the pump --------------------------------------------------------------------------------------
+
+    def _run(self, queue: RequestQueue) -> None:
+        self._pump_thread = threading.get_ident()
+        try:
+            while not queue.closed:
+                self._verbs.wait_for_work(_POLL_INTERVAL)
+                while not (queue.is_waited_for or self._readers or queue.closed) and self._turn.wait(_POLL_INTERVAL):
+                    pass
+                readers = [self._readers.popleft() for _ in range(len(self._readers))]
+                while self._drain(queue) and readers:
+                    pass
+                for reader in readers:
+                    reader.notify()
+        except BaseException as error:  # also SystemExit: it must not end the thread unnoticed
+            died = ServerClosedError(f"the server's transport died of {describe(error)}")
+            died.__cause__ = error
+            if not queue.fail(self, error):
+                _log.exception("a %s is served no more", type(self._verbs).__qualname__)
+                self.detach(died)
+
+    def _drain(self, queue: RequestQueue) -> int:
+        """Move pending requests into the queue; return how many there were."""
+        inputs, callbacks = self._verbs.drain(queue.max_batch_size)
         now = time.perf_counter()
+        requests: list[Request] = []
         for td, callback in zip(inputs, callbacks, strict=True):
             try:
                 td, mode = detach_mode(td)
             except BaseException as error:  # of what is no TensorDict, say
-                self._fail(callback, clone_exception(error))
+                self._fail_callback(callback, clone_exception(error))
             else:
-                self._held.append(Request(td, callback, None, now, mode))
+                requests.append(Request(td, _Receiver(callback), self, now, mode))
+        queue.put_reserved(requests, lambda: self._drained.extend([None] * len(requests)))
+        return len(inputs)
 
-    def resolve_batch(self, requests: Sequence[Request], replies: Sequence[TensorDictBase]) -> None:
-        self._requests.settle(len(requests))
-        for request, reply in zip(requests, replies, strict=True):
+    # -- replies ---------------------------------------------------------------------------------------
+
+    def set_results(self, receivers: Sequence[_Receiver], replies: Sequence[TensorDictBase]) -> None:
+        self._forget_drained(len(receivers))
+        for receiver, reply in zip(receivers, replies, strict=True):
             try:
-                self._transport.resolve(request.receiver, reply)
+                self._verbs.resolve(receiver.callback, reply)
             except BaseException as error:
-                self._fail(request.receiver, clone_exception(error))
+                self._fail_callback(receiver.callback, clone_exception(error))
 
-    def fail_batch(self, requests: Sequence[Request], errors: Sequence[Exception]) -> None:
-        self._requests.settle(len(requests))
-        for request, error in zip(requests, errors, strict=True):
-            self._fail(request.receiver, error)
+    def set_exceptions(self, receivers: Sequence[_Receiver], errors: Sequence[Exception]) -> None:
+        self._forget_drained(len(receivers))
+        for receiver, error in zip(receivers, errors, strict=True):
+            self._fail_callback(receiver.callback, error)
 
-    def _fail(self, callback: Any, error: Exception) -> None:
+    def discard(self, receiver: _Receiver) -> None:
+        self._forget_drained(1)
+        self._fail_callback(receiver.callback, CancelledError())  # the transport may keep something for it
+
+    def _forget_drained(self, count: int) -> None:
+        for _ in range(min(count, len(self._drained))):
+            self._drained.pop()
+
+    def _fail_callback(self, callback: Any, error: Exception) -> None:
         try:
-            self._transport.resolve_exception(callback, error)
+            self._verbs.resolve_exception(callback, error)
         except BaseException:  # its caller cancelled it, most likely; in no case may it cost the others their replies
-            _log.debug("%s could not fail a request", type(self._transport).__qualname__, exc_info=True)
+            _log.debug("%s could not fail a request", type(self._verbs).__qualname__, exc_info=True)
+
+
+class _Receiver:
+    """The opaque handle of one request; whether its caller went away can be seen where it is a future."""
+
+    __slots__ = ("callback",)
+
+    def __init__(self, callback: Any) -> None:
+        self.callback = callback
+
+    def done(self) -> bool:
+        return isinstance(self.callback, concurrent.futures.Future) and self.callback.done()
+
+
+def _fail(future: Any, error: ServerClosedError) -> None:
+    """End a future; one that only behaves as a standard future can at least be cancelled."""
+    try:
+        if isinstance(future, concurrent.futures.Future):
+            future.set_exception(clone_exception(error))
+        else:
+            future.cancel()
+    except concurrent.futures.InvalidStateError:  # it was settled meanwhile
+        pass
+    except BaseException:  # of a callback, or of a foreign future: the others are to end all the same
+        _log.exception("the future of a request could not be ended")
+
+
+class _Client(InferenceClient):
+    """Blocks on the transport's future."""
+
+    def __init__(self, transport: PollingTransport) -> None:
+        self._transport = transport
+
+    def close(self) -> None:
+        self._transport = CLOSED
+
+    def submit(self, td: TensorDictBase) -> concurrent.futures.Future[TensorDictBase]:
+        try:
+            return self._transport.submit(td)
+        except REFUSALS as error:
+            refused: Future[TensorDictBase] = Future()
+            refused.set_exception(error.with_traceback(None))
+            return refused
+
+    def __call__(self, td: TensorDictBase, timeout: float | None = None, *, wait: bool = False) -> TensorDictBase:
+        transport = self._transport
+        put = partial(transport.submit, td)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        future = transport.put_when_not_full(put, deadline) if wait else put()
+        try:
+            return future.result(seconds_left(deadline))
+        except CancelledError:
+            raise transport.closed_error() or CancelledError from None
+        except BaseException:
+            future.cancel()  # nothing happens if it is the future that raised
+            raise
+
+
+class _AsyncClient(RefusableAsyncClient):
+    """Copies the transport's future into one of the running loop."""
+
+    _transport: PollingTransport
+
+    def __init__(self, transport: PollingTransport) -> None:
+        self._transport = transport
+
+    def close(self) -> None:
+        self._transport = CLOSED
+
+    def _put(self, td: TensorDictBase) -> asyncio.Future[TensorDictBase]:
+        loop, transport = asyncio.get_running_loop(), self._transport
+        there = transport.submit(td)
+        here: asyncio.Future[TensorDictBase] = loop.create_future()
+
+        def settle() -> None:
+            if here.done():
+                return
+            error = transport.closed_error() if there.cancelled() else there.exception()
+            if error is None and there.cancelled():
+                here.cancel()
+            elif error is not None:
+                here.set_exception(error)
+            else:
+                here.set_result(there.result())
+
+        def on_done_there(_: object) -> None:
+            try:
+                loop.call_soon_threadsafe(settle)
+            except RuntimeError:  # the loop is closed, and its tasks with it
+                pass
+
+        def on_done_here(_: object) -> None:
+            if here.cancelled():
+                there.cancel()
+
+        there.add_done_callback(on_done_there)
+        here.add_done_callback(on_done_here)
+        return here

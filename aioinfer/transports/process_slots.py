@@ -16,10 +16,9 @@ from aioinfer.errors import InvalidRequestError, ModelError, NoFreeSlotError
 from aioinfer.interaction_type import MODES
 from aioinfer.ipc.sockets import NUMBER, FramedSocket, Listener
 from aioinfer.rows import RowLayout
-from aioinfer.transports.admission import Admission
 from aioinfer.transports.line import Board, Line, RemoteRequest
 from aioinfer.transports.processes import ProcessTransport
-from aioinfer.transports.requests import STORED
+from aioinfer.transports.queue import WRITTEN_IN_PLACE, RequestQueue
 from aioinfer.transports.slot_memory import SlotMemory
 from aioinfer.transports.slot_tickets import SlotTicket
 
@@ -132,7 +131,7 @@ class ProcessSlotTransport(ProcessTransport):
                 self._board.read_joined()  # to the end, which may come after more
             finally:
                 self._looking = False
-        self._queue.ring()  # the model thread does not hear of what was read here
+        self.queue.notify()  # the model thread does not hear of what was read here
 
     def _occupy(self, ticket: bytes, count: int) -> list[int]:
         with self._lock:
@@ -165,9 +164,9 @@ class ProcessSlotTransport(ProcessTransport):
     def callers(self) -> int | None:
         return self.num_slots - len(self._free) - self._reserved
 
-    def open(self, admission: Admission) -> None:
-        super().open(admission)
-        self._memory.leave_out(admission.version_key)
+    def attach(self, queue: RequestQueue) -> None:
+        super().attach(queue)
+        self._memory.leave_out(queue.admission.version_key)
 
     # -- the server's side -----------------------------------------------------------------------------
 
@@ -177,11 +176,10 @@ class ProcessSlotTransport(ProcessTransport):
 
 class _SlotLine(Line):
     def __init__(self, wire: FramedSocket, board: Board, transport: ProcessSlotTransport) -> None:
-        super().__init__(wire, board)
+        super().__init__(wire, board, transport)
         self._transport = transport
         self._memory = transport._memory
         self._times = self._memory.times
-        self._queue = transport._queue
         self._slots: Sequence[int] = ()
         self._entries: list[_SlotRequest] = []  # by place, what was asked there last
 
@@ -204,19 +202,19 @@ class _SlotLine(Line):
         return _SlotRequest(self, slot, self._memory)
 
     def ask(self, words: Sequence[int]) -> None:
-        if self._queue.admission.spec is not None or not self.joined:
+        if self.transport.queue.admission.spec is not None or not self.joined:
             super().ask(words)
         else:
-            self._queue.admit_all(self._note(words))
+            self.transport.queue.put_remote_all(self._note(words))
 
-    def ask_one(self, text: int, payload: bytes | None, *, patient: bool) -> None:
+    def ask_one(self, text: int, payload: bytes | None, *, wait: bool) -> None:
         (entry,) = self._note([text])
         try:
-            self._queue.admission.check_spec(entry.td)
+            self.transport.queue.admission.check_spec(entry.td)
         except InvalidRequestError as error:
-            self.fail([entry], [error])
+            self.set_exceptions([entry], [error])
         else:
-            self._queue.admit(entry, patient=patient)
+            self.transport.queue.put_remote(entry, wait=wait)
 
     def _note(self, words: Sequence[int]) -> Sequence[_SlotRequest]:
         entries, times = self._entries, self._times
@@ -244,8 +242,8 @@ class _SlotLine(Line):
             entry.gone = True
         self._transport._vacate(self._slots)
 
-    def deliver(self, receivers: Sequence[_SlotRequest], replies: Sequence[TensorDictBase]) -> None:
-        if replies[0] is not STORED:  # either all are or none
+    def set_results(self, receivers: Sequence[_SlotRequest], replies: Sequence[TensorDictBase]) -> None:
+        if replies[0] is not WRITTEN_IN_PLACE:  # either all are or none
             receivers = [
                 receiver for receiver, reply in zip(receivers, replies, strict=True) if self._put(receiver, reply)
             ]
@@ -259,13 +257,13 @@ class _SlotLine(Line):
 
     def _put(self, receiver: _SlotRequest, reply: TensorDictBase) -> bool:
         try:
-            self._memory.put_reply(receiver.slot, reply, self._queue.admission.version_key)
+            self._memory.put_reply(receiver.slot, reply, self.transport.queue.admission.version_key)
         except ModelError as error:
-            self.fail([receiver], [error])
+            self.set_exceptions([receiver], [error])
             return False
         return True
 
-    def drop(self, receiver: _SlotRequest) -> None:
+    def discard(self, receiver: _SlotRequest) -> None:
         receiver.under_way = False
 
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import threading
-import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from multiprocessing.reduction import DupFd
 from typing import Any, NoReturn, Self
@@ -16,22 +13,20 @@ from tensordict import TensorDictBase
 
 from aioinfer.client import AsyncInferenceClient, InferenceClient
 from aioinfer.errors import ServerClosedError
-from aioinfer.futures import run_in_thread
 from aioinfer.ipc.selector import Selector
 from aioinfer.ipc.sockets import FramedSocket, Listener
-from aioinfer.transports.admission import Admission
+from aioinfer.transports.base import Transport
 from aioinfer.transports.control import Control, State
 from aioinfer.transports.line import Board, Line
-from aioinfer.transports.pending import PendingQueue
-from aioinfer.transports.queued import QueuedTransport
+from aioinfer.transports.polling import InferenceTransport
+from aioinfer.transports.queue import Admission, RequestQueue
 from aioinfer.transports.switchboard import Switchboard
 from aioinfer.transports.tickets import Ticket
-from aioinfer.wakers import LockWaker
 
-__all__ = ["GivenTransport", "ProcessTransport", "watch"]
+__all__ = ["GivenTransport", "ProcessTransport"]
 
 
-class ProcessTransport(QueuedTransport):
+class ProcessTransport(Transport, InferenceTransport):
     """Base of such transports: a queue that the wires fill, whoever reads them.
 
     The model thread waits for the wires itself, beside its bell: if the event loop read them and woke it, four
@@ -51,14 +46,14 @@ class ProcessTransport(QueuedTransport):
         self._ended = False
         self._process = os.getpid()
         self._control = Control()
-        self._board = Switchboard(self._make_line, listener, lambda: self._queue.admission.stats.reject())
-        self._poller = self._board.poller
-        self._queue.bell = self._poller
+        self._board = Switchboard(self._make_line, listener, lambda: self.queue.admission.stats.reject())
+        self._selector = self._board.poller
+        self.queue.selector(self._selector)
 
     @property
     def is_served(self) -> bool:
         """Whether a server runs on it, or it was given to one in another process."""
-        return self._given_away or self._queue.admission.serving
+        return self._given_away or self.queue.serving
 
     def check_unused(self) -> None:
         """Raise :class:`RuntimeError` if it can't be given away, since it is served, or has connections already."""
@@ -91,7 +86,7 @@ class ProcessTransport(QueuedTransport):
     @classmethod
     def _inherit(cls, estate: dict[str, Any], listener: Listener) -> Self:
         transport = cls.__new__(cls)
-        QueuedTransport.__init__(transport)
+        Transport.__init__(transport)
         transport.__dict__.update(estate)
         transport._given_away = False
         transport._listen(listener)
@@ -166,97 +161,70 @@ class ProcessTransport(QueuedTransport):
 
     # -- the server's side -----------------------------------------------------------------------------
 
-    def wait_for_work(self, timeout: float) -> None:
-        deadline = time.monotonic() + timeout
-        while not self._queue.wait(1, 1, timeout):  # it returns when something was read, if only a wish to join
-            timeout = deadline - time.monotonic()
-            if timeout <= 0:
-                return
-
-    def join(self, family: Sequence[PendingQueue], poller: Selector, lock: threading.RLock) -> None:
-        self._board.move_to(poller)
-        super().join(family, poller, lock)
-
-    def _leave(self) -> None:
-        self._board.move_to(self._poller)
-        self._queue.leave(self._poller)
-
-    def pollers(self) -> set[Selector]:
-        """What the event loop watches."""
-        bounded = self._queue.admission.max_pending is not None
-        return {self._board.door, self._board.poller} if bounded else {self._board.door}
-
-    async def attend(self) -> None:
-        await watch(self.pollers(), self.look)
-
-    def open(self, admission: Admission) -> None:
+    def attach(self, queue: RequestQueue) -> None:
         if self._given_away:
             raise RuntimeError("the transport was given to a server in another process")
-        super().open(admission)
-        self._control.set_version_key(admission.version_key)
-        self._ended = False
-        admission.watch(lambda: self._publish(admission))
+        self.check_attach(queue)
         self._board.open()
+        self._board.move_to(queue.selector(self._selector))
+        self._control.set_version_key(queue.admission.version_key)
+        self._ended = False
+        super().attach(queue)
+        self.on_admission()
 
-    def _publish(self, admission: Admission) -> None:
-        if admission is not self._queue.admission:
-            return
-        while True:
+    def on_admission(self) -> None:
+        while self._process == os.getpid():
+            admission = self.queue.admission
             state = self._state(admission)
             self._control.set_state(state, admission.closed)
-            if self._state(admission) is state:  # else another thread has changed it while it was written
+            if self._state(self.queue.admission) is state:  # else another thread has changed it while it was written
                 return
 
     def _state(self, admission: Admission) -> State:
         if admission.closed is not None:
             return State.ENDED if self._ended else State.CLOSED
-        return State.REFUSING if admission.refusing else State.OPEN
+        return State.REFUSING if admission.pauses else State.OPEN
 
-    def close(self, error: ServerClosedError) -> None:
-        self._queue.admission.close(error)  # first: what is sent after the reading finds it closed
-        self._look_at_all()
-        super().close(error)
-        self._board.close()
+    async def serve(self) -> None:
+        selectors = [self._board.door]
+        if self.queue.admission.max_pending is not None:  # requests must be refused while the model is busy
+            selectors.append(self._board.poller)
+        async with anyio.create_task_group() as tasks:
+            for selector in selectors:
+                tasks.start_soon(self._poll_when_readable, selector)
 
-    def finish(self, error: ServerClosedError) -> None:
-        self.close(error)
-        self._board.finish()
-        self._ended = True
-        self._publish(self._queue.admission)
-        self._board.read_all()  # what was sent before that could be seen
-        self._board.finish()
+    async def _poll_when_readable(self, selector: Selector) -> None:
+        while True:
+            await anyio.wait_readable(selector.fileno())
+            self._poll()
 
-    def look(self) -> None:
+    def _poll(self) -> None:
         """Take in who dials and some of what has been sent, whatever the model thread does."""
         self._board.door.poll()
         self._board.poller.poll()
-        self._queue.ring()  # it does not hear of what another thread has read
+        self.queue.notify()  # the model thread does not hear of what another thread has read
 
-    def read_all(self) -> None:
-        """Take in all that has been sent."""
+    def read(self, *, wait: bool = False) -> None:
+        self._board.door.poll()
+        self._board.poller.poll()
         self._board.read_all()
-        self._queue.ring()  # as in look
+        self.queue.notify()  # as in _poll
 
-    def _look_at_all(self) -> None:
-        self.look()
-        self.read_all()
+    def close(self, error: ServerClosedError) -> None:
+        self._board.close()
 
-    def pending(self) -> int:
-        if threading.current_thread() is threading.main_thread():
-            run_in_thread(self._look_at_all, "aioinfer-look").result()  # no signal handler interrupts it there
-        else:
-            self._look_at_all()
-        return super().pending()
+    def detach(self, error: ServerClosedError) -> None:
+        self._board.finish()
+        self._ended = True
+        self.on_admission()
+        self._board.read_all()  # what was sent before that could be seen
+        self._board.finish()
 
-    def wait_for_pending(self, at_least: int, enough: int, timeout: float | None) -> int:
-        if timeout == 0:
-            self.read_all()
-        elif self._queue.waited():  # it may not block, and so not look itself for what was cancelled meanwhile
-            self._board.poller.poll()
-        return super().wait_for_pending(at_least, enough, timeout)
-
-    def stand_by(self, bell: LockWaker) -> None:
-        self._queue.stand_by()
+    def close_unserved(self, error: ServerClosedError) -> None:
+        """Fail the requests that wait, and all that come: no server will serve this transport."""
+        queue = RequestQueue()
+        queue.attach([self])
+        queue.detach(error)
 
 
 class GivenTransport:
@@ -284,16 +252,3 @@ class GivenTransport:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_descriptor": DupFd(self._descriptor)}
-
-
-async def watch(pollers: Iterable[Selector], look: Callable[[], None]) -> None:
-    """Call ``look`` whenever one of ``pollers`` has something, until cancelled."""
-
-    async def watch_one(poller: Selector) -> None:
-        while True:
-            await anyio.wait_readable(poller.fileno())
-            look()
-
-    async with anyio.create_task_group() as tasks:
-        for poller in pollers:
-            tasks.start_soon(watch_one, poller)

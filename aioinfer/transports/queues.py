@@ -62,10 +62,9 @@ class MPTransport(ProcessTransport):
 
 class _ParcelLine(Line):
     def __init__(self, wire: FramedSocket, board: Board, transport: MPTransport) -> None:
-        super().__init__(wire, board)
+        super().__init__(wire, board, transport)
         self._transport = transport
         self._control = transport._control
-        self._queue = transport._queue
         self._requests: dict[int, RemoteRequest] = {}
 
     def join(self, ticket: bytes, count: int, layouts: str) -> tuple[Any, Sequence[int]]:
@@ -76,17 +75,17 @@ class _ParcelLine(Line):
     def describe(self) -> Ticket:
         return self._transport._lease()
 
-    def ask_one(self, text: int, payload: bytes | None, *, patient: bool) -> None:
+    def ask_one(self, text: int, payload: bytes | None, *, wait: bool) -> None:
         number = text & NUMBER
         request = RemoteRequest(None, self, number, time.perf_counter(), MODES[text >> 56 & 15])
         self._requests[number] = request
         try:
             request.td = _unpack_request(payload or b"")
-            self._queue.admission.check_layout(request.td)
+            self.transport.queue.admission.check_layout(request.td)
         except InvalidRequestError as error:
-            self.fail([request], [error])
+            self.set_exceptions([request], [error])
         else:
-            self._queue.admit(request, patient=patient)
+            self.transport.queue.put_remote(request, wait=wait)
 
     def cancel(self, number: int) -> None:
         request = self._requests.get(number)
@@ -97,17 +96,17 @@ class _ParcelLine(Line):
         for request in list(self._requests.values()):
             request.gone = True
 
-    def deliver(self, receivers: Sequence[RemoteRequest], replies: Sequence[TensorDictBase]) -> None:
+    def set_results(self, receivers: Sequence[RemoteRequest], replies: Sequence[TensorDictBase]) -> None:
         data: list[bytes] = []
         for receiver, reply in zip(receivers, replies, strict=True):
             try:
                 data.append(frame(header(FromServer.REPLY, receiver.number), dumps(reply)))
             except BaseException as error:  # what does not pickle may raise anything
-                self.fail([receiver], [clone_exception(error)])
-            self.drop(receiver)
+                self.set_exceptions([receiver], [clone_exception(error)])
+            self.discard(receiver)
         self.send(b"".join(data))
 
-    def drop(self, receiver: RemoteRequest) -> None:
+    def discard(self, receiver: RemoteRequest) -> None:
         self._requests.pop(receiver.number, None)
 
 

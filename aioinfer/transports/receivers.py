@@ -82,11 +82,11 @@ class Waiter:
 class _Waiters:
     """The way to them, and to threads that read for others."""
 
-    def deliver(self, receivers: Sequence[Waiter], replies: Sequence[TensorDictBase]) -> None:
+    def set_results(self, receivers: Sequence[Waiter], replies: Sequence[TensorDictBase]) -> None:
         for waiter, reply in zip(receivers, replies, strict=True):
             waiter.settle(reply, None)
 
-    def fail(self, receivers: Sequence[Waiter], errors: Sequence[Exception]) -> None:
+    def set_exceptions(self, receivers: Sequence[Waiter], errors: Sequence[Exception]) -> None:
         for waiter, error in zip(receivers, errors, strict=True):
             waiter.settle(None, error)
 
@@ -97,7 +97,7 @@ class _Waiters:
         else:
             waiter.settle(answer, None)
 
-    def drop(self, receiver: Waiter) -> None:
+    def discard(self, receiver: Waiter) -> None:
         pass
 
 
@@ -122,17 +122,17 @@ class FutureDesk:
         self._waiter = Waiter()
         self._thread: dict[int, int] = {}  # who it is, if there is one
 
-    def deliver(self, receivers: Sequence[Future[TensorDictBase]], replies: Sequence[TensorDictBase]) -> None:
+    def set_results(self, receivers: Sequence[Future[TensorDictBase]], replies: Sequence[TensorDictBase]) -> None:
         self._answers.extend([(future, reply, None) for future, reply in zip(receivers, replies, strict=True)])
         self._waiter.settle(None, None)
         self.attend()
 
-    def fail(self, receivers: Sequence[Future[TensorDictBase]], errors: Sequence[Exception]) -> None:
+    def set_exceptions(self, receivers: Sequence[Future[TensorDictBase]], errors: Sequence[Exception]) -> None:
         self._answers.extend([(future, None, error) for future, error in zip(receivers, errors, strict=True)])
         self._waiter.settle(None, None)
         self.attend()
 
-    def drop(self, receiver: Future[TensorDictBase]) -> None:
+    def discard(self, receiver: Future[TensorDictBase]) -> None:
         pass
 
     def attend(self) -> None:
@@ -155,7 +155,7 @@ class FutureDesk:
         if station.dead is not None:
             station.post(())  # it fails what is still noted, which whoever has said so does one by one
             return bool(self._answers)
-        return bool(self._answers) or any(outlet is self for _, outlet in list(station.calls.values()))
+        return bool(self._answers) or any(sink is self for _, sink in list(station.calls.values()))
 
     def _settle_some(self, station: _Station) -> bool:
         """Wait for answers, and settle their futures; say whether there were any."""
@@ -268,13 +268,15 @@ class LoopDesk:
         if self._kept is not None and not self._kept.calls:
             self._kept = None
 
-    def deliver(self, receivers: Sequence[asyncio.Future[TensorDictBase]], replies: Sequence[TensorDictBase]) -> None:
+    def set_results(
+        self, receivers: Sequence[asyncio.Future[TensorDictBase]], replies: Sequence[TensorDictBase]
+    ) -> None:
         self._settle(asyncio.Future.set_result, receivers, replies)
 
-    def fail(self, receivers: Sequence[asyncio.Future[TensorDictBase]], errors: Sequence[Exception]) -> None:
+    def set_exceptions(self, receivers: Sequence[asyncio.Future[TensorDictBase]], errors: Sequence[Exception]) -> None:
         self._settle(asyncio.Future.set_exception, receivers, errors)
 
-    def drop(self, receiver: asyncio.Future[TensorDictBase]) -> None:
+    def discard(self, receiver: asyncio.Future[TensorDictBase]) -> None:
         self._given_up = True
         self.rest()
 

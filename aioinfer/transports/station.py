@@ -42,8 +42,8 @@ from aioinfer.ipc.sockets import (
 from aioinfer.modes import long_lived
 from aioinfer.transports.calls import Calls
 from aioinfer.transports.control import Control, FromClient, FromServer, State
-from aioinfer.transports.outlets import Outlet
 from aioinfer.transports.receivers import WAITERS, Asked, FutureDesk, LoopDesk, Waiter
+from aioinfer.transports.replies import ReplySink
 from aioinfer.transports.turns import Turns
 
 __all__ = ["Station"]
@@ -174,7 +174,7 @@ class Station(ABC):
 
     # -- asking ----------------------------------------------------------------------------------------
 
-    def ask(self, client: Asking, number: int, cargo: Any, receiver: Any, outlet: Outlet, patient: bool) -> Asked:
+    def ask(self, client: Asking, number: int, cargo: Any, receiver: Any, sink: ReplySink, patient: bool) -> Asked:
         """Note a request, which must be posted then.
 
         Args:
@@ -182,7 +182,7 @@ class Station(ABC):
             number: its own.
             cargo: what the transport makes of a request.
             receiver: who gets the answer.
-            outlet: the way there.
+            sink: the way there.
             patient: whether it waits for room where the queue is full.
 
         Raises:
@@ -195,7 +195,7 @@ class Station(ABC):
             self.receive()  # perhaps it is gone, and another one listens there
             raise self._refusal(control, state) if self.dead is None else clone_exception(self.dead)
         if client.claim is None:
-            calls[number] = receiver, outlet
+            calls[number] = receiver, sink
         else:
             with client.claim:
                 call = calls.get(client.number)
@@ -204,7 +204,7 @@ class Station(ABC):
                         "the client has a request under way; wait for its reply, cancel it, or make a client for each "
                         "caller"
                     )
-                calls[number] = receiver, outlet
+                calls[number] = receiver, sink
                 client.number = number
         mode = caller_mode()
         text = number if mode is INHERIT else number | mode_code(mode) << 56
@@ -286,7 +286,7 @@ class Station(ABC):
         if call is not None:
             self._say(FromClient.CANCEL, number)  # first: the client may write its next request afterwards
             self.calls.pop(number, None)
-            call[1].drop(call[0])
+            call[1].discard(call[0])
 
     def close_client(self, place: int) -> None:
         """One of several clients was closed: fail what it has under way."""

@@ -92,8 +92,9 @@ def test_lists_of_transports_are_checked() -> None:
     one = ThreadingTransport()
     with pytest.raises(ValueError, match="twice"):
         InferenceServer(double, [one, one])
-    with pytest.raises(TypeError, match="give it a server of its own"):
-        InferenceServer(double, [one, FiveVerbs()])
+    custom = FiveVerbs()
+    with pytest.raises(ValueError, match="twice"):
+        InferenceServer(double, [custom, one, custom])
 
 
 # -- bounds ------------------------------------------------------------------------------------------------
@@ -136,32 +137,35 @@ def test_the_bound_is_exact_over_all_transports_of_a_server() -> None:
 def test_closing_ends_those_that_wait_for_room_however_it_races() -> None:
     """From other processes' side of the queue: some wait for room while another thread closes."""
     from aioinfer.transports.line import RemoteRequest
-    from aioinfer.transports.pending import PendingQueue
+    from aioinfer.transports.queue import RequestQueue
 
     class Line:
+        transport: Any
+
         def __init__(self) -> None:
             self.failed: list[Any] = []
 
-        def fail(self, receivers: Any, errors: Any) -> None:
+        def set_exceptions(self, receivers: Any, errors: Any) -> None:
             self.failed += receivers
 
-        def deliver(self, receivers: Any, replies: Any) -> None: ...
+        def set_results(self, receivers: Any, replies: Any) -> None: ...
 
-        def drop(self, receiver: Any) -> None: ...
+        def discard(self, receiver: Any) -> None: ...
 
     for _ in range(60):
         server = InferenceServer(double, transport := ThreadingTransport(), max_pending=1)
-        queue: PendingQueue = transport._queue
+        queue: RequestQueue = transport.queue
         line: Any = Line()
+        line.transport = transport
         for number in range(60):
-            queue.admit(RemoteRequest(request(1), line, number, 0.0, None), patient=True)
+            queue.put_remote(RemoteRequest(request(1), line, number, 0.0, None), wait=True)
         taken: list[Any] = []
         start = threading.Barrier(2)
 
         def take(queue: Any = queue, taken: Any = taken, start: Any = start) -> None:
             start.wait(HANG)
             for _ in range(60):
-                taken.extend(queue.take(1))
+                taken.extend(queue.get_batch(1))
 
         thread = threading.Thread(target=take)
         thread.start()
@@ -177,15 +181,15 @@ def test_closing_ends_those_that_wait_for_room_however_it_races() -> None:
 
 async def test_aclose_does_not_block_its_loop_whatever_the_transport_does() -> None:
     server = InferenceServer(GatedModel(), transport := MPTransport())
-    finish, finishing, ticked = transport.finish, threading.Event(), threading.Event()
+    detach, finishing, ticked = transport.detach, threading.Event(), threading.Event()
     loop_ran: list[bool] = []
 
     def slow(error: ServerClosedError) -> None:
         finishing.set()
         loop_ran.append(ticked.wait(HANG))
-        finish(error)
+        detach(error)
 
-    transport.finish = slow  # type: ignore[method-assign]
+    transport.detach = slow  # type: ignore[method-assign]
     await server.__aenter__()
 
     async def tick() -> None:
@@ -237,18 +241,18 @@ async def test_aclose_of_a_hosted_server_needs_no_thread_of_anybodys_pool() -> N
     await asyncio.to_thread(eventually, lambda: not server.is_alive)
 
 
-async def test_a_companion_that_fails_is_logged_and_runs_again(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_background_task_that_fails_is_logged_and_runs_again(caplog: pytest.LogCaptureFixture) -> None:
     server = InferenceServer(double, transport := ThreadingTransport())
     runs: list[int] = []
     again = asyncio.Event()
 
-    async def attend() -> None:
+    async def serve() -> None:
         runs.append(1)
         if len(runs) == 1:
             raise OSError(24, "Too many open files")
         again.set()
 
-    transport.attend = attend  # type: ignore[method-assign]
+    transport.serve = serve  # type: ignore[method-assign]
     async with server:
         await asyncio.wait_for(again.wait(), HANG)
         assert is_double(await server.async_client()(request(1)), 1)

@@ -21,11 +21,11 @@ from aioinfer import (
     ServerClosedError,
     ThreadingTransport,
 )
+from aioinfer.model_thread import ModelThread
 from aioinfer.testing import double, eventually, request
 from aioinfer.testing.callers import is_double
 from aioinfer.weight_sync import MultiProcessWeightSyncScheme, loader
 from aioinfer.weight_sync.channel import nack_reason
-from aioinfer.worker import Worker
 from tests.hosted import HANG, make_double
 from tests.stepped import Steps
 from tests.weight_models import mark_of, policy
@@ -94,8 +94,8 @@ def test_a_shutdown_ends_a_server_that_serves_what_a_pause_waits_for(
         assert model.entered.acquire(timeout=HANG)
         eventually(lambda: server.stats().pending == 3)
         pausing = threads.submit(pause)
-        worker: Any = server._worker
-        eventually(lambda: bool(worker._pauses))
+        thread: Any = server._model_thread
+        eventually(lambda: bool(thread._asked_pauses))
         model.go.release()
         assert model.entered.acquire(timeout=HANG)  # of a pass that the pause waits for
         ending = threads.submit(server.shutdown, HANG)
@@ -140,14 +140,15 @@ def test_a_copy_that_an_ended_server_still_fills_is_not_that_of_the_next_one(mon
     scheme.shutdown()
 
 
-@pytest.mark.parametrize("moment", ["_make_worker", "_open"])
+@pytest.mark.parametrize("moment", ["opening the weights", "_open"])
 @pytest.mark.parametrize("by_another_thread", [False, True], ids=["in a signal handler", "by another thread"])
 def test_a_start_in_which_the_server_is_shut_down_says_so(
     moment: str, by_another_thread: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = InferenceServer(double, ThreadingTransport())
     client = server.client()
-    step = getattr(server, moment)
+    of, name = (server._updates, "open") if moment == "opening the weights" else (server, moment)
+    step = getattr(of, name)
 
     def shut_down_first(*args: Any) -> Any:
         monkeypatch.undo()
@@ -159,8 +160,8 @@ def test_a_start_in_which_the_server_is_shut_down_says_so(
         return step(*args)
 
     with ThreadPoolExecutor(1) as threads:
-        monkeypatch.setattr(server, moment, shut_down_first)
-        if moment == "_make_worker":
+        monkeypatch.setattr(of, name, shut_down_first)
+        if moment == "opening the weights":
             with pytest.raises(ServerClosedError):
                 server.start()
             assert not server.is_alive
@@ -173,9 +174,9 @@ def test_a_start_in_which_the_server_is_shut_down_says_so(
 
 
 def test_a_start_whose_worker_dies_before_anybody_looks_raises_what_it_died_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    start = Worker.start
+    start = ModelThread.start
 
-    def start_and_die(worker: Worker) -> Any:
+    def start_and_die(worker: ModelThread) -> Any:
         opened = start(worker)
         worker.join(HANG)
         return opened
@@ -185,7 +186,7 @@ def test_a_start_whose_worker_dies_before_anybody_looks_raises_what_it_died_of(m
             raise ValueError("immovable")
 
     server = InferenceServer(Immovable(1, 1), ThreadingTransport(), device="cpu")
-    monkeypatch.setattr(Worker, "start", start_and_die)
+    monkeypatch.setattr(ModelThread, "start", start_and_die)
     with pytest.raises(ValueError, match="immovable"):
         server.start()
 

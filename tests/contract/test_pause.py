@@ -84,9 +84,9 @@ def test_pending_requests_are_refused_where_that_is_asked_for(make: Callable[[],
                 assert leave.wait(HANG)
 
         pausing = pool.submit(pause)
-        worker = server._worker
-        assert worker is not None
-        eventually(lambda: bool(worker._thread._jobs))  # else the requests may be served before it is asked for
+        thread = server._model_thread
+        assert thread is not None
+        eventually(lambda: bool(thread._jobs))  # else the requests may be served before it is asked for
         gate.open()
         for future in asked:
             with pytest.raises(ServerPausedError):

@@ -14,10 +14,10 @@ from aioinfer import (
     ServerClosedError,
     ThreadingTransport,
 )
-from aioinfer.pause import PendingPolicy
+from aioinfer.model_thread import PendingPolicy
 from aioinfer.testing import GatedModel, double, eventually, request
 from aioinfer.testing.callers import is_double
-from aioinfer.transports.requests import Request
+from aioinfer.transports.queue import Request
 from tests.transports import TRANSPORTS, FiveVerbs
 
 HANG = 20.0
@@ -180,28 +180,23 @@ def test_shutdown_from_many_threads_at_once() -> None:
     assert not server.is_alive
 
 
-class Pausing(ThreadingTransport):
-    """Stands still between taking requests and handing them out."""
+def test_requests_that_were_just_taken_are_not_forgotten_by_a_shutdown_that_does_not_wait() -> None:
+    transport = ThreadingTransport()
+    server = InferenceServer(double, transport)
+    get_batch, taken, go_on = transport.queue.get_batch, threading.Event(), threading.Event()
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.taken, self.go_on = threading.Event(), threading.Event()
-
-    def take(self, max_items: int) -> list[Request]:
-        requests = super().take(max_items)
-        if requests:
-            self.taken.set()
-            assert self.go_on.wait(HANG)
+    def get_batch_and_stand_still(max_items: int) -> list[Request]:
+        requests = get_batch(max_items)
+        taken.set()
+        assert go_on.wait(HANG)
         return requests
 
-
-def test_requests_that_were_just_taken_are_not_forgotten_by_a_shutdown_that_does_not_wait() -> None:
-    transport = Pausing()
-    server = InferenceServer(double, transport).start()
+    transport.queue.get_batch = get_batch_and_stand_still  # type: ignore[method-assign]
+    server.start()
     reply = server.client().submit(request(1))
-    assert transport.taken.wait(HANG)
+    assert taken.wait(HANG)
     server.shutdown(timeout=0)
-    transport.go_on.set()
+    go_on.set()
     with pytest.raises(ServerClosedError):
         reply.result(HANG)
     eventually(lambda: not server.is_alive)

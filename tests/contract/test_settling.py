@@ -296,7 +296,7 @@ def test_a_submit_that_raises_wakes_those_that_wait_for_its_place() -> None:
         replies: list[TensorDictBase] = []
         waiting = threading.Thread(target=lambda: replies.append(server.client()(request(2), HANG, wait=True)))
         waiting.start()
-        eventually(lambda: bool(transport._aioinfer_requests.room))
+        eventually(lambda: bool(transport._aioinfer_transport.queue.not_full))
         go_on.set()
         assert isinstance(failing.exception(HANG), ConnectionError)
         waiting.join(HANG)
@@ -445,8 +445,9 @@ def test_a_worker_that_dies_fails_what_is_pending_and_says_of_what(caplog: pytes
     def broken(max_items: int) -> Any:
         raise Abrupt("the wire broke")
 
-    transport.take = broken  # type: ignore[method-assign]
-    server = InferenceServer(double, transport).start()
+    server = InferenceServer(double, transport)
+    transport.queue.get_batch = broken  # type: ignore[method-assign]
+    server.start()
     with pytest.raises(ServerClosedError, match="Abrupt: the wire broke"):
         server.client()(request(1), HANG)
     eventually(lambda: not server.is_alive)

@@ -23,7 +23,7 @@ from aioinfer import (
     ThreadingTransport,
 )
 from aioinfer.testing import GatedModel, double, request
-from aioinfer.transports import pending
+from aioinfer.transports import queue
 from tests.transports import TRANSPORTS
 
 HANG = 20.0
@@ -55,8 +55,8 @@ async def until(condition: Callable[[], bool]) -> None:
 @pytest.fixture
 def tasks_take_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a loaded machine the server would give up on tasks that its replies have woken."""
-    monkeypatch.setattr(pending, "_HOLD_BACK", HANG)
-    monkeypatch.setattr(pending, "_MOST_HOLD_BACK", HANG)
+    monkeypatch.setattr(queue, "_LINGER", HANG)
+    monkeypatch.setattr(queue, "_MOST_LINGER", HANG)
 
 
 @pytest.mark.usefixtures("tasks_take_their_time")

@@ -143,7 +143,7 @@ def serve(line: Connection[Any, Any], given: Any, refusing: bool) -> None:
             if refusing:
                 assert line.recv() == "refuse"
                 threading.Thread(target=pause).start()
-                eventually(lambda: server._admission.refusing)
+                eventually(lambda: bool(server._queue.admission.pauses))
                 line.send("refuses")
             threading.Event().wait()
         return double(td)

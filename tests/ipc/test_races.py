@@ -55,14 +55,14 @@ def test_every_future_of_a_connection_that_ends_is_settled_though_their_thread_l
     end: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     futures: list[Any] = []
-    fail = FutureDesk.fail
+    fail = FutureDesk.set_exceptions
 
     def fail_and_wait(desk: FutureDesk, receivers: Sequence[Any], errors: Sequence[Exception]) -> None:
         fail(desk, receivers, errors)
         if threading.current_thread().name != "aioinfer-replies":
             eventually(lambda: all(future.done() for future in futures) or not futures_are_read_for())
 
-    monkeypatch.setattr(FutureDesk, "fail", fail_and_wait)
+    monkeypatch.setattr(FutureDesk, "set_exceptions", fail_and_wait)
     if end == "closed while it dials":
         monkeypatch.setattr(station_module, "try_connect", lambda *_: False)
     transport, model = MPTransport(), GatedModel()
@@ -87,7 +87,7 @@ def test_every_future_of_a_connection_that_ends_is_settled_though_their_thread_l
 def test_a_future_is_settled_though_its_reply_is_handed_on_after_their_thread_has_seen_the_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    deliver = FutureDesk.deliver
+    deliver = FutureDesk.set_results
 
     def close_and_deliver(*args: Any) -> None:
         if threading.current_thread().name != "aioinfer-replies":
@@ -95,7 +95,7 @@ def test_a_future_is_settled_though_its_reply_is_handed_on_after_their_thread_ha
             eventually(lambda: not futures_are_read_for())
         deliver(*args)
 
-    monkeypatch.setattr(FutureDesk, "deliver", close_and_deliver)
+    monkeypatch.setattr(FutureDesk, "set_results", close_and_deliver)
     transport, model = MPTransport(), GatedModel()
     with InferenceServer(model, transport) as server, ThreadPoolExecutor(2) as threads:
         first = threads.submit(transport.client(), request(0), HANG)
@@ -200,7 +200,7 @@ def test_a_slots_next_request_does_not_get_what_was_meant_for_the_one_before(
         read.clear()
         first.cancel()
         replies.append(client.submit(request(5)))
-        transport.pending()  # it is read
+        transport.queue.pending()  # it is read
 
     monkeypatch.setattr(Station, "_receive", receive_and_say_so)
     monkeypatch.setattr(entry, "under_way", property(under_way.__get__, set_under_way))
@@ -251,11 +251,11 @@ def test_what_a_process_says_after_it_joins_waits_while_the_server_looks_for_its
     monkeypatch.setattr(wire_module, "_BUFFER_BYTES", len(hello))  # so it is not read together
     with connect_unix(transport.address) as gone:
         gone.sendall(hello)
-        transport.pending()
+        transport.read()
         assert transport.callers() == 1
     with connect_unix(transport.address) as sock:
         sock.sendall(hello + cancel)
-        transport.pending()
+        transport.read()
         assert transport.callers() == 1
 
 
@@ -276,7 +276,7 @@ def test_what_is_kept_as_a_line_was_flushed_by_another_thread_leaves_too(monkeyp
 
     def everything_has_come() -> bool:
         nonlocal received
-        transport.look()
+        transport.read()
         try:
             received += len(sock.recv(1 << 18))
         except BlockingIOError:
@@ -285,7 +285,7 @@ def test_what_is_kept_as_a_line_was_flushed_by_another_thread_leaves_too(monkeyp
 
     with connect_unix(transport.address) as sock:
         sock.sendall(greeting(transport))
-        transport.pending()
+        transport.read()
         sock.settimeout(HANG)
         assert sock.recv(1 << 16)
         (line,) = transport._board.lines
@@ -381,9 +381,9 @@ def look_for_a_slot(transport: Any) -> None:
 @pytest.mark.parametrize(
     ("make", "read"),
     [
-        (MPTransport, lambda transport: transport.pending()),
-        (MPTransport, lambda transport: transport.read_all()),
-        (partial(slots, 1), lambda transport: transport.pending()),
+        (MPTransport, lambda transport: transport.queue.pending()),
+        (MPTransport, lambda transport: transport.read()),
+        (partial(slots, 1), lambda transport: transport.queue.pending()),
         (partial(slots, 1), look_for_a_slot),
     ],
     ids=["asked how many are pending", "reading all", "slots: asked how many are pending", "looking for a slot"],

@@ -238,7 +238,7 @@ def test_the_number_of_callers_can_be_asked_for_while_clients_are_made() -> None
         asking.join()
     assert not faults
     clients[0].close()
-    eventually(lambda: transport.pending() == 0 and not transport._board.lines)
+    eventually(lambda: transport.queue.pending() == 0 and not transport._board.lines)
     assert transport.callers() == 0
 
 

@@ -185,7 +185,7 @@ def test_a_drained_server_answers_a_request_whose_client_is_told_of_the_end_whil
         def end() -> None:
             eventually(lambda: server.stats().pending == 1)
             pool.submit(server.shutdown, HANG, drain=True)
-            eventually(lambda: transport._queue.admission.closed is not None)
+            eventually(lambda: transport.queue.admission.closed is not None)
             closing.set()
             gate.set()
 

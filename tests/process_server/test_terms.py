@@ -138,7 +138,7 @@ async def test_requests_to_a_server_that_never_starts_end_with_it(end: str) -> N
     server = ProcessInferenceServer(make_double, ways)
     clients = [way.client() for way in ways]
     asked = [client.submit(request(1)) for client in clients]
-    ways[0].pending()  # which takes its caller in
+    ways[0].queue.pending()  # which takes its caller in
     awaited = asyncio.ensure_future(server.async_client()(request(2)))
     await asyncio.sleep(0)
     if end == "aclose":

@@ -18,7 +18,7 @@ LAYERS = (
     {"errors", "interaction_type", "interrupts", "batching", "modes", "health", "tensors", "stats", "client", "rows"}
     | {"versions", "devices", "wakers", "futures", "ipc"},
     {"transports", "weight_sync"},
-    {"forward", "policy", "executor", "pause", "worker", "life", "weight_updates", "server"},
+    {"forward", "policy", "model_thread", "weight_updates", "server"},
     {"process_server"},
     {""},
     {"testing"},

@@ -1,33 +1,168 @@
-"""Callers of this process with one fixed slot each: no lock and no future is made on the hot path."""
+"""The transports inside one process: callers share the server's memory."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from tensordict import TensorDictBase
 
-from aioinfer.client import AsyncInferenceClient, InferenceClient
+from aioinfer.client import CLOSED, AsyncInferenceClient, InferenceClient
 from aioinfer.errors import ClientBusyError, ClientClosedError, NoFreeSlotError
 from aioinfer.futures import Future
 from aioinfer.modes import long_lived
 from aioinfer.tensors import layout
-from aioinfer.transports.admission import REFUSALS
-from aioinfer.transports.in_process import InProcessAsyncClient, InProcessClient, InProcessTransport
-from aioinfer.transports.outlets import FUTURES, LoopOutlet, Outlet, Receiver
-from aioinfer.transports.room import seconds_left
-from aioinfer.transports.sleepers import Waiter, unwrap
-from aioinfer.wakers import make_waker
+from aioinfer.transports.base import RefusableAsyncClient, Transport
+from aioinfer.transports.polling import InferenceTransport
+from aioinfer.transports.queue import REFUSALS, RequestQueue, seconds_left
+from aioinfer.transports.replies import (
+    FutureReplySink,
+    LoopReplySink,
+    Receiver,
+    ThreadReplySink,
+    TransportSink,
+    Waiter,
+    unwrap,
+)
+from aioinfer.wakers import LockWaker, make_waker
 
-__all__ = ["SlotTransport"]
+__all__ = ["SlotTransport", "ThreadingTransport"]
 
 
-class SlotTransport(InProcessTransport):
+class _LocalTransport(Transport, InferenceTransport):
+    """What both have in common: a sink for threads, one for futures, and one for each event loop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.future_sink = FutureReplySink(self)
+        self.thread_sink = ThreadReplySink(self)
+        self._loop_sinks: weakref.WeakValueDictionary[int, LoopReplySink] = weakref.WeakValueDictionary()
+
+    def attach(self, queue: RequestQueue) -> None:
+        self.check_attach(queue)
+        queue.thread_sinks.append(self.thread_sink)
+        super().attach(queue)
+
+    def put(self, td: TensorDictBase, receiver: Receiver, sink: TransportSink) -> None:
+        """Queue a request; raise what refuses it."""
+        self.queue.put(td, receiver, sink)
+
+    def loop_sink(self) -> LoopReplySink:
+        """The one sink of the running event loop; it lives while a client or a request uses it."""
+        loop = asyncio.get_running_loop()
+        sink = self._loop_sinks.get(id(loop))  # which no other thread asks for
+        if sink is None:
+            sink = self._loop_sinks[id(loop)] = LoopReplySink(loop, self)
+        return sink
+
+
+class _LocalClient(InferenceClient):
+    def __reduce__(self) -> NoReturn:
+        raise _does_not_pickle()
+
+
+class _LocalAsyncClient(RefusableAsyncClient):
+    def __reduce__(self) -> NoReturn:
+        raise _does_not_pickle()
+
+
+def _does_not_pickle() -> TypeError:
+    return TypeError(
+        "a client of a ThreadingTransport or a SlotTransport is for the process in which it was made; give the server "
+        "an MPTransport or a ProcessSlotTransport, and hand clients of that to other processes"
+    )
+
+
+# -- any number of callers ----------------------------------------------------------------------------------------
+
+
+class ThreadingTransport(_LocalTransport):
+    """Callers of this process: any number of threads, and of tasks on any event loops, all at once.
+
+    The right choice unless a reason speaks for another. Clients are cheap, and may be shared.
+    """
+
+    def submit(self, td: TensorDictBase) -> Future[TensorDictBase]:
+        future: Future[TensorDictBase] = Future()
+        try:
+            self.queue.put(td, future, self.future_sink)
+            self.queue.notify()
+        except REFUSALS as error:
+            future.set_exception(error.with_traceback(None))
+        except BaseException:
+            future.cancel()
+            raise
+        return future
+
+    def client(self, *, copy: bool = True) -> InferenceClient:
+        return _ThreadClient(self)
+
+    def async_client(self, *, copy: bool = True) -> AsyncInferenceClient:
+        return _TaskClient(self)
+
+
+class _ThreadClient(_LocalClient):
+    def __init__(self, transport: ThreadingTransport) -> None:
+        self._transport = transport
+
+    def close(self) -> None:
+        self._transport = CLOSED
+
+    def submit(self, td: TensorDictBase) -> Future[TensorDictBase]:
+        return self._transport.submit(td)
+
+    def __call__(self, td: TensorDictBase, timeout: float | None = None, *, wait: bool = False) -> TensorDictBase:
+        transport = self._transport
+        sink = transport.thread_sink
+        waiter = Waiter(sink, LockWaker())
+        try:
+            if wait:
+                deadline = None if timeout is None else time.monotonic() + timeout
+                transport.put_when_not_full(partial(transport.put, td, waiter, sink), deadline)
+                timeout = seconds_left(deadline)
+            else:
+                transport.queue.put(td, waiter, sink)
+            transport.queue.notify()
+            outcome = waiter.wait(timeout)
+        except BaseException:
+            waiter.abandon()
+            raise
+        try:
+            return unwrap(*outcome)
+        finally:
+            del outcome  # the traceback of an error leads here: it must not lead back
+
+
+class _TaskClient(_LocalAsyncClient):
+    _transport: ThreadingTransport
+
+    def __init__(self, transport: ThreadingTransport) -> None:
+        self._transport = transport
+        self._sink: LoopReplySink | None = None  # that of the loop which used this client last
+
+    def close(self) -> None:
+        self._transport = CLOSED
+
+    def _put(self, td: TensorDictBase) -> asyncio.Future[TensorDictBase]:
+        sink = self._sink
+        if sink is None or not sink.runs_here():
+            sink = self._sink = self._transport.loop_sink()
+        future: asyncio.Future[TensorDictBase] = sink.loop.create_future()
+        self._transport.queue.put(td, future, sink)
+        sink.notify_at_end_of_tick()
+        return future
+
+
+# -- one fixed slot for each caller -------------------------------------------------------------------------------
+
+
+class SlotTransport(_LocalTransport):
     """One fixed slot for each client, which has at most one request under way.
 
     A slot keeps its wake-up from request to request: for a blocking client an ``eventfd`` (a lock
@@ -106,13 +241,12 @@ class _Slot:
 
     def __init__(self, transport: SlotTransport, index: int) -> None:
         self.transport = transport
-        self.queue = transport._queue
         self._index = index
         self._lock = threading.RLock()
         self._closed = False
         self.holder: _Call | Future[Any] | asyncio.Future[Any] | None = None
-        """Who has the slot, until it is done, or sets this to ``None``."""
-        self._way_back: tuple[Outlet, Receiver] | None = None
+        """The call that has the slot, until it is done, or sets this to ``None``."""
+        self._reply_to: tuple[TransportSink, Receiver] | None = None
 
     def take(self, holder: _Call | Future[Any] | asyncio.Future[Any]) -> None:
         """Have the slot, until ``holder`` is done or gives it back by setting the attribute to ``None``."""
@@ -124,37 +258,37 @@ class _Slot:
                     f"slot {self._index} has a request under way; "
                     "wait for its reply, cancel it, or make a client for each caller"
                 )
-            self.holder, self._way_back = holder, None
+            self.holder, self._reply_to = holder, None
 
-    def put(self, td: TensorDictBase, receiver: Receiver, outlet: Outlet) -> None:
-        """Queue the request of whoever has the slot.
+    def put(self, td: TensorDictBase, receiver: Receiver, sink: TransportSink) -> None:
+        """Queue the request of the call that has the slot.
 
-        Whatever is raised: the request may be in the queue, and whoever calls ends the holder and the receiver.
+        If this raises, the request may be in the queue all the same, and the caller ends the holder and the receiver.
         """
-        self._way_back = outlet, receiver
+        self._reply_to = sink, receiver
         if self._closed:
             raise ClientClosedError("the client was closed; make another one")
         buffer = self.transport._buffer
         if buffer is not None:
-            self.queue.admission.check(td)
+            self.transport.queue.admission.check(td)
             td = buffer.write(self._index, td)
-        self.queue.put(td, receiver, outlet)
+        self.transport.queue.put(td, receiver, sink)
 
     def close(self) -> None:
-        """Give the slot to whoever asks for a client next; idempotent."""
+        """Give the slot to the next client that is made; idempotent."""
         with self._lock:
             if self._closed:
                 return
             self._closed = True
-            holder, way_back = self.holder, self._way_back
-        if holder is not None and way_back is not None:
-            outlet, receiver = way_back
+            holder, reply_to = self.holder, self._reply_to
+        if holder is not None and reply_to is not None:
+            sink, receiver = reply_to
             if not receiver.done():
-                outlet.fail([receiver], [ClientClosedError("the client was closed before the reply came")])
+                sink.set_exceptions([receiver], [ClientClosedError("the client was closed before the reply came")])
         self.transport._free.append(self._index)
 
 
-class _SlotClient(InProcessClient):
+class _SlotClient(_LocalClient):
     def __init__(self, slot: _Slot) -> None:
         self._slot = slot
         self._waiter: Waiter | None = None
@@ -166,8 +300,8 @@ class _SlotClient(InProcessClient):
         future: Future[TensorDictBase] = Future()
         try:
             self._slot.take(future)
-            self._slot.put(td, future, FUTURES)
-            self._slot.queue.ring()
+            self._slot.put(td, future, self._slot.transport.future_sink)
+            self._slot.transport.queue.notify()
         except REFUSALS as error:
             future.set_exception(error.with_traceback(None))
         except BaseException:
@@ -177,18 +311,20 @@ class _SlotClient(InProcessClient):
 
     def __call__(self, td: TensorDictBase, timeout: float | None = None, *, wait: bool = False) -> TensorDictBase:
         slot, call = self._slot, _Call()
+        transport = slot.transport
+        sink = transport.thread_sink
         waiter: Waiter | None = None
         try:
             slot.take(call)
-            waiter = self._waiter or Waiter(slot.queue.sleepers, make_waker())
+            waiter = self._waiter or Waiter(sink, make_waker())
             if wait:
-                put = partial(slot.put, td, waiter, slot.queue.sleepers)
+                put = partial(slot.put, td, waiter, sink)
                 deadline = None if timeout is None else time.monotonic() + timeout
-                slot.queue.room.put(put, deadline)
+                transport.put_when_not_full(put, deadline)
                 timeout = seconds_left(deadline)
             else:
-                slot.put(td, waiter, slot.queue.sleepers)
-            slot.queue.ring()
+                slot.put(td, waiter, sink)
+            transport.queue.notify()
             outcome = waiter.wait(timeout)
             self._waiter = waiter
         except BaseException:
@@ -206,24 +342,24 @@ class _SlotClient(InProcessClient):
             del outcome  # the traceback of an error leads here: it must not lead back
 
 
-class _AsyncSlotClient(InProcessAsyncClient):
+class _AsyncSlotClient(_LocalAsyncClient):
     def __init__(self, slot: _Slot) -> None:
         self._slot = slot
-        self._queue = slot.queue
-        self._outlet: LoopOutlet | None = None
+        self._transport = slot.transport
+        self._sink: LoopReplySink | None = None
 
     def close(self) -> None:
         self._slot.close()
 
     def _put(self, td: TensorDictBase) -> asyncio.Future[TensorDictBase]:
-        slot, outlet = self._slot, self._outlet
-        if outlet is None or not outlet.runs_here():
-            outlet = self._outlet = slot.transport._outlet()
-        future: asyncio.Future[TensorDictBase] = outlet.loop.create_future()
+        slot, sink = self._slot, self._sink
+        if sink is None or not sink.runs_here():
+            sink = self._sink = slot.transport.loop_sink()
+        future: asyncio.Future[TensorDictBase] = sink.loop.create_future()
         try:
             slot.take(future)
-            slot.put(td, future, outlet)
-            outlet.ring_at_end_of_tick()
+            slot.put(td, future, sink)
+            sink.notify_at_end_of_tick()
         except BaseException:
             future.cancel()
             raise

@@ -1,0 +1,814 @@
+"""The requests that wait for a batch: transports put them, the model thread takes them.
+
+There is one queue for each server, whatever the number of its transports. So it has the one bound on pending requests,
+and it alone says when requests are refused: ``pause``, ``refuse`` and ``close``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import operator
+import os
+import sys
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence, Set
+from itertools import repeat, starmap
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+
+from aioinfer.errors import (
+    InvalidRequestError,
+    ServerClosedError,
+    ServerOverloadedError,
+    ServerPausedError,
+    clone_exception,
+)
+from aioinfer.futures import run_in_thread
+from aioinfer.interaction_type import Mode, caller_mode
+from aioinfer.ipc.selector import Selector
+from aioinfer.stats import StatsRecorder
+from aioinfer.tensors import Allocate, RequestSpec
+from aioinfer.transports.replies import ThreadReplySink, TransportSink
+from aioinfer.wakers import ALREADY_NOTIFIED, LockWaker, Waker
+
+if TYPE_CHECKING:
+    from aioinfer.transports.base import Transport
+
+__all__ = [
+    "REFUSALS",
+    "WRITTEN_IN_PLACE",
+    "Admission",
+    "BatchStore",
+    "NotFull",
+    "Request",
+    "RequestQueue",
+    "seconds_left",
+    "set_exceptions",
+    "set_results",
+]
+
+REFUSALS = (ServerClosedError, ServerPausedError, ServerOverloadedError)
+"""What a server answers to a valid request that it does not take; ``submit`` reports it through the future."""
+
+# Seconds for which a batch is held back for the callers that the one before has woken: at most until none of them
+# has run for the one time, or until the other has passed. 64 threads take 0.4 to 1 ms on two cores.
+_LINGER = 0.001
+_MOST_LINGER = 0.005
+
+_log = logging.getLogger("aioinfer")
+
+
+# -- one request --------------------------------------------------------------------------------------------------
+
+
+class BatchStore(Protocol):
+    """Memory in which requests lie as rows, and which takes replies as rows. Model thread only."""
+
+    def gather(self, requests: Sequence[Any], allocate: Allocate | None) -> TensorDict:
+        """Copy the rows of requests into a batch ``[B, ...]``."""
+        ...
+
+    def scatter(self, requests: Sequence[Any], output: TensorDictBase, keys: Set[str] | None, version: int) -> None:
+        """Copy the rows of an output ``[B, ...]`` to the rows of the replies.
+
+        Args:
+            requests: the requests that the rows answer.
+            output: what the model returned.
+            keys: the entries that replies have; ``None``: all.
+            version: of the weights that computed it.
+
+        Raises:
+            ModelError: they are not of the layout that replies have.
+        """
+        ...
+
+
+WRITTEN_IN_PLACE = TensorDict({}, batch_size=[])
+"""Stands for a reply that lies in a store."""
+
+
+class Request:
+    """One request on its way: what is asked, in which mode, since when, and where the reply goes.
+
+    ``store`` is the shared memory in which the request lies and the reply is expected, if there is one.
+    """
+
+    store: BatchStore | None = None
+
+    __slots__ = ("mode", "receiver", "sink", "submitted_at", "td")
+
+    def __init__(self, td: TensorDictBase, receiver: Any, sink: TransportSink, submitted_at: float, mode: Mode) -> None:
+        self.td = td
+        self.receiver = receiver
+        self.sink = sink
+        self.submitted_at = submitted_at
+        self.mode = mode
+
+
+def set_results(requests: Sequence[Request], replies: Sequence[TensorDictBase]) -> None:
+    """Answer claimed requests, with one call for each sink.
+
+    It raises nothing: where a sink raises, its requests fail with that error, and the others are answered all the same.
+    """
+    _settle(requests, replies, failed=False)
+
+
+def set_exceptions(requests: Sequence[Request], errors: Sequence[Exception]) -> None:
+    """Fail claimed requests, each with an error of its own; see :func:`set_results`."""
+    _settle(requests, errors, failed=True)
+
+
+def _settle(requests: Sequence[Request], outcomes: Sequence[Any], *, failed: bool) -> None:
+    if not requests:
+        return
+    groups: dict[TransportSink, tuple[list[Any], Any]]
+    first = requests[0].sink
+    if not any([request.sink is not first for request in requests]):  # noqa: C419 - faster
+        groups = {first: ([request.receiver for request in requests], outcomes)}
+    else:
+        groups = {}
+        for request, outcome in zip(requests, outcomes, strict=True):
+            group = groups.get(request.sink)
+            if group is None:
+                group = groups[request.sink] = ([], [])
+            group[0].append(request.receiver)
+            group[1].append(outcome)
+    for sink, (receivers, own) in groups.items():
+        try:
+            (sink.set_exceptions if failed else sink.set_results)(receivers, own)
+        except BaseException as error:
+            _log.exception("replies could not be handed over")
+            _try_to_fail(sink, receivers, error)
+
+
+def _try_to_fail(sink: TransportSink, receivers: Sequence[Any], error: BaseException) -> None:
+    for receiver in receivers:
+        try:
+            sink.set_exceptions([receiver], [clone_exception(error)])
+        except BaseException:
+            _log.exception("a request could not be failed")
+
+
+# -- who is admitted ----------------------------------------------------------------------------------------------
+
+
+class Admission:
+    """The terms under which a server takes requests, checked in the caller's thread.
+
+    Any thread. There is no lock: ``closed`` and ``pauses`` are each changed in one step, and code that derives
+    something from them looks again afterwards.
+
+    Args:
+        request_spec: an example of a request; ``None`` takes any layout without batch dimension.
+        max_pending: most requests that may wait; ``None`` is without bound.
+        stats: counts what is refused and dropped.
+        version_key: the entry of replies that has the version of the weights; ``None``: replies have none.
+    """
+
+    def __init__(
+        self,
+        request_spec: TensorDictBase | None = None,
+        max_pending: int | None = None,
+        stats: StatsRecorder | None = None,
+        version_key: str | None = None,
+    ) -> None:
+        if max_pending is not None and (
+            not isinstance(max_pending, int) or isinstance(max_pending, bool) or max_pending < 1
+        ):
+            raise ValueError(f"max_pending must be an integer of at least 1, or None, got {max_pending!r}")
+        self.spec = None if request_spec is None else RequestSpec(request_spec)
+        self.batch_size = torch.Size([]) if self.spec is None else self.spec.batch_size
+        self.max_pending = max_pending
+        self.stats = StatsRecorder() if stats is None else stats
+        self.version_key = version_key
+        self.closed: ServerClosedError | None = None
+        self.pauses: set[object] = set()
+        """Pauses during which requests are refused."""
+        self.unchecked = self.spec is None and max_pending is None
+        """Whether a TensorDict of the right batch size needs no check but that requests are taken at all."""
+
+    def check(self, td: TensorDictBase) -> None:
+        """Let a request through, or count it as rejected and raise.
+
+        Raises:
+            InvalidRequestError: no TensorDict, or not of the layout that the server takes.
+            ServerClosedError: the server is shut down.
+            ServerPausedError: it is paused, and refuses requests meanwhile.
+        """
+        if self.closed is not None:
+            raise clone_exception(self.closed)
+        if self.pauses:
+            raise self.reject_paused()
+        self.check_layout(td)
+
+    def check_layout(self, td: TensorDictBase) -> None:
+        """Do as :meth:`check`, whether or not requests are taken now."""
+        if not isinstance(td, TensorDictBase):
+            self.stats.reject()
+            raise InvalidRequestError(f"a request must be a TensorDict, got {type(td).__qualname__}")
+        if td.batch_size != self.batch_size:
+            self.stats.reject()
+            raise InvalidRequestError(
+                f"the request has batch size {list(td.batch_size)}, "
+                f"requests to this server have {list(self.batch_size)}"
+                " (send each row as a request of its own, or give the server a request_spec)"
+            )
+        self.check_spec(td)
+
+    def check_spec(self, td: TensorDictBase) -> None:
+        """Do as :meth:`check_layout`, where the transport knows the layout, but not the server's ``request_spec``."""
+        if self.spec is not None:
+            try:
+                self.spec.check(td)
+            except InvalidRequestError:
+                self.stats.reject()
+                raise
+
+    def reject_paused(self) -> ServerPausedError:
+        """Count a request as rejected and return the error for its caller."""
+        self.stats.reject()
+        return ServerPausedError("the server is paused; try again when it goes on")
+
+    def reject_overloaded(self) -> ServerOverloadedError:
+        """Count a request as rejected and return the error for its caller."""
+        self.stats.reject()
+        return ServerOverloadedError(
+            f"{self.max_pending} requests are pending already (max_pending={self.max_pending}); "
+            "try again later, or call with wait=True"
+        )
+
+
+# -- callers that wait for space ----------------------------------------------------------------------------------
+
+
+def seconds_left(deadline: float | None) -> float | None:
+    """Seconds until a time on the clock of ``time.monotonic``; ``None`` if there is none."""
+    return None if deadline is None else max(0.0, deadline - time.monotonic())
+
+
+class NotFull:
+    """Wakes as many waiting callers as a bounded queue has space for: threads and tasks, FIFO.
+
+    Any thread; what is shared is a deque, each change of which is one step. A caller that was woken must try again, and
+    may find the space taken. A caller that goes away after it was woken notifies the next, so that no space is left
+    unannounced: ``wait`` and ``await_space`` add an element to ``turn`` where the caller was woken.
+
+    Args:
+        full: whether the queue has no space now.
+    """
+
+    def __init__(self, full: Callable[[], bool]) -> None:
+        self._full = full
+        self._waiters: deque[Callable[[], bool]] = deque()  # each wakes a caller, and returns whether it could
+
+    def __bool__(self) -> bool:
+        """Whether any caller waits."""
+        return bool(self._waiters)
+
+    def notify(self, count: int | None = None) -> None:
+        """Wake the ``count`` callers that have waited longest; all, if ``None``."""
+        left = len(self._waiters) if count is None else count
+        while left > 0:
+            try:
+                wake = self._waiters.popleft()
+            except IndexError:
+                return
+            left -= wake()  # the turn of a caller whose event loop is closed goes to the next
+
+    def wait(self, deadline: float | None, turn: list[bool]) -> None:
+        """Block until there may be space.
+
+        Raises:
+            TimeoutError: there was none until ``deadline``, on the clock of ``time.monotonic``.
+        """
+        waker = LockWaker()
+
+        def wake() -> bool:
+            waker.notify()
+            return True
+
+        try:
+            self._add_waiter(wake)
+            if not waker.wait(seconds_left(deadline)):
+                raise TimeoutError("there was no room in the queue of pending requests within the timeout")
+            turn.append(True)
+        except BaseException:
+            self._remove_waiter(wake)
+            raise
+
+    async def await_space(self, turn: list[bool]) -> None:
+        """Suspend until there may be space."""
+        loop = asyncio.get_running_loop()
+        woken = asyncio.Event()
+
+        def wake() -> bool:
+            try:
+                loop.call_soon_threadsafe(woken.set)
+            except RuntimeError:  # that loop is closed
+                return False
+            return True
+
+        try:
+            self._add_waiter(wake)
+            await woken.wait()
+            turn.append(True)
+        except BaseException:
+            self._remove_waiter(wake)
+            raise
+
+    def _add_waiter(self, wake: Callable[[], bool]) -> None:
+        self._waiters.append(wake)
+        if not self._full():  # there may have been space before we were in line
+            self.notify(1)
+
+    def _remove_waiter(self, wake: Callable[[], bool]) -> None:
+        try:
+            self._waiters.remove(wake)
+        except ValueError:  # it was woken already
+            self.notify(1)
+
+
+# -- the queue ----------------------------------------------------------------------------------------------------
+
+
+class RequestQueue:
+    """Requests in order of arrival, of all transports of one server.
+
+    Waiting moves nothing: ``wait`` only looks, ``get_batch`` never blocks.
+
+    A transport has a queue of its own until a server attaches it to the server's. Then its requests follow it there:
+    those that are pending, and those that a caller puts here because it had looked before.
+
+    Any thread: ``put``, ``put_remote``, ``notify``, ``wake``, ``not_full``, ``attach``, ``pause``, ``refuse``,
+    ``close``, ``len``. Model thread only: ``wait``, ``stand_by``, ``get_batch``, ``waited``. Requests are appended and
+    removed without a lock, which a deque allows; the thread that removes a request settles it. A thread that counts
+    requests against the bound holds ``_lock``; the model thread never waits for it, since an interrupted caller may
+    hold it for as long as a signal handler runs.
+
+    Args:
+        admission: the server's terms; by default those of a transport that has no server yet.
+        max_batch_size: most requests that a batch takes.
+    """
+
+    def __init__(self, admission: Admission | None = None, max_batch_size: int = 64) -> None:
+        self.admission = Admission() if admission is None else admission
+        self.max_batch_size = max_batch_size
+        self.transports: list[Transport] = []
+        self.thread_sinks: list[ThreadReplySink] = []
+        self.serving = False
+        """Whether a model thread serves it, or is about to."""
+        self.released = False
+        """Whether a transport was attached to another queue: then this one serves no more until all come back."""
+        self.waker: Waker = LockWaker()
+        """Wakes the model thread."""
+        self.wakeups_in_flight: list[bool] = []
+        """An element for each wake-up that the last batch has caused, until its tasks or its thread have run."""
+        self.not_full = NotFull(self.full)
+        self._requests: deque[Request] = deque()
+        self._waiting_remote: deque[Request] = deque()  # requests of other processes that wait for space
+        self._closed: ServerClosedError | None = None
+        self._failed: list[Transport] = []
+        self._failure: BaseException | None = None
+        self._stray = False  # whether requests that are put now must go elsewhere
+        self._wanted = self._enough = 0  # what the model thread sleeps for, see wait
+        self._to_be_woken: list[bool] = []  # an element while the model thread sleeps; who wakes it takes it
+        self._lock = threading.RLock()
+        self._use(self.waker)
+        _queues.add(self)
+
+    def _use(self, waker: Waker) -> None:
+        self.waker = waker
+        self._wake_once = self._to_be_woken.pop, waker.notify_in_c
+
+    def forget_parent(self) -> None:
+        """In a forked child: the requests and the model thread are the parent's, and so is the news of its end."""
+        for shared in (self._requests, self._waiting_remote, self.wakeups_in_flight, self._to_be_woken):
+            shared.clear()
+        self.admission.stats.forget_parent()
+        if self.serving:
+            self.serving = False
+            self.admission.closed = ServerClosedError(
+                "the server is in the process from which this one was forked; hand this process a client of an "
+                "MPTransport or of a ProcessSlotTransport"
+            )
+        self._closed = self.admission.closed
+        self._stray = self._stray or self._closed is not None
+        self._lock = threading.RLock()
+        if isinstance(self.waker, LockWaker):
+            self._use(LockWaker())
+
+    def __len__(self) -> int:
+        """How many requests wait, cancelled ones left out."""
+        held = sum([transport.held() for transport in self.transports])
+        return held + sum(not request.receiver.done() for request in tuple(self._requests))
+
+    def pending(self) -> int:
+        """How many requests wait now; what other processes have sent is read first."""
+        if not isinstance(self.waker, Selector):
+            pass
+        elif threading.current_thread() is threading.main_thread():
+            run_in_thread(self.read, "aioinfer-read").result()  # no signal handler interrupts it there
+        else:
+            self.read()
+        return len(self)
+
+    # -- transports ------------------------------------------------------------------------------------
+
+    def attach(self, transports: Sequence[Transport]) -> None:
+        """Serve these transports from now on: all of them or none.
+
+        Raises:
+            RuntimeError: one of them has a running server.
+            OSError: one of them can't listen at its address.
+        """
+        for transport in transports:
+            transport.check_attach(self)
+        try:
+            for transport in transports:
+                transport.attach(self)
+        except BaseException:  # its address is taken, say
+            self.close(ServerClosedError("the server could not open all of its transports"))
+            raise
+
+    def release(self, transport: Transport) -> None:
+        """A transport was attached to another queue: its requests follow it."""
+        self.released = True
+        self._stray = True
+        if transport in self.transports:
+            self.transports.remove(transport)
+        self._redirect()
+        self.not_full.notify()
+
+    def selector(self, own: Selector) -> Selector:
+        """The selector on which the model thread waits; ``own`` if it has waited for requests of this process only."""
+        if not isinstance(self.waker, Selector):
+            self._use(own)
+            return own
+        return self.waker
+
+    def callers(self) -> int | None:
+        """How many requests could be pending at most; ``None`` if that is unknown."""
+        counts = [transport.callers() for transport in self.transports]
+        return None if None in counts else sum([count for count in counts if count is not None])
+
+    def _redirect(self) -> None:
+        """Hand over the requests of transports that are attached to another queue, and fail the others if closed."""
+        for requests in (self._requests, self._waiting_remote):
+            for request in tuple(requests):
+                queue = request.sink.transport.queue
+                if queue is not self and _remove(requests, request):
+                    queue.put_remote(request, checked=True)
+                    queue.notify()
+        if self._closed is not None:
+            self._fail_all(self._closed)
+
+    # -- callers ---------------------------------------------------------------------------------------
+
+    def put(self, td: TensorDictBase, receiver: Any, sink: TransportSink) -> None:
+        """Check a request and append it; wakes no thread, see :meth:`notify`.
+
+        Raises:
+            InferenceError: it is refused.
+        """
+        admission = self.admission
+        request = Request(td, receiver, sink, time.perf_counter(), caller_mode())
+        if (
+            admission.unchecked
+            and admission.closed is None
+            and not admission.pauses
+            and type(td) is TensorDict
+            and td.batch_size == admission.batch_size
+        ):
+            self._requests.append(request)
+        else:
+            admission.check(td)
+            if not self._put_bounded(request):
+                raise admission.reject_overloaded()
+        if self._stray:  # since the check: the thread that removes the request settles it
+            self._redirect()
+
+    def put_remote_all(self, requests: Sequence[Request]) -> None:
+        """Do as :meth:`put_remote` with several."""
+        admission = self.admission
+        if admission.unchecked and admission.closed is None and not admission.pauses and not self._stray:
+            self._requests.extend(requests)
+            if self._stray:
+                self._redirect()
+        else:
+            for request in requests:
+                self.put_remote(request)
+
+    def put_remote(self, request: Request, *, wait: bool = False, checked: bool = False) -> None:
+        """Append a request that was made elsewhere; wakes no thread.
+
+        Args:
+            request: answered with an error if it is refused.
+            wait: let it wait for space where there is none.
+            checked: whether it was admitted before, by the queue that its transport had then.
+        """
+        admission = self.admission
+        if self._closed is not None:
+            set_exceptions([request], [clone_exception(self._closed)])
+        elif admission.pauses and not checked:
+            set_exceptions([request], [admission.reject_paused()])
+        elif checked:
+            self._requests.append(request)
+        elif not self._put_bounded(request, wait=wait):
+            set_exceptions([request], [admission.reject_overloaded()])
+        if self._stray:
+            self._redirect()
+
+    def _put_bounded(self, request: Request, *, wait: bool = False) -> bool:
+        """Append a request if there is space, or let it ``wait`` for space; return whether it was one of both."""
+        if self.admission.max_pending is None:
+            self._requests.append(request)
+            return True
+        with self._lock:
+            if self.full():
+                self._remove_cancelled()
+            full = self.full()
+            if not full:
+                self._requests.append(request)
+            elif wait:
+                self._waiting_remote.append(request)
+        if self._waiting_remote and not self.full():  # the model thread may have made space, and not got the lock
+            with self._lock:
+                self._move_waiting()
+        return wait or not full
+
+    def reserve(self, places: set[object], place: object) -> bool:
+        """Add ``place`` to the places that a transport counts as pending, if there is space; return whether it did."""
+        with self._lock:
+            if self.full():
+                return False
+            places.add(place)
+            return True
+
+    def put_reserved(self, requests: Sequence[Request], note: Callable[[], object]) -> None:
+        """Append requests that their transport has counted as pending, and ``note`` that it need not do so any more."""
+        with self._lock:
+            note()
+            self._requests.extend(requests)
+        if self._stray:
+            self._redirect()
+        self.notify()
+
+    def _remove_cancelled(self) -> None:
+        for request in tuple(self._requests):
+            if request.receiver.done() and _remove(self._requests, request):
+                self._drop([request])
+
+    def _move_waiting(self) -> None:
+        """Let requests become pending that have waited for space. Under the lock."""
+        while self._waiting_remote and not self.full():
+            for request in _pop(self._waiting_remote, 1):  # none, if the queue is closed meanwhile
+                if request.receiver.done():
+                    self._drop([request])
+                elif self.admission.pauses:
+                    set_exceptions([request], [self.admission.reject_paused()])
+                else:
+                    self._requests.append(request)
+                    if self._stray:
+                        self._redirect()
+
+    def full(self) -> bool:
+        """Whether the queue has no space now."""
+        admission = self.admission
+        limit = admission.max_pending
+        if limit is None or admission.closed is not None or self.released:
+            return False
+        return len(self._requests) + sum([transport.held() for transport in self.transports]) >= limit
+
+    def notify(self) -> None:
+        """Wake the model thread if it sleeps and what it waits for is there."""
+        if (
+            self._to_be_woken
+            and self._wanted <= (count := len(self._requests))
+            and (not self.wakeups_in_flight or count >= self._enough)
+        ):
+            try:
+                # One call of C code: no signal handler can come in between, and leave the thread asleep for ever.
+                list(map(operator.call, self._wake_once))
+            except (IndexError, *ALREADY_NOTIFIED):  # another thread was quicker
+                pass
+
+    def wake(self) -> None:
+        """Make the running ``wait``, or else the next one, return."""
+        self.waker.notify()
+
+    def fail(self, transport: Transport, error: BaseException) -> bool:
+        """Note that a transport can't be served any more.
+
+        Returns:
+            Whether it was the last one: then the model thread dies of ``error``.
+        """
+        self._failed.append(transport)
+        if len(self._failed) < len(self.transports):
+            return False
+        self._failure = error
+        self.wake()
+        return True
+
+    # -- the model thread ------------------------------------------------------------------------------
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing is pending any more, and nothing will be."""
+        return self._closed is not None
+
+    @property
+    def is_waited_for(self) -> bool:
+        """Whether the model thread sleeps until requests come."""
+        return bool(self._to_be_woken)
+
+    def wait(self, at_least: int, enough: int, timeout: float | None) -> int:
+        """Block until requests are pending, ``wake`` was called, or ``timeout`` seconds passed.
+
+        Args:
+            at_least: how many requests to wait for.
+            enough: with so many, don't wait for the callers that the batch before has woken.
+            timeout: seconds; ``None`` waits for ever. With 0, all that callers have sent is taken in first.
+
+        Returns:
+            How many are pending, cancelled ones included.
+        """
+        if timeout == 0:
+            self.read(wait=True)
+        elif self._requests and isinstance(self.waker, Selector):
+            self.waker.poll()  # it may not sleep, and so not hear itself of requests that were cancelled meanwhile
+        self._wanted, self._enough = at_least, enough
+        self._to_be_woken.append(True)
+        if timeout != 0:
+            for transport in self.transports:
+                transport.on_wait()
+        pending = len(self._requests)
+        if timeout != 0 and pending < enough and self.wakeups_in_flight:
+            self._linger(_MOST_LINGER if timeout is None else min(timeout, _MOST_LINGER))
+        elif pending < at_least:
+            self._wake_threads()  # no woken thread is on the way that would
+            self._enough = 0  # no caller is waited for now, whoever is settled beside this thread
+            if len(self._requests) < at_least:
+                self.waker.wait(timeout)
+        self._to_be_woken.clear()
+        if self._failure is not None:
+            raise self._failure
+        return len(self._requests)
+
+    def stand_by(self) -> None:
+        """Block until ``wake`` was called, whatever is pending; it may return early."""
+        self.wait(sys.maxsize, sys.maxsize, None)
+
+    def _linger(self, limit: float) -> None:
+        """Wait for the callers that were woken, as long as one after the other runs."""
+        deadline = time.perf_counter() + limit
+        while True:
+            left = len(self.wakeups_in_flight)
+            if self.waker.wait(min(_LINGER, limit)):
+                return
+            limit = deadline - time.perf_counter()
+            if len(self.wakeups_in_flight) >= left or limit <= 0:
+                self.wakeups_in_flight.clear()
+                self._wake_threads()
+                return
+
+    def _wake_threads(self) -> None:
+        for sink in self.thread_sinks:
+            sink.wake_all()
+
+    def waited(self) -> float:
+        """Seconds since the oldest pending request was submitted."""
+        try:
+            return time.perf_counter() - self._requests[0].submitted_at
+        except IndexError:
+            return 0.0
+
+    def get_batch(self, max_items: int) -> list[Request]:
+        """Claim up to ``max_items`` requests; requests whose callers went away are dropped and don't count."""
+        taken: list[Request] = []
+        dropped = 0
+        while self._requests and (space := max_items - len(taken)) > 0:
+            some = _pop(self._requests, space)
+            if any([request.receiver.done() for request in some]):  # noqa: C419 - faster, and all are false
+                cancelled, some = _partition(some)
+                dropped += len(cancelled)
+                self._drop(cancelled)
+            taken += some
+        if self._waiting_remote and self._lock.acquire(blocking=False):  # else the thread that has the lock does it
+            try:
+                self._move_waiting()
+            finally:
+                self._lock.release()
+        if self.not_full:
+            self.not_full.notify(len(taken) + dropped)
+        return taken
+
+    def _drop(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            request.sink.discard(request.receiver)
+            self.admission.stats.cancel(1)
+
+    # -- pausing and closing ---------------------------------------------------------------------------
+
+    def pause(self, pause: object) -> None:
+        """Refuse every request until :meth:`resume` was called for each pause that was given."""
+        self.admission.pauses.add(pause)
+        self._publish()
+
+    def resume(self, pause: object) -> None:
+        """Undo a :meth:`pause`; idempotent."""
+        self.admission.pauses.discard(pause)
+        self._publish()
+
+    def refuse(self, error: ServerClosedError) -> None:
+        """Refuse every request from now on; pending ones are still served."""
+        self.admission.closed = error
+        self._publish()
+
+    def close(self, error: ServerClosedError) -> None:
+        """Refuse every request from now on, and fail what is pending. Idempotent."""
+        self.refuse(error)
+        if self._closed is None:  # after the refusal: what is sent later finds the queue closed
+            self._each(lambda transport: transport.read(wait=True))
+        self._closed = error
+        self._stray = True
+        self._redirect()
+        self.not_full.notify()
+        self._wake_threads()
+        self._each(lambda transport: transport.close(error))
+
+    def detach(self, error: ServerClosedError) -> None:
+        """Close, fail what has no answer yet, and let the transports flush: no thread serves them any more."""
+        self.close(error)
+        self._each(lambda transport: transport.detach(error))
+
+    def start(self) -> None:
+        """A model thread begins to serve."""
+        for transport in self.transports:
+            transport.start()
+
+    def read(self, *, wait: bool = False) -> None:
+        """Take in what callers have sent until now; with ``wait``, also what takes a moment to be had."""
+        for transport in tuple(self.transports):
+            transport.read(wait=wait)
+
+    def _publish(self) -> None:
+        self._each(lambda transport: transport.on_admission())
+
+    def _each(self, do: Callable[[Transport], None]) -> None:
+        """Have each transport do something; what one raises is logged, and keeps no other from it."""
+        for transport in tuple(self.transports):
+            try:
+                do(transport)
+            except BaseException:
+                _log.exception("a %s could not be told of the end, or of a pause", type(transport).__qualname__)
+
+    def _fail_all(self, error: ServerClosedError) -> None:
+        for queue in (self._requests, self._waiting_remote):
+            cancelled, live = _partition(_pop(queue, len(queue)))
+            self._drop(cancelled)
+            self.admission.stats.fail(len(live))
+            set_exceptions(live, [clone_exception(error) for _ in live])
+
+
+def _pop(queue: deque[Request], count: int) -> list[Request]:
+    """Take up to ``count`` requests out, in order; other threads may do so at the same time."""
+    popped: list[Request] = []
+    try:
+        popped.extend(starmap(queue.popleft, repeat((), min(count, len(queue)))))
+    except IndexError:
+        pass
+    return popped
+
+
+def _remove(queue: deque[Request], request: Request) -> bool:
+    """Take one request out; return whether it was there, and not taken by another thread."""
+    try:
+        queue.remove(request)
+    except ValueError:
+        return False
+    return True
+
+
+def _partition(requests: Sequence[Request]) -> tuple[list[Request], list[Request]]:
+    """Split into requests whose callers went away, and the others."""
+    parts: tuple[list[Request], list[Request]] = ([], [])
+    for request in requests:
+        parts[not request.receiver.done()].append(request)
+    return parts
+
+
+_queues: weakref.WeakSet[RequestQueue] = weakref.WeakSet()
+
+
+def _forget_parent() -> None:
+    for queue in list(_queues):
+        queue.forget_parent()
+
+
+os.register_at_fork(after_in_child=_forget_parent)
