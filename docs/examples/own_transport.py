@@ -11,7 +11,7 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import nn
 
-from aioinfer import InferenceServer, InferenceTransport
+from aioinfer import InferenceServer, InferenceTransport, ThreadingTransport
 
 
 class ListTransport(InferenceTransport):
@@ -46,14 +46,17 @@ class ListTransport(InferenceTransport):
 
 def main() -> None:
     policy = TensorDictModule(nn.Linear(4, 2), in_keys=["observation"], out_keys=["action"])
-    with InferenceServer(policy, ListTransport()) as server:
-        request = TensorDict({"observation": torch.randn(4)})
-        print("from a thread:", server.client()(request)["action"])
+    request = TensorDict({"observation": torch.randn(4)})
+    custom, threading_transport = ListTransport(), ThreadingTransport()
+    with InferenceServer(policy, [custom, threading_transport]) as server:
+        print("from a thread:          ", custom.client()(request)["action"])
 
         async def ask() -> TensorDictBase:
-            return await server.async_client()(request)
+            return await custom.async_client()(request)
 
-        print("from a task:  ", asyncio.run(ask())["action"])
+        print("from a task:            ", asyncio.run(ask())["action"])
+        print("beside other transports:", threading_transport.client()(request)["action"])
+        print("requests:", server.stats().ok)
 
 
 if __name__ == "__main__":
