@@ -10,12 +10,25 @@ import hypothesis
 import pytest
 import torch
 
+from tests.effort import efforts
+
 torch.set_num_threads(1)
 # A loaded machine takes its time.
 hypothesis.settings.register_profile("any machine", deadline=None)
 hypothesis.settings.load_profile("any machine")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell, as would be what we start
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--stress-count", type=int, default=1, help="how often each test marked stress is run, each time anew at random"
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "effort" in metafunc.fixturenames:
+        metafunc.parametrize("effort", efforts(metafunc.config.getoption("--stress-count")))
 
 
 @pytest.fixture(autouse=True)

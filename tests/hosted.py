@@ -28,7 +28,6 @@ from aioinfer.testing import double, eventually, request
 from tests.weight_models import mark_of, policy
 
 HANG = 20.0
-METHODS = ("fork", "spawn")
 Model = Callable[[TensorDictBase], TensorDictBase]
 
 

@@ -4,38 +4,18 @@ from __future__ import annotations
 
 import gc
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from aioinfer.testing import eventually
+from tests.programs import Program
 
-_ROOT = Path(__file__).parent.parent
 _DESCRIPTORS = "/proc/self/fd"
 
 needs_descriptors = pytest.mark.skipif(not os.path.isdir(_DESCRIPTORS), reason=f"needs {_DESCRIPTORS}")
-
-
-@contextmanager
-def running(program: Path, *arguments: str, stderr: int = subprocess.DEVNULL) -> Iterator[subprocess.Popen[str]]:
-    """A program in a session of its own, that may import the tests; it is gone afterwards, but not what it started."""
-    with subprocess.Popen(
-        [sys.executable, str(program), *arguments],
-        env={**os.environ, "PYTHONPATH": str(_ROOT)},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=stderr,
-        start_new_session=True,
-        text=True,
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
 
 
 def is_there(pid: int) -> bool:
@@ -70,9 +50,8 @@ def _named_memory(path: str) -> Iterator[Path]:
         yield Path(path)
 
 
-def go_on(process: subprocess.Popen[str]) -> set[Path]:
+def go_on(process: Program) -> set[Path]:
     """Let a program go on that waits for a line; return the :func:`shared_memory_of` it before that."""
-    assert process.stdin is not None
     found = shared_memory_of(process.pid)
     process.stdin.write("go on\n")
     process.stdin.flush()

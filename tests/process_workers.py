@@ -24,7 +24,6 @@ from aioinfer.ipc.sockets import Listener
 from aioinfer.testing import eventually, request
 
 HANG = 20.0
-METHODS = ("fork", "spawn")
 KINDS = ("blocking", "awaiting")
 
 

@@ -24,10 +24,10 @@ from aioinfer import (
 )
 from aioinfer.testing import double, eventually, request
 from aioinfer.testing.callers import is_double
+from tests.effort import Effort
 from tests.weight_models import mark_of, policy
 
 HANG = 20.0
-TIMES = 2000
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs setitimer"),
@@ -53,16 +53,16 @@ def raise_interrupt() -> None:
     raise Interrupt
 
 
-def interrupt(action: Callable[[], Any], *, times: int = TIMES, within: float = 0.0006) -> None:
-    """Let ``action`` run again and again, interrupted so many times at random moments."""
-    chance, deadline = random.Random(0), time.monotonic() + 2 * HANG
+def interrupt(effort: Effort, action: Callable[[], Any]) -> None:
+    """Let ``action`` run again and again, interrupted at random moments."""
+    chance, deadline = effort.random(), time.monotonic() + 2 * HANG
     with handling(raise_interrupt):
-        for _ in range(times):
+        for _ in range(effort.times(300, stress=2000)):
             assert time.monotonic() < deadline
             with suppress(Interrupt):  # a second one, while the first is on its way here
                 with suppress(Interrupt):
                     # Again after a while: what is raised inside a finalizer goes nowhere.
-                    signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-6, within), 0.02)
+                    signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-6, 0.0006), 0.02)
                     while True:
                         action()
                 signal.setitimer(signal.ITIMER_REAL, 0)
@@ -110,7 +110,9 @@ CALLS: dict[str, Callable[[Any, Any], Any]] = {
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("call", CALLS)
-def test_a_call_that_is_interrupted_anywhere_leaves_client_and_server_usable(transport: str, call: str) -> None:
+def test_a_call_that_is_interrupted_anywhere_leaves_client_and_server_usable(
+    transport: str, call: str, effort: Effort
+) -> None:
     with InferenceServer(double, TRANSPORTS[transport](), max_pending=8) as server, others(server):
         client = server.client()
         requests = [(value, request(value)) for value in range(16)]
@@ -125,7 +127,7 @@ def test_a_call_that_is_interrupted_anywhere_leaves_client_and_server_usable(tra
             else:
                 assert is_double(reply, value)
 
-        interrupt(act)
+        interrupt(effort, act)
 
         def is_free() -> bool:
             try:
@@ -138,22 +140,22 @@ def test_a_call_that_is_interrupted_anywhere_leaves_client_and_server_usable(tra
 
 
 @pytest.mark.parametrize("pending", ["keep", "wait", "reject"])
-def test_a_pause_that_is_interrupted_anywhere_is_over(pending: Any) -> None:
+def test_a_pause_that_is_interrupted_anywhere_is_over(pending: Any, effort: Effort) -> None:
     with InferenceServer(double, ThreadingTransport()) as server:
 
         def pause() -> None:
             with server.paused(pending):
                 pass
 
-        interrupt(pause)
+        interrupt(effort, pause)
         assert is_double(server.client()(request(1), HANG), 1)
 
 
-def test_updates_and_statistics_that_are_interrupted_anywhere_leave_the_server_usable() -> None:
+def test_updates_and_statistics_that_are_interrupted_anywhere_leave_the_server_usable(effort: Effort) -> None:
     with InferenceServer(policy(0.0), ThreadingTransport()) as server:
         weights = policy(1.0)
-        interrupt(lambda: server.update_weights(weights))
-        interrupt(lambda: (server.stats(), server.health()))
+        interrupt(effort, lambda: server.update_weights(weights))
+        interrupt(effort, lambda: (server.stats(), server.health()))
         server.update_weights(policy(2.0))
         assert mark_of(server.client()(request(1), HANG)) == 2
         assert server.stats().ok == 1
@@ -196,10 +198,10 @@ def _actions(server: InferenceServer) -> dict[str, Callable[[], Any]]:
 
 
 @pytest.mark.parametrize("what", ["call", "submit", "bounded", "stats", "update", "pause"])
-def test_a_signal_handler_may_shut_the_server_down(what: str) -> None:
-    chance = random.Random(1)
+def test_a_signal_handler_may_shut_the_server_down(what: str, effort: Effort) -> None:
+    chance = effort.random()
     max_pending = 4 if what == "bounded" else None
-    for _ in range(60):
+    for _ in range(effort.times(20, stress=60)):
         server = InferenceServer(policy(0.0), ThreadingTransport(), max_pending=max_pending).start()
         action = _actions(server)[what]
         shut_down_inside(server, action, chance.uniform(1e-5, 3e-3))

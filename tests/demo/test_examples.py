@@ -9,20 +9,20 @@ from pathlib import Path
 import pytest
 
 from aioinfer.testing import check_transport
+from tests.programs import running
 
 ROOT = Path(__file__).parents[2]
 SERVES_UNTIL_CTRL_C = {"web.py"}  # see test_web.py
 EXAMPLES = sorted(path for path in (ROOT / "docs" / "examples").glob("*.py") if path.name not in SERVES_UNTIL_CTRL_C)
 
 
-def run(*arguments: str) -> str:
-    """Run Python, with every warning an error; return what it printed."""
-    ended = subprocess.run(
-        [sys.executable, "-W", "error", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=100, check=False
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert "Traceback" not in ended.stderr, ended.stderr  # of a process or a thread that it has started
-    return ended.stdout
+def run(program: Path) -> str:
+    """Run a program, with every warning an error; return what it printed."""
+    with running(program, warnings="error") as process:
+        printed = process.stdout.read()  # of its processes, too
+        assert process.wait() == 0, process.errors
+        assert "Traceback" not in process.errors, process.errors  # of a process or a thread that it has started
+    return printed
 
 
 def test_there_are_examples() -> None:
@@ -31,7 +31,7 @@ def test_there_are_examples() -> None:
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
 def test_an_example_ends_by_itself_and_tells_what_it_did(example: Path) -> None:
-    assert run(str(example))
+    assert run(example)
 
 
 def test_the_transport_of_the_example_holds_the_contract() -> None:
@@ -45,10 +45,13 @@ README_BLOCKS = re.findall(
 
 def test_the_code_in_the_readme_runs_from_top_to_bottom() -> None:
     assert len(README_BLOCKS) == 4
-    assert run("-c", "\n".join(README_BLOCKS[:3]))
+    command = [sys.executable, "-W", "error", "-c", "\n".join(README_BLOCKS[:3])]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout
 
 
 def test_the_program_in_the_readme_that_starts_a_process_runs(tmp_path: Path) -> None:
     program = tmp_path / "program.py"  # a process that is spawned imports it
     program.write_text(README_BLOCKS[3], encoding="utf-8")
-    assert "computed by version" in run(str(program))
+    assert "computed by version" in run(program)

@@ -27,6 +27,7 @@ from aioinfer.testing import GatedModel, double, eventually, request
 from aioinfer.testing.callers import is_double
 from aioinfer.transports import slot_tickets
 from tests.leftovers import needs_descriptors
+from tests.methods import METHODS
 from tests.process_workers import HANG, KINDS, Child, call, client_of, clients_of, outcome, use
 from tests.transports import process_slots, slots
 
@@ -145,7 +146,7 @@ def close_unused(line: Any, client: Any) -> None:
     line.send("closed")
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_client_that_was_closed_unused_in_another_process_gives_its_slot_back(method: str) -> None:
     transport = slots(1)
     with InferenceServer(double, transport), Child(method, close_unused, transport.client()) as child:

@@ -9,13 +9,18 @@ import pytest
 
 from aioinfer.testing import CHECKS, Ground, eventually
 from tests.ipc.callers import AwaitingElsewhere, BlockingElsewhere, Worker
-from tests.process_workers import HANG, METHODS
+from tests.methods import SPAWN
+from tests.process_workers import HANG
 from tests.transports import FIXED_LAYOUT, TRANSPORTS
 
 HERE_ONLY = {"a_reply_shares_no_memory": "replies come to the test as copies; callers of its own process check this"}
 
 
-@pytest.fixture(scope="module", params=METHODS)
+# Clients travel to it through a pipe, however it was started.
+WAYS = ["forkserver", SPAWN, pytest.param("fork", marks=pytest.mark.stress)]
+
+
+@pytest.fixture(scope="module", params=WAYS)
 def worker(request: pytest.FixtureRequest) -> Iterator[Worker]:
     with Worker(request.param) as worker:
         worker.opened = worker.ask("descriptors").result(3 * HANG)

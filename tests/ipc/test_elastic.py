@@ -15,7 +15,8 @@ from tensordict import TensorDict
 
 from aioinfer import InferenceServer, InvalidRequestError, MPTransport, NoFreeSlotError, ProcessSlotTransport, connect
 from aioinfer.testing import GatedModel, double, eventually, request
-from tests.process_workers import HANG, KINDS, METHODS, Child, call, client_of, outcome, use
+from tests.methods import METHODS
+from tests.process_workers import HANG, KINDS, Child, call, client_of, outcome, use
 from tests.transports import process_slots, slots
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # 3.12: of a process that has threads
@@ -50,7 +51,7 @@ def test_workers_that_started_before_the_server_or_after_it_find_it_by_its_addre
         transport = slots(4, address) if make is process_slots else MPTransport(address=address)
         assert transport.address == address
         for _ in range(2):
-            with InferenceServer(double, transport), Child("spawn", look_for, address) as late:
+            with InferenceServer(double, transport), Child("forkserver", look_for, address) as late:
                 assert early.tell("look") == late.tell("look") == [8.0, 8.0]
             assert "no server listens" in early.tell("look")
     assert not Path(address).exists()
@@ -204,7 +205,7 @@ def test_a_worker_that_is_started_again_with_the_same_pickled_client_works_again
     transport = slots(1)
     with InferenceServer(double, transport):
         pickled = pickle.dumps(client_of(transport, kind))
-        for value in range(2 if method == "spawn" else 5):
+        for value in range(5 if method == "fork" else 2):
             with Child(method, use, pickled) as worker:
                 assert worker.tell(value) == 2 * value
                 worker.kill()

@@ -7,8 +7,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,8 +19,10 @@ import pytest
 
 from aioinfer import InferenceServer, MPTransport, connect
 from aioinfer.testing import double, eventually, request
+from tests.effort import Effort
 from tests.leftovers import needs_descriptors
 from tests.process_workers import HANG, KINDS, Child, answer, ask_always, client_of, clients_of, outcome, use
+from tests.programs import running
 from tests.transports import process_slots
 
 pytestmark = [
@@ -156,7 +156,7 @@ def test_the_slot_of_a_killed_worker_is_free_though_a_child_of_it_lives(kind: st
 
 
 @pytest.mark.parametrize("make", MAKES)
-def test_a_fork_under_load_disturbs_nobody(make: Any) -> None:
+def test_a_fork_under_load_disturbs_nobody(make: Any, effort: Effort) -> None:
     """Children of the server's process, forked while its threads work."""
     transport = make()
     with (
@@ -165,7 +165,7 @@ def test_a_fork_under_load_disturbs_nobody(make: Any) -> None:
         InferenceServer(answer, transport),
     ):
         client = client_of(transport, "blocking")
-        for value in range(20):
+        for value in range(effort.times(6, stress=20)):
             assert outcome(client, value) == 2 * value + 1
             with Child("fork", use, client) as child:
                 assert child.tell(value) == 2 * value + 1
@@ -176,7 +176,7 @@ def test_a_fork_under_load_disturbs_nobody(make: Any) -> None:
 
 @needs_descriptors
 @pytest.mark.parametrize("make", MAKES)
-def test_workers_that_come_and_go_leave_no_descriptor_in_the_servers_process(make: Any) -> None:
+def test_workers_that_come_and_go_leave_no_descriptor_in_the_servers_process(make: Any, effort: Effort) -> None:
     transport = make()
 
     def descriptors() -> int:
@@ -184,7 +184,7 @@ def test_workers_that_come_and_go_leave_no_descriptor_in_the_servers_process(mak
         return len(os.listdir("/proc/self/fd"))
 
     def come_and_go() -> None:
-        for value in range(12):
+        for value in range(effort.times(6, stress=12)):
             kind = KINDS[value % 2]
             with Child("fork", use, pickle.dumps(client_of(transport, kind))) as worker:
                 assert worker.tell(value) == 2 * value
@@ -225,10 +225,11 @@ server.shutdown()
 
 
 @pytest.mark.parametrize("make", ["ThreadingTransport", "MPTransport", "process_slots"])
-def test_a_forked_child_of_the_servers_process_that_exits_leaves_the_server_alone(make: str) -> None:
-    with running(PROGRAM.replace("MAKE", make)) as program:
-        assert program.stdout is not None
-        assert program.communicate(timeout=HANG)[0] == "4.0\n"
+def test_a_forked_child_of_the_servers_process_that_exits_leaves_the_server_alone(make: str, tmp_path: Path) -> None:
+    code = tmp_path / "program.py"
+    code.write_text(PROGRAM.replace("MAKE", make))
+    with running(code) as program:
+        assert program.stdout.read() == "4.0\n", program.errors
 
 
 # -- the end of the server's process, as a child of it sees it -----------------------------------------------
@@ -263,36 +264,13 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("make", ["MPTransport", "process_slots"])
-def test_a_forked_child_sees_the_servers_process_die(make: str, kind: str) -> None:
-    with running(DYING.replace("MAKE", make).replace("BLOCKING", str(kind == "blocking"))) as program:
-        said, _ = program.communicate(timeout=HANG)
+def test_a_forked_child_sees_the_servers_process_die(make: str, kind: str, tmp_path: Path) -> None:
+    code = tmp_path / "program.py"
+    code.write_text(DYING.replace("MAKE", make).replace("BLOCKING", str(kind == "blocking")))
+    with running(code) as program:
+        said = program.stdout.read()
     before, at_its_death, afterwards = said.splitlines()
     assert before == "4.0"
     assert at_its_death == "PeerDiedError: the server's process is gone"
     # Whoever dials while the process is being taken down may still find it.
     assert afterwards.startswith(("PeerDiedError: ", "ServerClosedError: "))
-
-
-class running:  # noqa: N801 - as a function
-    """A program in a session of its own, of which nothing is left afterwards."""
-
-    def __init__(self, code: str) -> None:
-        root = str(Path(__file__).parents[2])
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", code],
-            env={**os.environ, "PYTHONPATH": root},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-            text=True,
-        )
-
-    def __enter__(self) -> subprocess.Popen[str]:
-        return self._process
-
-    def __exit__(self, *_: object) -> None:
-        try:
-            os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        self._process.communicate()

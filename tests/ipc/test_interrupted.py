@@ -17,6 +17,7 @@ from tensordict import NonTensorData, TensorDict
 from aioinfer import InferenceServer, MPTransport
 from aioinfer.testing import double, request
 from aioinfer.testing.callers import is_double
+from tests.effort import Effort
 from tests.process_workers import HANG, Child
 from tests.transports import process_slots
 
@@ -26,9 +27,7 @@ pytestmark = [
 ]
 
 MAKES: list[Any] = [process_slots, MPTransport]
-TIMES = 2000
 BOUND = 20.0  # seconds; twice as many end it, on a machine that is slower than that by far
-SEED = 3
 
 
 class Stop(Exception):
@@ -83,9 +82,10 @@ def call(client: Any, value: int) -> Any:
     return client(REQUESTS[value % 16], HANG if value % 2 else None)
 
 
-def interrupt_always(line: Connection[Any, Any], clients: list[Any], act: Callable[[Any, int], Any]) -> None:
+def interrupt_always(
+    line: Connection[Any, Any], clients: list[Any], act: Callable[[Any, int], Any], chance: random.Random, wanted: int
+) -> None:
     """Call a client in the main thread, and interrupt that at random moments; tell what went wrong, and the time."""
-    chance = random.Random(SEED)
     client, *others = clients
     call(client, 1)
     neighbours = Neighbours(others)
@@ -93,7 +93,7 @@ def interrupt_always(line: Connection[Any, Any], clients: list[Any], act: Callab
     began, value, times = time.monotonic(), 0, 0
     faults: list[str] = []
     try:
-        while times < TIMES and not faults and time.monotonic() - began < 2 * BOUND:
+        while times < wanted and not faults and time.monotonic() - began < 2 * BOUND:
             try:
                 # Again after a while: what is raised inside a finalizer goes nowhere.
                 signal.setitimer(signal.ITIMER_REAL, chance.uniform(0.00005, 0.0015), 1.0)
@@ -124,17 +124,17 @@ def interrupt_always(line: Connection[Any, Any], clients: list[Any], act: Callab
 @pytest.mark.parametrize("neighbours", [0, 3], ids=["alone", "beside others"])
 @pytest.mark.parametrize("make", MAKES)
 def test_a_call_that_is_interrupted_at_any_moment_costs_nobody_a_reply_and_leaves_its_client_usable(
-    make: Any, neighbours: int
+    make: Any, neighbours: int, effort: Effort
 ) -> None:
-    transport = make()
+    transport, wanted = make(), effort.times(300, stress=2000)
     with (
         InferenceServer(double, transport),
-        Child("fork", interrupt_always, transport.clients(1 + neighbours), call) as child,
+        Child("fork", interrupt_always, transport.clients(1 + neighbours), call, effort.random(), wanted) as child,
     ):
         assert child.line.poll(3 * BOUND), "it hangs"
         faults, times, took = child.line.recv()
         assert not faults
-        assert times == TIMES, took
+        assert times == wanted, took
 
 
 def ask_anew(client: Any, value: int) -> Any:
@@ -148,13 +148,16 @@ def ask_anew(client: Any, value: int) -> Any:
         future.cancel()
 
 
-def test_a_submit_that_is_interrupted_at_any_moment_leaves_its_client_usable() -> None:
-    transport = MPTransport()
-    with InferenceServer(double, transport), Child("fork", interrupt_always, transport.clients(4), ask_anew) as child:
+def test_a_submit_that_is_interrupted_at_any_moment_leaves_its_client_usable(effort: Effort) -> None:
+    transport, wanted = MPTransport(), effort.times(300, stress=2000)
+    with (
+        InferenceServer(double, transport),
+        Child("fork", interrupt_always, transport.clients(4), ask_anew, effort.random(), wanted) as child,
+    ):
         assert child.line.poll(3 * BOUND), "it hangs"
         faults, times, took = child.line.recv()
         assert not faults
-        assert times == TIMES, took
+        assert times == wanted, took
 
 
 class Slow:

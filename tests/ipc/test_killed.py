@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import random
 import signal
 import sys
 import threading
@@ -30,16 +29,17 @@ from aioinfer import (
 )
 from aioinfer.ipc.sockets import connect_unix
 from aioinfer.testing import double, eventually, request
-from tests.leftovers import assert_no_memory_stays, is_there, running, shared_memory_of
-from tests.process_workers import HANG, METHODS, Child, answer, ask_always, clients_of
+from tests.effort import Effort
+from tests.leftovers import assert_no_memory_stays, is_there, shared_memory_of
+from tests.methods import SPAWN
+from tests.process_workers import HANG, Child, answer, ask_always, clients_of
+from tests.programs import running
 
 pytestmark = [
     pytest.mark.timeout(120),
     pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),  # 3.12: of a process that has threads
 ]
 
-KILLS = 100
-SEED = 20261120
 VICTIMS = 4
 Transport = MPTransport | ProcessSlotTransport
 
@@ -54,9 +54,8 @@ def transport_of(kind: str, slots: int) -> Transport:
 
 
 @pytest.mark.parametrize("kind", ["mp", "process-slots"])
-def test_workers_that_are_killed_at_any_moment_change_nothing_for_the_others(kind: str) -> None:
-    print("seed", SEED)
-    chance = random.Random(SEED)
+def test_workers_that_are_killed_at_any_moment_change_nothing_for_the_others(kind: str, effort: Effort) -> None:
+    chance = effort.random()
     transport = transport_of(kind, slots=4 * 2 + VICTIMS * 2)  # none to spare
     with ExitStack() as stack:
         steady = [
@@ -69,7 +68,7 @@ def test_workers_that_are_killed_at_any_moment_change_nothing_for_the_others(kin
         handed = [clients_of(transport, 2, blocking=index % 2 == 0) for index in range(VICTIMS)]
         victims: dict[int, Child] = {}
         try:
-            for kill in range(KILLS):
+            for kill in range(effort.times(20, stress=100)):
                 index = kill if kill < VICTIMS else chance.randrange(VICTIMS)
                 if index in victims:
                     assert not victims[index].line.poll(), victims[index].line.recv()
@@ -192,7 +191,13 @@ def call_until_it_fails(line: Connection[Any, Any], clients: list[Any]) -> None:
 
 @pytest.mark.parametrize("kind", ["mp", "process-slots"])
 @pytest.mark.parametrize(
-    ("method", "refusing"), [*[(method, False) for method in METHODS], ("fork", True)], ids=[*METHODS, "refusing"]
+    ("method", "refusing"),
+    [
+        pytest.param("fork", False, id="fork"),
+        pytest.param("forkserver", False, id="forkserver"),
+        pytest.param("spawn", False, id="spawn", marks=pytest.mark.stress),
+        pytest.param("fork", True, id="refusing"),
+    ],
 )
 def test_a_server_that_is_killed_ends_every_call_at_once(
     method: str, refusing: bool, kind: str, record_property: Callable[[str, object], None]
@@ -277,12 +282,11 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("kind", ["mp", "process-slots"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["fork", SPAWN])
 def test_a_program_that_is_killed_leaves_no_process_and_no_memory(method: str, kind: str, tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM.replace("METHOD", method).replace("KIND", kind))
     with running(program) as process:
-        assert process.stdout is not None
         said = {process.stdout.readline().strip() for _ in range(2)}
         (address,) = said - {"stands still"}
         assert address.startswith("@aioinfer-") or sys.platform != "linux"

@@ -13,7 +13,8 @@ import pytest
 
 from aioinfer import InferenceServer, MPTransport, ProcessSlotTransport, connect
 from aioinfer.testing import double, eventually, request
-from tests.process_workers import HANG, KINDS, METHODS, Child, call, client_of, outcome
+from tests.methods import METHODS
+from tests.process_workers import HANG, KINDS, Child, call, client_of, outcome
 from tests.transports import process_slots
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # 3.12: of a process that has threads

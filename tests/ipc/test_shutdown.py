@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from tensordict import TensorDictBase
 from aioinfer import InferenceServer, MPTransport, PeerDiedError, ServerClosedError, ServerPausedError
 from aioinfer.ipc.sockets import FramedSocket
 from aioinfer.testing import double, eventually, request
+from tests.effort import Effort
 from tests.process_workers import HANG, KINDS, Child, answer, ask_always, client_of, clients_of, outcome
 from tests.transports import process_slots
 
@@ -25,8 +25,6 @@ pytestmark = [
 ]
 
 MAKES: list[Any] = [process_slots, MPTransport]
-SEED = 12
-TURNS = 25
 
 
 def askers(transport: Any, forgiven: tuple[type[Exception], ...], size: int = 3) -> list[Child]:
@@ -38,7 +36,7 @@ def askers(transport: Any, forgiven: tuple[type[Exception], ...], size: int = 3)
 
 
 def shut_down_again_and_again(
-    server: InferenceServer, children: Sequence[Child], end: Callable[[], None], turns: int = TURNS
+    server: InferenceServer, children: Sequence[Child], end: Callable[[], None], turns: int
 ) -> None:
     """Serve as long as it takes that every client has had a reply, and ``end``; at last let the workers end too."""
     for _ in range(turns):
@@ -56,10 +54,10 @@ def shut_down_again_and_again(
 @pytest.mark.parametrize("bounded", [False, True], ids=["unbounded", "bounded"])
 @pytest.mark.parametrize("make", MAKES)
 def test_calls_end_whenever_the_server_shuts_down_and_are_answered_when_it_serves_again(
-    make: Any, bounded: bool
+    make: Any, bounded: bool, effort: Effort
 ) -> None:
     """A call that hangs, or that is answered with another one's reply, ends its worker with a message."""
-    chance = random.Random(SEED)
+    chance = effort.random()
     transport = make()
     with ExitStack() as stack:
         children = [stack.enter_context(child) for child in askers(transport, (ServerClosedError, PeerDiedError))]
@@ -69,13 +67,13 @@ def test_calls_end_whenever_the_server_shuts_down_and_are_answered_when_it_serve
             time.sleep(chance.uniform(0, 0.02))  # orders nothing: any moment
             server.shutdown(HANG, drain=chance.random() < 0.5)
 
-        shut_down_again_and_again(server, children, end)
+        shut_down_again_and_again(server, children, end, effort.times(8, stress=25))
         assert server.stats().pending == 0
 
 
 @pytest.mark.parametrize("make", MAKES)
-def test_calls_end_when_the_server_shuts_down_without_waiting_for_its_model(make: Any) -> None:
-    chance = random.Random(SEED)
+def test_calls_end_when_the_server_shuts_down_without_waiting_for_its_model(make: Any, effort: Effort) -> None:
+    chance = effort.random()
 
     def slow(td: Any) -> Any:
         time.sleep(0.005)
@@ -91,17 +89,17 @@ def test_calls_end_when_the_server_shuts_down_without_waiting_for_its_model(make
             server.shutdown(0)
             eventually(lambda: not server.is_alive)
 
-        shut_down_again_and_again(server, children, end)
+        shut_down_again_and_again(server, children, end, effort.times(8, stress=25))
 
 
 @pytest.mark.parametrize("make", MAKES)
-def test_pauses_that_refuse_end_calls_and_those_that_keep_them_answer_them_later(make: Any) -> None:
-    chance = random.Random(SEED)
+def test_pauses_that_refuse_end_calls_and_those_that_keep_them_answer_them_later(make: Any, effort: Effort) -> None:
+    chance = effort.random()
     transport = make()
     with ExitStack() as stack:
         children = [stack.enter_context(child) for child in askers(transport, (ServerPausedError,))]
         server = stack.enter_context(InferenceServer(answer, transport, max_batch_size=5))
-        for turn in range(TURNS):
+        for turn in range(effort.times(9, stress=25)):
             with server.paused(("keep", "wait", "reject")[turn % 3]):
                 time.sleep(chance.uniform(0, 0.01))  # orders nothing: any moment
             for child in children:
@@ -110,8 +108,8 @@ def test_pauses_that_refuse_end_calls_and_those_that_keep_them_answer_them_later
             child.end()
 
 
-def test_requests_of_a_megabyte_end_whenever_the_server_shuts_down() -> None:
-    chance = random.Random(SEED)
+def test_requests_of_a_megabyte_end_whenever_the_server_shuts_down(effort: Effort) -> None:
+    chance = effort.random()
     transport = MPTransport()
     with ExitStack() as stack:
         children = [
@@ -123,7 +121,7 @@ def test_requests_of_a_megabyte_end_whenever_the_server_shuts_down() -> None:
             time.sleep(chance.uniform(0, 0.02))  # orders nothing: any moment
             server.shutdown(HANG, drain=chance.random() < 0.5)
 
-        shut_down_again_and_again(server, children, end, turns=8)
+        shut_down_again_and_again(server, children, end, effort.times(4, stress=8))
 
 
 @pytest.mark.parametrize("kind", ["blocking", "awaiting"])

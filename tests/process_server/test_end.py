@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import select
 import signal
-import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -31,9 +30,9 @@ from tests.leftovers import (
     go_on,
     is_there,
     needs_descriptors,
-    running,
 )
 from tests.process_workers import hear
+from tests.programs import running
 from tests.weight_models import policy
 
 ROOT = Path(__file__).parents[2]
@@ -192,30 +191,31 @@ KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
 ENDS = {
     "it is killed while the server is idle": ("fork", "idle", KILLED),
     "it is killed while the server starts": ("fork", "starting", KILLED),
-    "it is killed while the model is stuck": ("spawn", "stuck", KILLED),
+    "it is killed while the model is stuck": ("fork", "stuck", KILLED),
+    "it is killed, with spawned processes": ("spawn", "stuck", KILLED),
     "it is interrupted, with all of its processes": ("fork", "idle", "os.killpg(0, signal.SIGINT); time.sleep(1000)"),
     "it forgets the server": ("fork", "stuck", ""),
 }
 
 
-@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize(
+    "end", [pytest.param(end, marks=pytest.mark.stress if "spawned" in end else []) for end in ENDS]
+)
 def test_a_program_that_ends_leaves_no_process_and_no_memory(end: str, tmp_path: Path) -> None:
     method, state, ending = ENDS[end]
     program, note = tmp_path / "program.py", tmp_path / "note"
     program.write_text(PROGRAM.replace("METHOD", method).replace("STATE", state).replace("END", ending))
-    with running(program, str(tmp_path / "entered"), str(note), stderr=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
+    with running(program, str(tmp_path / "entered"), str(note)) as process:
         said = process.stdout.readline().split()
-        assert said, process.stderr.read()
+        assert said, process.errors
         server, stranger = map(int, said)
         memory = go_on(process)
         process.wait(HANG)
         eventually(lambda: not is_there(server))  # though a process that was forked meanwhile lives
         with suppress(ProcessLookupError):
             os.kill(stranger, signal.SIGKILL)
-        assert "aioinfer-server" not in process.stderr.read()  # which a traceback of it would begin with
-    eventually(lambda: not is_there(-process.pid))
+        eventually(lambda: not is_there(-process.pid))
+        assert "aioinfer-server" not in process.errors  # which a traceback of it would begin with
     if state == "stuck":  # a worker hears that it is a shutdown, and no death
         assert note.read_text() == "ServerClosedError"
     assert_no_memory_stays(memory)

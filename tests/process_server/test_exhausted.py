@@ -30,8 +30,10 @@ from aioinfer.ipc.sockets import connect_unix
 from aioinfer.testing import eventually, request
 from aioinfer.testing.callers import is_double
 from tests import hosted
-from tests.hosted import HANG, METHODS, forked, kill, make_double, make_policy, slots
+from tests.effort import Effort
+from tests.hosted import HANG, forked, kill, make_double, make_policy, slots
 from tests.leftovers import needs_descriptors
+from tests.methods import SPAWN
 from tests.weight_models import mark_of, policy
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
@@ -74,7 +76,7 @@ def open_descriptors() -> int:
 
 
 @needs_descriptors
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["fork", SPAWN])
 def test_a_start_that_runs_out_of_descriptors_leaves_none_and_tells_its_callers(method: str) -> None:
     def attempt(left: int) -> bool:
         """Say whether there was a process."""
@@ -135,11 +137,11 @@ def test_a_process_that_finds_no_descriptor_refuses_the_weights_and_takes_the_ne
         assert server.policy_version == 1
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_process_that_is_killed_at_any_moment_is_missed_by_name(method: str) -> None:
-    rng = random.Random(method)
+@pytest.mark.parametrize("method", ["fork", SPAWN])
+def test_a_process_that_is_killed_at_any_moment_is_missed_by_name(method: str, effort: Effort) -> None:
+    rng = effort.random()
     before = open_descriptors()
-    for _ in range(30 if method == "fork" else 2):
+    for _ in range(effort.times(8, stress=30) if method == "fork" else 2):
         kill_at_any_moment(method, rng)
     eventually(lambda: open_descriptors() <= before + 2)  # what multiprocessing keeps
 

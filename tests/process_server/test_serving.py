@@ -18,7 +18,8 @@ from aioinfer import DispatchReason, MPTransport, ProcessInferenceServer, Weight
 from aioinfer.process_server.protocol import Command
 from aioinfer.testing import request
 from aioinfer.weight_sync import MultiProcessWeightSyncScheme, SharedMemWeightSyncScheme
-from tests.hosted import HANG, METHODS, freeze, make_policy, slots, weight_sender, worker
+from tests.hosted import HANG, freeze, make_policy, slots, weight_sender, worker
+from tests.methods import METHODS
 from tests.process_workers import hear
 from tests.weight_models import SCHEMES, mark, mark_of, policy
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ import pytest
 
 from aioinfer import ProcessInferenceServer, ServerClosedError, ServerNotRunningError, ServerPausedError
 from aioinfer.testing import eventually, request
+from tests.effort import Effort
 from tests.hosted import HANG, forked, has_pending_command, make_policy, weight_sender
 from tests.weight_models import mark_of, policy
 
@@ -87,10 +87,12 @@ def server() -> Iterator[ProcessInferenceServer]:
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_calls_that_a_signal_handler_interrupts_leave_nothing_behind(server: ProcessInferenceServer, verb: str) -> None:
-    call, rng = VERBS[verb], random.Random(verb)
+def test_calls_that_a_signal_handler_interrupts_leave_nothing_behind(
+    server: ProcessInferenceServer, verb: str, effort: Effort
+) -> None:
+    call, rng = VERBS[verb], effort.random()
     with alarm(interrupt) as ringing:
-        for _ in range(500):
+        for _ in range(effort.times(100, stress=500)):
             with suppress(Interrupt):
                 ringing.set(rng.uniform(1e-5, 2e-3))
                 while not ringing.rang:
@@ -104,9 +106,9 @@ def test_calls_that_a_signal_handler_interrupts_leave_nothing_behind(server: Pro
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_a_signal_handler_may_shut_the_server_down_whatever_it_interrupts(verb: str) -> None:
-    call, rng = VERBS[verb], random.Random(verb)
-    for _ in range(20):
+def test_a_signal_handler_may_shut_the_server_down_whatever_it_interrupts(verb: str, effort: Effort) -> None:
+    call, rng = VERBS[verb], effort.random()
+    for _ in range(effort.times(5, stress=20)):
         server = forked(make_policy).start()
         with alarm(server.shutdown) as ringing:
             began = time.monotonic()
@@ -119,9 +121,9 @@ def test_a_signal_handler_may_shut_the_server_down_whatever_it_interrupts(verb: 
         assert time.monotonic() - began < HANG
 
 
-def test_a_signal_handler_may_shut_down_a_server_that_starts_or_shuts_down() -> None:
-    rng = random.Random(0)
-    for _ in range(30):
+def test_a_signal_handler_may_shut_down_a_server_that_starts_or_shuts_down(effort: Effort) -> None:
+    rng = effort.random()
+    for _ in range(effort.times(8, stress=30)):
         server = forked(make_policy)
         reply = server.client().submit(request(0))
         with alarm(server.shutdown) as ringing:
@@ -136,10 +138,10 @@ def test_a_signal_handler_may_shut_down_a_server_that_starts_or_shuts_down() -> 
         reply.exception(HANG)  # it has ended, one way or the other
 
 
-def test_a_start_that_a_signal_handler_interrupts_leaves_no_process() -> None:
-    rng = random.Random(0)
+def test_a_start_that_a_signal_handler_interrupts_leaves_no_process(effort: Effort) -> None:
+    rng = effort.random()
     with alarm(interrupt) as ringing:
-        for _ in range(30):
+        for _ in range(effort.times(8, stress=30)):
             server = forked(make_policy)
             reply = server.client().submit(request(0))
             try:

@@ -24,6 +24,7 @@ from aioinfer.testing import eventually, request
 from aioinfer.weight_sync import NoWeightSyncScheme
 from tests import hosted
 from tests.hosted import HANG, HandsOut, forked, kill, make_double, make_policy, slots
+from tests.methods import SPAWN
 from tests.weight_models import mark, mark_of, policy
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
@@ -64,11 +65,12 @@ SPAWN_FAILURES: dict[str, tuple[Any, str]] = {
 }
 
 
+@pytest.mark.parametrize("method", ["forkserver", SPAWN])
 @pytest.mark.parametrize("failure", SPAWN_FAILURES)
-def test_what_keeps_a_spawned_server_from_starting_is_known_at_once(failure: str) -> None:
+def test_what_keeps_a_spawned_server_from_starting_is_known_at_once(failure: str, method: str) -> None:
     factory, expected = SPAWN_FAILURES[failure]
     with pytest.raises(ServerStartError, match=f"(?s){expected}"):
-        ProcessInferenceServer(factory, MPTransport()).start()
+        ProcessInferenceServer(factory, MPTransport(), ctx=method).start()
 
 
 def test_a_process_that_dies_before_it_has_read_a_large_factory_is_no_hang() -> None:
@@ -83,7 +85,7 @@ def test_a_process_that_dies_before_it_has_read_a_large_factory_is_no_hang() -> 
 
 def test_an_interrupt_while_the_process_starts_does_not_reach_it_nor_do_later_changes_of_the_factory() -> None:
     factory = HandsOut(policy(1.0))
-    server = ProcessInferenceServer(factory, slots())
+    server = ProcessInferenceServer(factory, slots(), ctx="forkserver")
     with ThreadPoolExecutor(1) as pool:
         starting = pool.submit(server.start)
         eventually(lambda: server.pid is not None)

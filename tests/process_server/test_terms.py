@@ -30,7 +30,8 @@ from aioinfer.testing import eventually, request
 from aioinfer.testing.callers import is_double
 from aioinfer.transports.processes import ProcessTransport
 from tests import hosted
-from tests.hosted import HANG, METHODS, forked, make_double, make_policy, slots, weight_sender, worker
+from tests.hosted import HANG, forked, make_double, make_policy, slots, weight_sender, worker
+from tests.methods import METHODS
 from tests.process_workers import hear
 from tests.weight_models import SCHEMES, mark_of, policy
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.leftovers import assert_no_memory_stays, go_on, running
+from tests.leftovers import assert_no_memory_stays, go_on
+from tests.programs import running
 
 _MEMORY = Path("/dev/shm")
 pytestmark = pytest.mark.skipif(not (sys.platform == "linux" and _MEMORY.is_dir()), reason=f"needs {_MEMORY}")
@@ -50,7 +51,6 @@ def test_memory_that_a_program_or_its_child_leaves_is_found_and_no_one_elses(nam
     program.write_text(PROGRAM)
     names[2].touch()
     with running(program, *map(str, names[:2])) as process:
-        assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         found = go_on(process)
         assert process.wait(20) == 0

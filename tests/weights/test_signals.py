@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import signal
 import threading
 import time
@@ -15,13 +14,11 @@ from types import FrameType
 import pytest
 
 from aioinfer import InferenceServer, ThreadingTransport, WeightSyncError
+from tests.effort import Effort
 from tests.weight_models import SCHEMES, Counter, mark, policy, sender_of
 from tests.weights.workers import HANG, Scheme, following, scheme, value_of
 
 __all__ = ["scheme"]
-
-INTERRUPTIONS = 700  # with each kind of error
-SECONDS = 10.0  # for all of them, at most
 
 pytestmark = [
     pytest.mark.timeout(90),
@@ -55,26 +52,26 @@ def repeat(step: Callable[[], object], seconds: float, error: Error) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def interruptions(step: Callable[[], object], check: Callable[[], object], error: Error) -> None:
+def interruptions(effort: Effort, step: Callable[[], object], check: Callable[[], object], error: Error) -> None:
     """Interrupt ``step`` at random moments; afterwards all must be well each time."""
-    chance, end = random.Random(1), time.monotonic() + SECONDS
+    chance = effort.random()
 
     def interrupt(_: int, frame: FrameType | None) -> None:
         raise error
 
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
-        for _ in range(INTERRUPTIONS):
+        for _ in range(effort.times(100, stress=700)):
             repeat(step, chance.uniform(1e-5, 1e-3), error)
             check()
-            if time.monotonic() > end:
-                break
     finally:
         signal.signal(signal.SIGALRM, before)
 
 
 @pytest.mark.parametrize("error", ERRORS)
-def test_a_send_that_is_interrupted_anywhere_leaves_everything_as_it_should_be(scheme: Scheme, error: Error) -> None:
+def test_a_send_that_is_interrupted_anywhere_leaves_everything_as_it_should_be(
+    scheme: Scheme, error: Error, effort: Effort
+) -> None:
     source, target = Counter(0), Counter(0)
     scheme.init_on_sender(model=source)
     number = 0
@@ -87,7 +84,7 @@ def test_a_send_that_is_interrupted_anywhere_leaves_everything_as_it_should_be(s
 
     with following(scheme, 0, target):
         scheme.connect(timeout=HANG)
-        interruptions(send, send, error)
+        interruptions(effort, send, send, error)
         scheme.send_async(Counter(-1))
         scheme.wait_async()
         assert value_of(target) == -1
@@ -98,11 +95,13 @@ def test_a_send_that_is_interrupted_anywhere_leaves_everything_as_it_should_be(s
 
 @pytest.mark.parametrize("make", SCHEMES)
 @pytest.mark.parametrize("verb", ["shutdown", "send"])
-def test_a_handler_may_use_the_scheme_whose_send_it_has_interrupted(make: Callable[..., Scheme], verb: str) -> None:
-    chance, interrupted = random.Random(2), 0
+def test_a_handler_may_use_the_scheme_whose_send_it_has_interrupted(
+    make: Callable[..., Scheme], verb: str, effort: Effort
+) -> None:
+    chance, interrupted = effort.random(), 0
     before = signal.getsignal(signal.SIGALRM)
     try:
-        for _ in range(100):
+        for _ in range(effort.times(25, stress=100)):
             scheme, target = make(timeout=HANG), Counter(0)
             use = scheme.shutdown if verb == "shutdown" else partial(scheme.send, Counter(1))
 
@@ -155,7 +154,9 @@ def test_a_receive_ends_when_a_handler_shuts_its_scheme_down(scheme: Scheme, unr
 
 
 @pytest.mark.parametrize("error", ERRORS)
-def test_a_receive_that_is_interrupted_anywhere_is_neither_torn_nor_unanswered(scheme: Scheme, error: Error) -> None:
+def test_a_receive_that_is_interrupted_anywhere_is_neither_torn_nor_unanswered(
+    scheme: Scheme, error: Error, effort: Effort
+) -> None:
     target, end = policy(0.0), threading.Event()
     scheme.init_on_sender(model=policy(0.0))
     own = scheme.for_worker(0)
@@ -181,7 +182,7 @@ def test_a_receive_that_is_interrupted_anywhere_is_neither_torn_nor_unanswered(s
     with ThreadPoolExecutor(1) as pool:
         training = pool.submit(train)
         try:
-            interruptions(lambda: own.receive(0.01), whole, error)
+            interruptions(effort, lambda: own.receive(0.01), whole, error)
         finally:
             end.set()
             while not training.done():
@@ -192,8 +193,8 @@ def test_a_receive_that_is_interrupted_anywhere_is_neither_torn_nor_unanswered(s
 
 
 @pytest.mark.parametrize("error", ERRORS)
-def test_a_server_follows_a_trainer_that_is_interrupted(scheme: Scheme, error: Error) -> None:
+def test_a_server_follows_a_trainer_that_is_interrupted(scheme: Scheme, error: Error, effort: Effort) -> None:
     scheme.init_on_sender(model=policy(0.0))
     with InferenceServer(policy(0.0), ThreadingTransport(), weight_sync=scheme.for_worker(0), swap_weights=True):
         scheme.connect(timeout=HANG)
-        interruptions(scheme.send, scheme.send, error)
+        interruptions(effort, scheme.send, scheme.send, error)
