@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import nox
 
 nox.needs_version = ">=2025.5"
@@ -12,8 +14,8 @@ nox.options.reuse_venv = "yes"
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 
 
-# Two processes take half of the time even on two cores: most tests wait. `-n 0` after ``--`` is for a debugger.
-IN_PARALLEL = ("--numprocesses=2", "--dist=worksteal")
+# One more than there are cores, as many tests wait. `-n 0` after ``--`` is for a debugger.
+IN_PARALLEL = (f"--numprocesses={(os.cpu_count() or 1) + 1}", "--maxprocesses=8", "--dist=worksteal")
 
 
 def install(session: nox.Session, *groups: str, package: str = ".") -> None:
@@ -27,6 +29,13 @@ def tests(session: nox.Session) -> None:
     """Run the tests; arguments after ``--`` go to pytest."""
     install(session, "test", package=".[demo,web]")
     session.run("pytest", *IN_PARALLEL, *session.posargs)
+
+
+@nox.session
+def stress(session: nox.Session) -> None:
+    """Try hundreds of times what goes wrong at random moments; all of it 20 times with ``-- --stress-count 20``."""
+    install(session, "test", package=".[demo,web]")
+    session.run("pytest", *IN_PARALLEL, "-m", "stress", *session.posargs)
 
 
 @nox.session

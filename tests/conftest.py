@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import multiprocessing
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import hypothesis
 import pytest
@@ -46,6 +48,14 @@ def _gradients_are_enabled() -> Iterator[None]:
     """What a signal handler raises as ``torch.no_grad`` is left keeps it from enabling them again."""
     yield
     torch.set_grad_enabled(True)
+
+
+@pytest.fixture
+def spawned_in_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the package spawns comes from a fork server, for tests that do not look at how it is started."""
+    get_context: Callable[[str | None], Any] = multiprocessing.get_context
+    methods: dict[str | None, str] = {"spawn": "forkserver"}
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method=None: get_context(methods.get(method, method)))
 
 
 @pytest.fixture

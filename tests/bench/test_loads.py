@@ -120,6 +120,7 @@ def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workloads, "WORKLOADS", small)
 
 
+@pytest.mark.usefixtures("spawned_in_a_moment")
 @pytest.mark.parametrize(
     ("name", "way", "figures"),
     [
@@ -176,6 +177,7 @@ def die(pipe: Pipe) -> None:
     os._exit(3)
 
 
+@pytest.mark.usefixtures("spawned_in_a_moment")
 def test_what_goes_wrong_in_the_other_process_is_told_in_this_one() -> None:
     with pytest.raises(RuntimeError, match=r"the other process failed: ConnectionError: refused"):
         Partner(fail)

@@ -83,6 +83,7 @@ class _RecordedServer(InferenceServer):
 # -- the command ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("spawned_in_a_moment")
 def test_a_run_that_reaches_the_goal_leaves_trained_weights_and_a_picture_and_ends_with_status_0(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -107,6 +108,7 @@ def test_a_run_that_reaches_the_goal_leaves_trained_weights_and_a_picture_and_en
     assert torch.get_num_threads() == torch_threads
 
 
+@pytest.mark.usefixtures("spawned_in_a_moment")
 def test_a_run_that_does_not_learn_says_so_and_ends_with_status_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -129,6 +131,7 @@ def test_a_run_that_does_not_learn_says_so_and_ends_with_status_1(
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.usefixtures("spawned_in_a_moment")
 def test_a_trainer_that_dies_ends_the_demo_with_status_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -215,7 +215,7 @@ async def test_a_server_in_another_process_that_is_killed_gives_503_until_the_ne
     address = str(tmp_path / "policy")
     body = {"observation": [1.0] * 3}
     async with (
-        ProcessInferenceServer(make_double, MPTransport(address=address)) as server,
+        ProcessInferenceServer(make_double, MPTransport(address=address), ctx="forkserver") as server,
         served(web.make_app(web.connected(address))) as port,
         browser(port) as http,
     ):

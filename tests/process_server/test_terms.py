@@ -242,7 +242,7 @@ def test_whatever_a_factory_raises_the_parent_hears_its_name(kind: type[BaseExce
 
 def test_whatever_unpickling_a_factory_raises_the_parent_hears_its_name() -> None:
     with pytest.raises(ServerStartError, match="SystemExit"):
-        ProcessInferenceServer(hosted.Rude("opened"), MPTransport()).start()
+        ProcessInferenceServer(hosted.Rude("opened"), MPTransport(), ctx="forkserver").start()
 
 
 def test_whatever_pickling_a_factory_raises_the_parent_hears_its_name() -> None:
