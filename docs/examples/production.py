@@ -39,7 +39,7 @@ async def serve() -> None:
         await asyncio.sleep(0.2)
         print("before:", probe(server))
         await stop.wait()
-        await server.aclose(timeout=10.0, drain=True)  # less than the orchestrator's own patience
+        await server.aclose(timeout=10.0, drain=True)  # in less time than the orchestrator grants
         print("after: ", probe(server))
         stats, replies = server.stats(), sum(await asyncio.gather(*callers))
     print("every reply arrived:", stats.ok == replies)
