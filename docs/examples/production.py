@@ -1,4 +1,4 @@
-"""SIGTERM ends a server in good order: it takes no more requests, serves those that wait, and says how it is."""
+"""SIGTERM ends a server in good order: it refuses new requests, serves the pending ones, and answers probes."""
 
 import asyncio
 import os
