@@ -20,7 +20,7 @@ from aioinfer.batching import BatchRule, DispatchReason
 from aioinfer.errors import ServerClosedError, clone_exception, describe
 from aioinfer.forward import ForwardPass, Outcome
 from aioinfer.futures import Future
-from aioinfer.stats import StatsRecorder
+from aioinfer.stats import BatchRecord, StatsRecorder
 from aioinfer.transports.queue import Request, RequestQueue, set_exceptions, set_results
 
 __all__ = ["ModelThread", "Pause", "PendingPolicy", "check_policy"]
@@ -322,13 +322,15 @@ class ModelThread:
         try:
             # Before the replies leave, so that a caller who has its reply finds it in the statistics.
             self._stats.batch(
-                reason=reason,
-                submitted_at=[request.submitted_at for request in outcome.requests],
-                taken_at=taken_at,
-                forward=outcome.seconds,
-                settled_at=time.perf_counter(),
-                ok=outcome.error is None,
-                cancelled=sum([request.receiver.done() for request in outcome.requests]),
+                BatchRecord(
+                    reason=reason,
+                    submitted_at=[request.submitted_at for request in outcome.requests],
+                    taken_at=taken_at,
+                    forward=outcome.seconds,
+                    settled_at=time.perf_counter(),
+                    ok=outcome.error is None,
+                    cancelled=sum([request.receiver.done() for request in outcome.requests]),
+                )
             )
             if outcome.replies is not None:
                 set_results(outcome.requests, outcome.replies)

@@ -27,9 +27,8 @@ from aioinfer.devices import Model, place
 from aioinfer.errors import ServerClosedError, ServerNotRunningError, clone_exception
 from aioinfer.forward import CollateFn, ForwardPass
 from aioinfer.futures import Future, run_in_thread
-from aioinfer.health import Health
 from aioinfer.model_thread import ModelThread, Pause, PendingPolicy, check_policy
-from aioinfer.stats import ServerStats, StatsRecorder
+from aioinfer.stats import Health, ServerStats, StatsRecorder
 from aioinfer.transports.base import Transport
 from aioinfer.transports.polling import InferenceTransport
 from aioinfer.transports.processes import ProcessTransport

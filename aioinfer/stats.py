@@ -1,4 +1,4 @@
-"""Statistics of a server: a frozen snapshot, and the recorder that fills it."""
+"""Statistics and health of a server: the frozen snapshots that users get, and the recorder that counts."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from aioinfer.batching import DispatchReason
 
-__all__ = ["Percentiles", "ServerStats", "StatsRecorder"]
+__all__ = ["BatchRecord", "Health", "Percentiles", "ServerStats", "StatsRecorder"]
 
 # Percentiles are over the latest requests; at 4 000 requests/s that is two seconds.
 _WINDOW_REQUESTS = 8192
+
+_COUNTS = ("ok", "failed", "cancelled", "rejected", "failed_passes", "weight_updates", "refused_updates")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,19 +88,66 @@ def _restored(values: dict[str, Any]) -> ServerStats:
     return ServerStats(**{**values, "batches": MappingProxyType(values["batches"])})
 
 
-class StatsRecorder:
-    """Counts what happens. Any thread records and takes snapshots.
+@dataclass(frozen=True, slots=True)
+class Health:
+    """The health of a server: ``alive`` is about its process or its model thread, ``ready`` about whether it serves.
 
-    One batch costs a few microseconds here, whatever its size: times are kept as they are and
-    only a snapshot works them out.
+    Attributes:
+        alive: whether the process runs, for a server in a process of its own; otherwise whether the model thread runs.
+        ready: whether the server serves requests.
+        pid: the process that serves; ``None`` before a server in a process of its own has started.
+        policy_version: the version of the weights in use; ``None`` if the process did not answer.
+        pending: number of requests that wait now; ``None`` if the process did not answer.
+        exit_code: of a process that has ended; a negative one is the signal that killed it; ``None`` if unknown.
+        reason: why the server is not ready: it starts, it does not answer, its model thread died, it was killed, it is
+            shut down. Empty if it is ready.
+    """
+
+    alive: bool
+    ready: bool
+    pid: int | None = None
+    policy_version: int | None = None
+    pending: int | None = None
+    exit_code: int | None = None
+    reason: str = ""
+
+
+class BatchRecord(NamedTuple):
+    """One forward pass, and the requests that it settled: none if it failed and its halves run again.
+
+    Attributes:
+        reason: why the batch left the queue.
+        submitted_at: for each request, the time of its ``submit``, by ``time.perf_counter`` as all times here.
+        taken_at: the time at which the batch left the queue.
+        forward: duration of the pass in seconds.
+        settled_at: the time at which the replies were handed over.
+        ok: whether the pass returned replies.
+        cancelled: number of the requests whose callers had gone away.
+    """
+
+    reason: DispatchReason
+    submitted_at: Sequence[float]
+    taken_at: float
+    forward: float
+    settled_at: float
+    ok: bool
+    cancelled: int
+
+
+class StatsRecorder:
+    """Counts requests, batches and weight updates. Any thread records and takes snapshots.
+
+    One batch costs a few microseconds here, whatever its size: times are kept as they are, and only a snapshot
+    computes percentiles.
 
     The model thread never waits here: the main thread may hold ``_lock`` while a signal handler of it runs, and that
-    may wait for the model thread. So what is recorded goes into ``_news``, and whoever gets the lock works it off.
+    handler may wait for the model thread. So a thread appends its record to ``_records``, and the next thread that
+    gets the lock counts it. All other attributes belong to the holder of the lock.
     """
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._news: deque[Callable[[], None]] = deque()
+        self._records: deque[Callable[[], None]] = deque()
         self._clear()
 
     def forget_parent(self) -> None:
@@ -106,109 +155,83 @@ class StatsRecorder:
         self._lock = threading.RLock()
 
     def _clear(self) -> None:
-        self._ok = self._failed = self._cancelled = self._rejected = self._batched = self._failed_passes = 0
-        self._updates = self._refused_updates = 0
+        self._counts: Counter[str] = Counter()  # by the names that they have in ServerStats
         self._batches: Counter[DispatchReason] = Counter()
-        # (submitted_at of each request, taken_at, forward seconds, settled_at) of the latest batches
-        self._window: deque[tuple[Sequence[float], float, float, float]] = deque()
+        self._batched = 0
+        self._window: deque[BatchRecord] = deque()  # the latest batches
         self._in_window = 0
 
-    def _record(self, news: Callable[[], None]) -> None:
-        self._news.append(news)
+    def _record(self, count: Callable[[], None]) -> None:
+        self._records.append(count)
         if threading.current_thread() is threading.main_thread():
-            with self._lock:  # the only thread that a signal interrupts: in a with statement it leaves no lock behind
-                self._work_off()
+            with self._lock:  # the only thread that a signal interrupts: a with statement leaves no lock behind
+                self._count_records()
         elif self._lock.acquire(blocking=False):
             try:
-                self._work_off()
+                self._count_records()
             finally:
                 self._lock.release()
 
-    def _work_off(self) -> None:
+    def _count_records(self) -> None:
         """Under the lock."""
-        while self._news:
-            self._news.popleft()()
+        while self._records:
+            self._records.popleft()()
 
     def reject(self) -> None:
         """Count a request that was refused at ``submit``."""
-        self._record(partial(self._add, "_rejected", 1))
+        self._record(partial(self._add, "rejected", 1))
 
     def cancel(self, count: int) -> None:
         """Count requests that were dropped because their callers went away."""
-        self._record(partial(self._add, "_cancelled", count))
+        self._record(partial(self._add, "cancelled", count))
 
     def fail(self, count: int) -> None:
         """Count requests that ended with an error outside of a forward pass."""
-        self._record(partial(self._add, "_failed", count))
+        self._record(partial(self._add, "failed", count))
 
     def update(self, *, applied: bool) -> None:
         """Count an update of the weights."""
-        self._record(partial(self._add, "_updates" if applied else "_refused_updates", 1))
+        self._record(partial(self._add, "weight_updates" if applied else "refused_updates", 1))
+
+    def batch(self, batch: BatchRecord) -> None:
+        """Count one forward pass and the requests that it settled."""
+        self._record(partial(self._add_batch, batch))
 
     def _add(self, name: str, count: int) -> None:
-        setattr(self, name, getattr(self, name) + count)
+        self._counts[name] += count
 
-    def batch(
-        self,
-        *,
-        reason: DispatchReason,
-        submitted_at: Sequence[float],
-        taken_at: float,
-        forward: float,
-        settled_at: float,
-        ok: bool,
-        cancelled: int,
-    ) -> None:
-        """Record one forward pass and the requests that it settled; none if it failed and is run again in parts."""
-        self._record(partial(self._add_batch, reason, submitted_at, taken_at, forward, settled_at, ok, cancelled))
-
-    def _add_batch(
-        self,
-        reason: DispatchReason,
-        submitted_at: Sequence[float],
-        taken_at: float,
-        forward: float,
-        settled_at: float,
-        ok: bool,
-        cancelled: int,
-    ) -> None:
-        self._batches[reason] += 1
-        self._batched += len(submitted_at)
-        self._cancelled += cancelled
-        if ok:
-            self._ok += len(submitted_at) - cancelled
-        else:
-            self._failed += len(submitted_at) - cancelled
-            self._failed_passes += 1
-        self._window.append((submitted_at, taken_at, forward, settled_at))
-        self._in_window += len(submitted_at)
+    def _add_batch(self, batch: BatchRecord) -> None:
+        requests = len(batch.submitted_at)
+        self._batches[batch.reason] += 1
+        self._batched += requests
+        self._counts["cancelled"] += batch.cancelled
+        self._counts["ok" if batch.ok else "failed"] += requests - batch.cancelled
+        self._counts["failed_passes"] += not batch.ok
+        self._window.append(batch)
+        self._in_window += requests
         while self._in_window > _WINDOW_REQUESTS and len(self._window) > 1:
-            self._in_window -= len(self._window.popleft()[0])
+            self._in_window -= len(self._window.popleft().submitted_at)
 
     def snapshot(
         self, *, pending: int, version: int = 0, trainer: bool | None = None, reset: bool = False
     ) -> ServerStats:
-        """Freeze the counts, beside what the server says of this moment; ``reset`` starts anew in the same step."""
+        """Freeze the counts, beside the server's own values of this moment; ``reset`` starts anew in the same step."""
         with self._lock:
-            self._work_off()
-            window = tuple(self._window)
-            counts = (self._ok, self._failed, self._cancelled, self._rejected)
-            batches, batched = dict(self._batches), self._batched
-            updates, refused_updates, failed_passes = self._updates, self._refused_updates, self._failed_passes
+            self._count_records()
+            window, counts, batches, batched = tuple(self._window), self._counts, self._batches, self._batched
             if reset:
                 self._clear()
+            else:
+                counts, batches = counts.copy(), batches.copy()
         passes = sum(batches.values())
         return ServerStats(
-            *counts,
+            **{name: counts[name] for name in _COUNTS},
             pending=pending,
-            batches=MappingProxyType(batches),
+            batches=MappingProxyType(dict(batches)),
             mean_batch_size=batched / passes if passes else 0.0,
-            queue_wait=Percentiles.of([taken - at for submitted, taken, _, _ in window for at in submitted]),
-            forward=Percentiles.of([forward for _, _, forward, _ in window]),
-            request=Percentiles.of([settled - at for submitted, _, _, settled in window for at in submitted]),
-            failed_passes=failed_passes,
+            queue_wait=Percentiles.of([batch.taken_at - at for batch in window for at in batch.submitted_at]),
+            forward=Percentiles.of([batch.forward for batch in window]),
+            request=Percentiles.of([batch.settled_at - at for batch in window for at in batch.submitted_at]),
             policy_version=version,
-            weight_updates=updates,
-            refused_updates=refused_updates,
             trainer_connected=trainer,
         )

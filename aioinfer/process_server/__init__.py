@@ -1,6 +1,6 @@
 """A server in a process of its own."""
 
-from aioinfer.health import Health
 from aioinfer.process_server.server import ProcessInferenceServer
+from aioinfer.stats import Health
 
 __all__ = ["Health", "ProcessInferenceServer"]

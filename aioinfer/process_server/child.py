@@ -22,14 +22,13 @@ import anyio
 import anyio.to_thread
 
 from aioinfer.errors import ModelError, ServerClosedError, WeightSyncError, clone_exception
-from aioinfer.health import Health
 from aioinfer.ipc.pickling import dump_exception, dumps, loads
 from aioinfer.ipc.queue import DescriptorQueue
 from aioinfer.ipc.sockets import NUMBER, FramedSocket, frame, header
 from aioinfer.model_thread import PendingPolicy
 from aioinfer.process_server.protocol import Command, Response, ServerConfig, SharedVersion
 from aioinfer.server import InferenceServer
-from aioinfer.stats import ServerStats
+from aioinfer.stats import Health, ServerStats
 from aioinfer.weight_sync.snapshot import SnapshotReader
 from aioinfer.weight_sync.weights import to_strategy
 

@@ -23,7 +23,6 @@ from aioinfer.client import AsyncInferenceClient, InferenceClient
 from aioinfer.devices import Model
 from aioinfer.errors import InferenceError, PeerDiedError, ServerClosedError
 from aioinfer.futures import LockFreeFuture
-from aioinfer.health import Health
 from aioinfer.ipc.queue import DescriptorQueue
 from aioinfer.ipc.sockets import FramedSocket
 from aioinfer.model_thread import PendingPolicy, check_policy
@@ -39,7 +38,7 @@ from aioinfer.process_server.parent import (
 )
 from aioinfer.process_server.protocol import Command, ServerConfig, SharedVersion
 from aioinfer.server import InferenceServer
-from aioinfer.stats import ServerStats
+from aioinfer.stats import Health, ServerStats
 from aioinfer.transports.local import ThreadingTransport
 from aioinfer.transports.processes import GivenTransport, ProcessTransport
 from aioinfer.weight_sync.weights import WeightsLike

@@ -1,4 +1,4 @@
-"""For those who write a transport, or test code around a server.
+"""Test support: the contract of transports as a test suite, and models and callers for tests of your own.
 
 from aioinfer.testing import check_transport
 
@@ -11,7 +11,7 @@ from aioinfer.testing.callers import (
     BlockingCallers,
     Callers,
     GatedModel,
-    Ground,
+    TransportHarness,
     double,
     eventually,
     request,
@@ -24,7 +24,7 @@ __all__ = [
     "BlockingCallers",
     "Callers",
     "GatedModel",
-    "Ground",
+    "TransportHarness",
     "check_transport",
     "double",
     "eventually",

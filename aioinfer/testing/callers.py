@@ -1,4 +1,4 @@
-"""Callers of both kinds, a model with a gate, and the ground where a server meets them."""
+"""Callers of both kinds, a model with a gate, and the harness where a server meets them."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from aioinfer.server import InferenceServer
 from aioinfer.transports.polling import InferenceTransport
 
 __all__ = [
-    "HANG",
+    "HANG_TIMEOUT",
     "AwaitingCallers",
     "BlockingCallers",
     "Callers",
     "GatedModel",
-    "Ground",
+    "TransportHarness",
     "double",
     "eventually",
     "expect_error",
@@ -39,8 +39,8 @@ __all__ = [
 T = TypeVar("T")
 E = TypeVar("E", bound=BaseException)
 
-HANG = 20.0
-"""Seconds after which something counts as hanging."""
+HANG_TIMEOUT = 20.0
+"""Seconds after which a call counts as hanging."""
 
 _SHORT = 0.05  # seconds in which a refusal comes
 
@@ -55,7 +55,7 @@ def double(td: TensorDictBase) -> TensorDictBase:
     return TensorDict({"action": td["observation"] * 2}, batch_size=td.batch_size)
 
 
-def eventually(condition: Callable[[], bool], *, within: float = HANG) -> None:
+def eventually(condition: Callable[[], bool], *, within: float = HANG_TIMEOUT) -> None:
     """Wait until ``condition`` holds.
 
     Raises:
@@ -68,7 +68,7 @@ def eventually(condition: Callable[[], bool], *, within: float = HANG) -> None:
 
 
 def is_double(reply: TensorDictBase, value: float) -> bool:
-    """Whether a reply is what :func:`double` makes of ``request(value)``."""
+    """Whether a reply is the one of :func:`double` to ``request(value)``."""
     return bool((reply["action"] == 2 * value).all())
 
 
@@ -86,15 +86,17 @@ def raises(kind: type[E], action: Callable[[], Any]) -> E:
 
 def expect_error(kind: type[E], reply: Future[TensorDictBase]) -> E:
     """Return the error that a call ends with."""
-    return raises(kind, lambda: reply.result(HANG))
+    return raises(kind, lambda: reply.result(HANG_TIMEOUT))
 
 
 class GatedModel:
-    """A model that stands still until its gate is opened, and remembers what it saw.
+    """A model whose forward pass waits until a gate is opened, and which records the batches that it got.
+
+    The model thread computes; the test's thread opens the gate and reads the records.
 
     Args:
-        model: what to compute behind the gate.
-        key: the entry to remember, which may be nested; ``None`` takes the first tensor of the batch.
+        model: computes the replies once the gate is open.
+        key: the entry to record, which may be nested; ``None`` takes the first tensor of the batch.
     """
 
     def __init__(
@@ -104,7 +106,7 @@ class GatedModel:
         self._key = key
         self._gate = threading.Event()
         self.entered = threading.Event()
-        """Set as soon as a batch stands at the gate."""
+        """Set as soon as a batch waits at the gate."""
         self.batches: list[list[float]] = []
         """For each forward pass, the first element of each row of the entry."""
 
@@ -112,7 +114,7 @@ class GatedModel:
         rows = self._entry(td)
         self.batches.append(rows.reshape(rows.shape[0], -1)[:, 0].tolist())
         self.entered.set()
-        assert self._gate.wait(HANG), "nobody opened the gate"
+        assert self._gate.wait(HANG_TIMEOUT), "nobody opened the gate"
         return self._model(td)
 
     def _entry(self, td: TensorDictBase) -> Tensor:
@@ -130,7 +132,7 @@ class GatedModel:
 
     @property
     def seen(self) -> set[float]:
-        """All that is in :attr:`batches`: of each request that reached the model, one element."""
+        """The values of all :attr:`batches`: for each request that reached the model, one element."""
         return {value for batch in self.batches for value in batch}
 
 
@@ -167,7 +169,7 @@ class Callers(ABC):
     def refused(self, index: int, td: Any) -> bool:
         """Whether the server refuses a request of caller ``index``; one that it takes is cancelled."""
         try:
-            self.call(index, td, timeout=_SHORT).result(HANG)
+            self.call(index, td, timeout=_SHORT).result(HANG_TIMEOUT)
         except InferenceError:
             return True
         except TimeoutError:
@@ -256,15 +258,15 @@ class AwaitingCallers(Callers):
         return lambda: self._portal.call(cancel)
 
 
-class Ground:
-    """Where a check of the contract takes place: a transport and a kind of caller.
+class TransportHarness:
+    """Serves a model to callers, for the checks of the contract: over one transport, with one kind of caller.
 
     Args:
         transport: makes a fresh transport with room for 16 clients; for ``fixed_layout``, given a request and a reply.
         callers: the kind of caller.
-        drops_cancelled: whether the transport keeps a cancelled request from being computed.
+        drops_cancelled: whether the transport drops a request that is cancelled before its batch left.
         fixed_layout: whether the transport takes requests of one layout only.
-        remote: whether replies travel to other processes, so that a caller gets copies of what the model raised.
+        remote: whether replies travel to other processes, so that a caller gets copies of the exceptions of the model.
     """
 
     def __init__(
@@ -286,12 +288,12 @@ class Ground:
     def serve(
         self, model: Any, *, start: bool = True, reply: TensorDict | None = None, **options: Any
     ) -> Iterator[tuple[InferenceServer, Callers]]:
-        """Host a server, and callers on it; both are gone afterwards, also if a gate was left closed.
+        """Run a server and its callers until the end of the block, also if a gate was left closed.
 
         Args:
-            model: what is served.
-            start: whether the server runs from the beginning.
-            reply: an example of what the model makes of a request, if that is not what :func:`double` does.
+            model: the model to serve.
+            start: whether the server is started.
+            reply: an example of a reply, if the model does not compute :func:`double`.
             options: of the server.
         """
         layouts = (request(0), double(request(0)) if reply is None else reply) if self.fixed_layout else ()

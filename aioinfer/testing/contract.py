@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from aioinfer.testing import endings, replies
-from aioinfer.testing.callers import AwaitingCallers, BlockingCallers, Ground
+from aioinfer.testing import lifecycle_checks, reply_checks
+from aioinfer.testing.callers import AwaitingCallers, BlockingCallers, TransportHarness
 from aioinfer.transports.polling import InferenceTransport
 
 __all__ = ["CHECKS", "check_transport"]
 
-CHECKS: tuple[Callable[[Ground], None], ...] = (*replies.CHECKS, *endings.CHECKS)
+CHECKS: tuple[Callable[[TransportHarness], None], ...] = (*reply_checks.CHECKS, *lifecycle_checks.CHECKS)
 
 
 def check_transport(transport: Callable[[], InferenceTransport], *, drops_cancelled: bool = False) -> None:
@@ -28,7 +28,7 @@ def check_transport(transport: Callable[[], InferenceTransport], *, drops_cancel
     for callers in (BlockingCallers, AwaitingCallers):
         for check in CHECKS:
             try:
-                check(Ground(transport, callers, drops_cancelled=drops_cancelled))
+                check(TransportHarness(transport, callers, drops_cancelled=drops_cancelled))
             except Exception as failure:
                 failure.add_note(f"{check.__name__}, {callers.__name__}: {check.__doc__}")
                 failures.append(failure)

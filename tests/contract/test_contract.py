@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from aioinfer.testing import CHECKS, AwaitingCallers, BlockingCallers, Callers, Ground
+from aioinfer.testing import CHECKS, AwaitingCallers, BlockingCallers, Callers, TransportHarness
 from tests.transports import CANNOT_DROP_CANCELLED, FIXED_LAYOUT, REMOTE, TRANSPORTS
 
 
@@ -12,13 +12,13 @@ from tests.transports import CANNOT_DROP_CANCELLED, FIXED_LAYOUT, REMOTE, TRANSP
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_every_transport_holds_the_contract(
-    check: Callable[[Ground], None], transport: str, callers: type[Callers]
+    check: Callable[[TransportHarness], None], transport: str, callers: type[Callers]
 ) -> None:
-    ground = Ground(
+    harness = TransportHarness(
         TRANSPORTS[transport],
         callers,
         drops_cancelled=transport not in CANNOT_DROP_CANCELLED,
         fixed_layout=transport in FIXED_LAYOUT,
         remote=transport in REMOTE,
     )
-    check(ground)
+    check(harness)

@@ -12,7 +12,16 @@ from tensordict import TensorDict, TensorDictBase
 
 from aioinfer import InferenceServer
 from aioinfer.modes import long_lived
-from aioinfer.testing import CHECKS, AwaitingCallers, BlockingCallers, Callers, Ground, double, eventually, request
+from aioinfer.testing import (
+    CHECKS,
+    AwaitingCallers,
+    BlockingCallers,
+    Callers,
+    TransportHarness,
+    double,
+    eventually,
+    request,
+)
 from aioinfer.testing.callers import is_double
 from tests.transports import CANNOT_DROP_CANCELLED, FIXED_LAYOUT, REMOTE, TRANSPORTS
 
@@ -100,7 +109,7 @@ def test_the_contract_holds_inside_a_mode(mode: str, transport: str, callers: ty
         with MODES[mode]():
             return TRANSPORTS[transport](*layouts)
 
-    ground = Ground(
+    harness = TransportHarness(
         make,
         Inside(callers, MODES[mode]),
         drops_cancelled=transport not in CANNOT_DROP_CANCELLED,
@@ -109,7 +118,7 @@ def test_the_contract_holds_inside_a_mode(mode: str, transport: str, callers: ty
     )
     with default_dtype() if mode == "dtype" else nullcontext():  # which is every thread's
         for check in TELLING:
-            check(ground)
+            check(harness)
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)

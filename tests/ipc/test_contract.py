@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 
-from aioinfer.testing import CHECKS, Ground, eventually
+from aioinfer.testing import CHECKS, TransportHarness, eventually
 from tests.ipc.callers import AwaitingElsewhere, BlockingElsewhere, Worker
 from tests.methods import SPAWN
 from tests.process_workers import HANG
@@ -35,15 +35,15 @@ CHECKED = [pytest.param(check, id=check.__name__, marks=SKIPPED.get(check.__name
 @pytest.mark.parametrize("transport", ["mp", "process-slots"])
 @pytest.mark.parametrize("check", CHECKED)
 def test_the_contract_holds_for_callers_of_another_process(
-    check: Callable[[Ground], None],
+    check: Callable[[TransportHarness], None],
     transport: str,
     callers: type[BlockingElsewhere] | type[AwaitingElsewhere],
     worker: Worker,
 ) -> None:
-    ground = Ground(
+    harness = TransportHarness(
         TRANSPORTS[transport], partial(callers, worker), fixed_layout=transport in FIXED_LAYOUT, remote=True
     )
-    check(ground)
+    check(harness)
 
 
 def test_clients_that_were_dropped_have_left_no_descriptor_in_their_process(worker: Worker) -> None:

@@ -6,19 +6,12 @@ import threading
 import pytest
 
 from aioinfer import DispatchReason, Percentiles, ServerStats
-from aioinfer.stats import StatsRecorder
+from aioinfer.stats import BatchRecord, StatsRecorder
 
 
 def record(recorder: StatsRecorder, count: int, *, ok: bool = True, cancelled: int = 0) -> None:
-    recorder.batch(
-        reason=DispatchReason.IDLE,
-        submitted_at=[float(i) for i in range(count)],
-        taken_at=100.0,
-        forward=0.5,
-        settled_at=101.0,
-        ok=ok,
-        cancelled=cancelled,
-    )
+    submitted_at = [float(i) for i in range(count)]
+    recorder.batch(BatchRecord(DispatchReason.IDLE, submitted_at, 100.0, 0.5, 101.0, ok, cancelled))
 
 
 def test_percentiles_are_those_of_the_definition() -> None:
@@ -64,7 +57,7 @@ def test_memory_is_bounded() -> None:
     recorder = StatsRecorder()
     for _ in range(10_000):
         record(recorder, 64)
-    assert sum(len(batch[0]) for batch in recorder._window) <= 8192
+    assert sum(len(batch.submitted_at) for batch in recorder._window) <= 8192
     record(recorder, 20_000)
     assert len(recorder._window) == 1
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from tensordict import TensorDict, TensorDictBase
 
-from aioinfer.testing import BlockingCallers, GatedModel, Ground
+from aioinfer.testing import BlockingCallers, GatedModel, TransportHarness
 from aioinfer.testing.callers import raises
-from aioinfer.testing.replies import a_request_that_the_model_cannot_serve_fails_alone
+from aioinfer.testing.reply_checks import a_request_that_the_model_cannot_serve_fails_alone
 from tests.transports import FiveVerbs
 
 
@@ -57,7 +57,7 @@ class ReturnsErrors(FiveVerbs):
 
 def test_the_contract_says_that_an_error_was_returned_and_not_raised() -> None:
     with pytest.raises(AssertionError) as failed:
-        a_request_that_the_model_cannot_serve_fails_alone(Ground(ReturnsErrors, BlockingCallers))
+        a_request_that_the_model_cannot_serve_fails_alone(TransportHarness(ReturnsErrors, BlockingCallers))
     said = str(failed.value)
     assert said.startswith("expected the call to raise ArithmeticError, but it returned the error as its reply: ")
     assert said.endswith("ArithmeticError('negative')")

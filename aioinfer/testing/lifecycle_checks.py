@@ -1,12 +1,12 @@
-"""What every transport must hold when callers go away, when too many come, and when the server ends."""
+"""Checks of the transport contract: cancellation, the bounded queue, shutdown and restart."""
 
 from __future__ import annotations
 
 from aioinfer.errors import ServerClosedError, ServerOverloadedError
 from aioinfer.testing.callers import (
-    HANG,
+    HANG_TIMEOUT,
     GatedModel,
-    Ground,
+    TransportHarness,
     double,
     eventually,
     expect_error,
@@ -20,63 +20,63 @@ __all__ = ["CHECKS"]
 # -- callers that go away ----------------------------------------------------------------------------------
 
 
-def a_cancelled_request_changes_nobody_elses(ground: Ground) -> None:
+def a_cancelled_request_changes_nobody_elses(harness: TransportHarness) -> None:
     """Cancelled while it waits it is not computed, where the transport can; its neighbours get their replies."""
     model = GatedModel()
-    with ground.serve(model) as (server, callers):
+    with harness.serve(model) as (server, callers):
         first = callers.call(0, request(0))
-        assert model.entered.wait(HANG)
+        assert model.entered.wait(HANG_TIMEOUT)
         cancels = [callers.submit(index, request(index)) for index in range(1, 5)]
         others = [callers.call(index, request(index)) for index in range(5, 9)]
         eventually(lambda: server.stats().pending == 8)
         for cancel in cancels:
             cancel()
         model.open()
-        assert is_double(first.result(HANG), 0)
+        assert is_double(first.result(HANG_TIMEOUT), 0)
         for index, reply in enumerate(others, 5):
-            assert is_double(reply.result(HANG), index)
+            assert is_double(reply.result(HANG_TIMEOUT), index)
         for index in range(1, 5):  # their clients are usable again
-            assert is_double(callers.call(index, request(10 + index)).result(HANG), 10 + index)
-        if ground.drops_cancelled:
+            assert is_double(callers.call(index, request(10 + index)).result(HANG_TIMEOUT), 10 + index)
+        if harness.drops_cancelled:
             assert not model.seen & {1, 2, 3, 4}
             assert server.stats().cancelled == 4
 
 
-def a_request_cancelled_in_its_forward_pass_changes_nobody_elses(ground: Ground) -> None:
+def a_request_cancelled_in_its_forward_pass_changes_nobody_elses(harness: TransportHarness) -> None:
     """Its reply is thrown away, and its client is usable at once."""
     model = GatedModel()
-    with ground.serve(model) as (_, callers):
+    with harness.serve(model) as (_, callers):
         cancel = callers.submit(0, request(0))
-        assert model.entered.wait(HANG)
+        assert model.entered.wait(HANG_TIMEOUT)
         cancel()
         replies = [callers.call(index, request(10 + index)) for index in range(3)]
         model.open()
         for index, reply in enumerate(replies):
-            assert is_double(reply.result(HANG), 10 + index)
+            assert is_double(reply.result(HANG_TIMEOUT), 10 + index)
 
 
-def a_call_that_times_out_leaves_its_client_usable(ground: Ground) -> None:
+def a_call_that_times_out_leaves_its_client_usable(harness: TransportHarness) -> None:
     """``TimeoutError`` comes on time, and the stale reply is never taken for a fresh one."""
     model = GatedModel()
-    with ground.serve(model) as (_, callers):
+    with harness.serve(model) as (_, callers):
         for turn in range(3):
             expect_error(TimeoutError, callers.call(0, request(turn), timeout=0.01))
         reply = callers.call(0, request(7))
         model.open()
-        assert is_double(reply.result(HANG), 7)
+        assert is_double(reply.result(HANG_TIMEOUT), 7)
         for turn in range(20):
-            assert is_double(callers.call(0, request(turn)).result(HANG), turn)
+            assert is_double(callers.call(0, request(turn)).result(HANG_TIMEOUT), turn)
 
 
 # -- a bounded queue ---------------------------------------------------------------------------------------
 
 
-def a_full_queue_refuses_at_once(ground: Ground) -> None:
+def a_full_queue_refuses_at_once(harness: TransportHarness) -> None:
     """Past ``max_pending`` a caller is refused, or waits for room if it asked to."""
     model = GatedModel()
-    with ground.serve(model, max_pending=2) as (server, callers):
+    with harness.serve(model, max_pending=2) as (server, callers):
         replies = [callers.call(0, request(0))]
-        assert model.entered.wait(HANG)
+        assert model.entered.wait(HANG_TIMEOUT)
         eventually(lambda: server.stats().pending == 0)
         replies += [callers.call(index, request(index)) for index in (1, 2)]
         eventually(lambda: server.stats().pending == 2)
@@ -85,71 +85,71 @@ def a_full_queue_refuses_at_once(ground: Ground) -> None:
         waiting = [callers.call(index, request(index), wait=True) for index in range(4, 9)]
         model.open()
         for index, reply in zip((0, 1, 2, 4, 5, 6, 7, 8), (*replies, *waiting), strict=True):
-            assert is_double(reply.result(HANG), index)
+            assert is_double(reply.result(HANG_TIMEOUT), index)
 
 
-def waiting_for_room_ends_with_its_deadline(ground: Ground) -> None:
+def waiting_for_room_ends_with_its_deadline(harness: TransportHarness) -> None:
     """Who waits for room with a timeout gets ``TimeoutError``, and takes nobody's place."""
     model = GatedModel()
-    with ground.serve(model, max_pending=1) as (server, callers):
+    with harness.serve(model, max_pending=1) as (server, callers):
         replies = [callers.call(0, request(0))]
-        assert model.entered.wait(HANG)
+        assert model.entered.wait(HANG_TIMEOUT)
         replies.append(callers.call(1, request(1)))
         eventually(lambda: server.stats().pending == 1)
         expect_error(TimeoutError, callers.call(2, request(2), timeout=0.01, wait=True))
         replies.append(callers.call(3, request(3), wait=True))
         model.open()
         for index, reply in zip((0, 1, 3), replies, strict=True):
-            assert is_double(reply.result(HANG), index)
+            assert is_double(reply.result(HANG_TIMEOUT), index)
     assert 2 not in model.seen
 
 
 # -- the end -----------------------------------------------------------------------------------------------
 
 
-def shutdown_fails_what_is_pending_and_refuses_what_comes(ground: Ground) -> None:
+def shutdown_fails_what_is_pending_and_refuses_what_comes(harness: TransportHarness) -> None:
     """The batch under way is answered; nothing hangs, neither pending nor submitted later."""
     model = GatedModel()
-    with ground.serve(model, max_pending=4) as (server, callers):
+    with harness.serve(model, max_pending=4) as (server, callers):
         first = callers.call(0, request(0))
-        assert model.entered.wait(HANG)
+        assert model.entered.wait(HANG_TIMEOUT)
         pending = [callers.call(index, request(index)) for index in range(1, 5)]
         eventually(lambda: server.stats().pending == 4)
         waiting = callers.call(5, request(5), wait=True)
-        callers.in_background(lambda: server.shutdown(HANG))
+        callers.in_background(lambda: server.shutdown(HANG_TIMEOUT))
         expect_error(ServerClosedError, waiting)
         model.open()
         for reply in pending:
             expect_error(ServerClosedError, reply)
-        assert is_double(first.result(HANG), 0)
+        assert is_double(first.result(HANG_TIMEOUT), 0)
         eventually(lambda: not server.is_alive)
         expect_error(ServerClosedError, callers.call(6, request(6)))
         assert not model.seen & {1, 2, 3, 4, 5}
 
 
-def shutdown_can_serve_what_is_pending_first(ground: Ground) -> None:
+def shutdown_can_serve_what_is_pending_first(harness: TransportHarness) -> None:
     """``drain=True`` answers what is pending, and refuses only what comes."""
     model = GatedModel()
-    with ground.serve(model) as (server, callers):
+    with harness.serve(model) as (server, callers):
         replies = [callers.call(0, request(0))]
-        assert model.entered.wait(HANG)
+        assert model.entered.wait(HANG_TIMEOUT)
         replies += [callers.call(index, request(index)) for index in range(1, 5)]
         eventually(lambda: server.stats().pending == 4)
-        closing = callers.in_background(lambda: server.shutdown(HANG, drain=True))
+        closing = callers.in_background(lambda: server.shutdown(HANG_TIMEOUT, drain=True))
         eventually(lambda: callers.refused(5, request(5)))
         model.open()
         for index, reply in enumerate(replies):
-            assert is_double(reply.result(HANG), index)
-        closing.result(HANG)
+            assert is_double(reply.result(HANG_TIMEOUT), index)
+        closing.result(HANG_TIMEOUT)
         assert not server.is_alive
 
 
-def shutdown_does_not_wait_for_a_model_that_hangs(ground: Ground) -> None:
+def shutdown_does_not_wait_for_a_model_that_hangs(harness: TransportHarness) -> None:
     """It returns after its timeout, and the requests under way fail; no second worker starts beside the first."""
     model = GatedModel()
-    with ground.serve(model) as (server, callers):
+    with harness.serve(model) as (server, callers):
         reply = callers.call(0, request(0))
-        assert model.entered.wait(HANG)
+        assert model.entered.wait(HANG_TIMEOUT)
         server.shutdown(timeout=0.01)
         expect_error(ServerClosedError, reply)
         assert server.is_alive
@@ -157,14 +157,14 @@ def shutdown_does_not_wait_for_a_model_that_hangs(ground: Ground) -> None:
         model.open()
         eventually(lambda: not server.is_alive)
         server.start()
-        assert is_double(callers.call(0, request(1)).result(HANG), 1)
+        assert is_double(callers.call(0, request(1)).result(HANG_TIMEOUT), 1)
 
 
-def a_server_serves_again_after_a_restart(ground: Ground) -> None:
+def a_server_serves_again_after_a_restart(harness: TransportHarness) -> None:
     """``start`` after ``shutdown`` takes requests from the same clients."""
-    with ground.serve(double) as (server, callers):
+    with harness.serve(double) as (server, callers):
         for value in range(3):
-            assert is_double(callers.call(0, request(value)).result(HANG), value)
+            assert is_double(callers.call(0, request(value)).result(HANG_TIMEOUT), value)
             server.shutdown()
             expect_error(ServerClosedError, callers.call(0, request(value)))
             server.start()
