@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from aioinfer.testing import eventually
 from aioinfer.weight_sync import MultiProcessWeightSyncScheme, SharedMemWeightSyncScheme, WeightSyncScheme
+from aioinfer.weight_sync.channel import Channel
 from aioinfer.weight_sync.sender import Sender
 
 SCHEMES: tuple[type[MultiProcessWeightSyncScheme] | type[SharedMemWeightSyncScheme], ...] = (
@@ -81,6 +82,11 @@ class Counter(nn.Module):
         if state["count"] == "rubbish":
             raise ValueError("rubbish")
         self.count = state["count"]
+
+
+def channel_of(scheme: MultiProcessWeightSyncScheme | SharedMemWeightSyncScheme, worker: int = 0) -> Channel:
+    """The queues between a trainer and a worker."""
+    return scheme._channels[worker]
 
 
 def sender_of(scheme: MultiProcessWeightSyncScheme | SharedMemWeightSyncScheme) -> Sender:

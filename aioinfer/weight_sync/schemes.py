@@ -15,7 +15,7 @@ from aioinfer.weight_sync.channel import Channel
 from aioinfer.weight_sync.receiver import Receiver, WeightReceiver
 from aioinfer.weight_sync.scheme import WeightSyncScheme
 from aioinfer.weight_sync.sender import DeviceMapFn, DistributionPlan, Sender, Work
-from aioinfer.weight_sync.weights import Strategy, WeightsLike, check_version
+from aioinfer.weight_sync.weights import Strategy, WeightsLike
 
 __all__ = ["MultiProcessWeightSyncScheme", "NoWeightSyncScheme", "SharedMemWeightSyncScheme"]
 
@@ -49,7 +49,6 @@ class QueuedWeightSyncScheme(WeightSyncScheme):
     def _reset(self) -> None:
         self._pid = os.getpid()
         self._sender: Sender | None = None
-        self._plan: DistributionPlan | None = None
         self._unawaited: list[Work] = []
         self._connected = False
         self._receiver: WeightReceiver | None = None
@@ -115,8 +114,7 @@ class QueuedWeightSyncScheme(WeightSyncScheme):
             raise ValueError(f"this scheme has queues for workers {sorted(self._channels)}, not for {unknown}")
         self._reset()
         channels = {worker: self._channels[worker] for worker in plan.workers}
-        self._plan = plan
-        self._sender = Sender(channels, model_id=model_id, timeout=self.timeout)
+        self._sender = Sender(plan, channels, model_id=model_id, timeout=self.timeout)
 
     def _check_plan(self, plan: DistributionPlan) -> None:
         """Raise :class:`ValueError` for a plan that this scheme can't execute."""
@@ -130,40 +128,26 @@ class QueuedWeightSyncScheme(WeightSyncScheme):
         sequential: bool = False,
         timeout: float | None = None,
     ) -> Work:
-        sender, plan = self._sending()
+        sender = self._sending()
         if not self._connected:
             raise RuntimeError("call connect() before the first send()")
-        check_version(version)
-        workers = plan.workers
-        if worker_ids is not None:
-            workers = (worker_ids,) if isinstance(worker_ids, int) else tuple(worker_ids)
-            if unknown := [worker for worker in workers if worker not in plan.workers]:
-                raise ValueError(f"unknown workers {unknown}; there are {list(plan.workers)}")
-            if len(set(workers)) < len(workers):
-                raise ValueError(f"worker_ids names a worker twice: {list(workers)}")
-        return sender.publish(
-            plan.shards(weights, workers),
-            version=version,
-            explicit=worker_ids is not None,
-            sequential=sequential and not plan.is_uniform,
-            timeout=timeout,
-        )
+        return sender.publish(weights, worker_ids, version, sequential=sequential, timeout=timeout)
 
     def _wait(self, work: Work) -> None:
-        self._sending()[0].wait(work)
+        self._sending().wait(work)
 
     async def _async_wait(self, work: Work) -> None:
-        await self._sending()[0].async_wait(work)
+        await self._sending().async_wait(work)
 
     def _pending(self) -> list[Work]:
         self._sending()
         return self._unawaited
 
-    def _sending(self) -> tuple[Sender, DistributionPlan]:
-        sender, plan = self._sender, self._plan  # read once: another thread may shut down meanwhile
-        if sender is None or plan is None or self._pid != os.getpid():
+    def _sending(self) -> Sender:
+        sender = self._sender  # read once: another thread may shut down meanwhile
+        if sender is None or self._pid != os.getpid():
             raise RuntimeError("call init_on_sender() first, in the process that sends")
-        return sender, plan
+        return sender
 
     # -- the worker ------------------------------------------------------------------------------------
 

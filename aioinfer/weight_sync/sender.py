@@ -30,7 +30,7 @@ from aioinfer.weight_sync.channel import (
     parse_message,
 )
 from aioinfer.weight_sync.snapshot import SnapshotBuffer, SnapshotPool, SnapshotRef
-from aioinfer.weight_sync.weights import Strategy, Weights, WeightsLike, as_tensordict, extract_weights
+from aioinfer.weight_sync.weights import Strategy, Weights, WeightsLike, as_tensordict, check_version, extract_weights
 
 __all__ = ["DeviceMapFn", "DistributionPlan", "Sender", "Shard", "Work", "WorkerHandle"]
 
@@ -418,6 +418,7 @@ class Sender:
     close the sender at any moment: if it has interrupted a call, that call closes the connections as it ends.
 
     Args:
+        plan: assigns weights to workers.
         channels: to each worker, by index.
         model_id: whose weights are published.
         timeout: seconds that workers have to acknowledge.
@@ -428,10 +429,13 @@ class Sender:
         timeout: as given.
     """
 
-    def __init__(self, channels: Mapping[int, Channel], *, model_id: str, timeout: float) -> None:
+    def __init__(
+        self, plan: DistributionPlan, channels: Mapping[int, Channel], *, model_id: str, timeout: float
+    ) -> None:
         self.workers = {worker: WorkerHandle(worker, channel) for worker, channel in channels.items()}
         self.pool = SnapshotPool()
         self.timeout = timeout
+        self._plan = plan
         self._model_id = model_id
         self._lock = threading.RLock()
         self._busy = False  # under the lock
@@ -439,31 +443,40 @@ class Sender:
 
     def publish(
         self,
-        shards: Iterable[Shard],
-        *,
+        weights: WeightsLike | None,
+        worker_ids: int | Sequence[int] | None,
         version: int | None,
-        explicit: bool = False,
+        *,
         sequential: bool = False,
         timeout: float | None = None,
     ) -> Work:
-        """Take a snapshot of each shard, and put it into the queues of its workers.
+        """Take a snapshot of each shard of the weights, and put it into the queues of its workers.
 
         Args:
-            shards: consumed one at a time, so that a shard can be freed before the next one is made.
-            version: the trainer's own number for the weights.
-            explicit: whether the caller has named the workers; then those that have shut down count as failed.
+            weights: as for ``WeightSyncScheme.send``.
+            worker_ids: as there. A worker that is named here and has shut down counts as failed.
+            version: as there.
             sequential: wait until the connected workers have applied a shard before the next one is made.
             timeout: seconds to wait for workers, and for the successors of workers that die; ``None``: the sender's
                 timeout, and for no successors.
         """
+        check_version(version)
+        plan, workers = self._plan, self._plan.workers
+        if worker_ids is not None:
+            workers = (worker_ids,) if isinstance(worker_ids, int) else tuple(worker_ids)
+            if unknown := [worker for worker in workers if worker not in plan.workers]:
+                raise ValueError(f"unknown workers {unknown}; there are {list(plan.workers)}")
+            if len(set(workers)) < len(workers):
+                raise ValueError(f"worker_ids names a worker twice: {list(workers)}")
+        sequential = sequential and not plan.is_uniform
         work = Work(allow_restart=timeout is not None)
-        iterator = iter(shards)
-        while (shard := next(iterator, None)) is not None:
-            workers = shard.workers
-            self._publish(shard, work, version=version, explicit=explicit)
+        shards = plan.shards(weights, workers)
+        while (shard := next(shards, None)) is not None:
+            targets = shard.workers
+            self._publish(shard, work, version=version, explicit=worker_ids is not None)
             del shard  # before the next one is made
             if sequential:
-                self._wait(work, self.connected(workers), timeout)
+                self._wait(work, self.connected(targets), timeout)
         return work
 
     @_exclusive

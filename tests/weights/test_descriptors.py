@@ -26,7 +26,7 @@ from aioinfer.testing import eventually
 from aioinfer.weight_sync import MultiProcessWeightSyncScheme
 from aioinfer.weight_sync.channel import Ack, AckConnection, AckKind, Handshake
 from aioinfer.weight_sync.snapshot import SnapshotReader
-from tests.weight_models import Counter, sender_of
+from tests.weight_models import Counter, channel_of, sender_of
 from tests.weights.workers import HANG, Scheme, following, linear, receiver, scheme, value_of
 
 __all__ = ["scheme"]
@@ -326,7 +326,7 @@ def test_descriptors_come_back_when_a_scheme_and_its_workers_end(scheme: Scheme)
 
 def test_rubbish_among_the_handshakes_is_ignored(scheme: Scheme) -> None:
     scheme.init_on_sender(model=linear(1))
-    handshakes = scheme._channels[0].handshakes
+    handshakes = channel_of(scheme).handshakes
     handshakes.put("somebody else")
     handshakes._writer.send(b"rubbish")
     with following(scheme, 0, target := linear(0)):

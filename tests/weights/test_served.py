@@ -21,7 +21,7 @@ from aioinfer.testing import GatedModel, double, eventually, request
 from aioinfer.weight_sync import MultiProcessWeightSyncScheme, NoWeightSyncScheme, SharedMemWeightSyncScheme
 from tests.effort import Effort
 from tests.transports import FiveVerbs
-from tests.weight_models import SCHEMES, Counter, mark, mark_of, policy, sender_of
+from tests.weight_models import SCHEMES, Counter, channel_of, mark, mark_of, policy, sender_of
 
 HANG = 20.0
 Scheme = MultiProcessWeightSyncScheme | SharedMemWeightSyncScheme
@@ -184,11 +184,11 @@ def test_an_update_that_does_not_fit_is_refused_to_the_sender_and_the_server_ser
 
 def test_rubbish_on_the_weight_queue_is_counted_and_ignored(scheme: Scheme, caplog: pytest.LogCaptureFixture) -> None:
     with serving(scheme) as server:
-        scheme._channels[0].updates.put((("policy", {"weight": 1}), "update_weights"))
+        channel_of(scheme).updates.put((("policy", {"weight": 1}), "update_weights"))
         eventually(lambda: server.stats().refused_updates == 1)
-        scheme._channels[0].updates._writer.send(b"hello")
+        channel_of(scheme).updates._writer.send(b"hello")
         eventually(lambda: server.stats().refused_updates == 2)
-        scheme._channels[0].updates.put(b"somebody else's")
+        channel_of(scheme).updates.put(b"somebody else's")
         scheme.init_on_sender(model=policy(4.0))
         scheme.connect()
         assert mark_of(server.client()(request(0), HANG)) == 4

@@ -18,7 +18,7 @@ from aioinfer.weight_sync import (
     NoWeightSyncScheme,
     WeightSyncScheme,
 )
-from tests.weight_models import Counter, sender_of
+from tests.weight_models import Counter, channel_of, sender_of
 from tests.weights.workers import HANG, Scheme, following, linear, receiver, scheme, value_of
 
 __all__ = ["scheme"]
@@ -243,7 +243,7 @@ def test_rubbish_on_the_queue_of_a_scheme_is_an_error_of_the_worker_and_no_more(
     own.init_on_receiver(model_id="policy", model=target)
     scheme.connect()
     own.connect()
-    own._channels[0].updates.put(("policy", "close"))
+    channel_of(own).updates.put(("policy", "close"))
     with pytest.raises(ValueError, match='got "close"'):
         own.receive()
     scheme.send_async(linear(2))
@@ -258,7 +258,7 @@ def test_rubbish_costs_no_weights_that_came_before_it(scheme: Scheme) -> None:
     own = scheme.for_worker(0)
     own.init_on_receiver(model_id="policy", model=target)
     scheme.connect()
-    own._channels[0].updates.put(("policy", "close"))
+    channel_of(own).updates.put(("policy", "close"))
     own.connect()
     assert value_of(target) == 1
     with pytest.raises(ValueError, match='got "close"'):
@@ -315,7 +315,7 @@ def test_nothing_travels_by_the_scheme_that_does_nothing() -> None:
 
 def test_the_newest_stays_though_the_worker_reads_what_is_taken_back(scheme: Scheme, monkeypatch: Any) -> None:
     scheme.init_on_sender(model=linear(1))
-    updates = scheme._channels[0].updates
+    updates = channel_of(scheme).updates
     updates.put("somebody else's")
     scheme.connect()  # takes it back
     handle, unread = sender_of(scheme).workers[0], updates.unread
