@@ -25,6 +25,7 @@ from aioinfer import AsyncInferenceClient, MPTransport, ProcessInferenceServer, 
 from aioinfer.process_server.child import CommandLoop
 from aioinfer.process_server.parent import WeightSender
 from aioinfer.testing import double, eventually, request
+from aioinfer.transports.queue import RequestQueue
 from tests.weight_models import mark_of, policy
 
 HANG = 20.0
@@ -93,9 +94,13 @@ class HandsOut:
 
 
 class BrokenTransport(MPTransport):
-    """Its server's worker dies of the first request."""
+    """The model thread of its server dies of the first request."""
 
-    def take(self, max_items: int) -> Any:
+    def attach(self, queue: RequestQueue) -> None:
+        super().attach(queue)
+        queue.get_batch = self._fail  # type: ignore[method-assign]
+
+    def _fail(self, max_items: int) -> Any:
         raise OSError("the wire broke")
 
 
