@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import signal
 import sys
@@ -48,6 +49,15 @@ def _gradients_are_enabled() -> Iterator[None]:
     """What a signal handler raises as ``torch.no_grad`` is left keeps it from enabling them again."""
     yield
     torch.set_grad_enabled(True)
+
+
+@pytest.fixture
+def only_new_garbage() -> Iterator[None]:
+    """A garbage collection looks at what the test has made, not at all of torch, which takes a sixth of a second."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import pytest
 from aioinfer import InferenceServer, ThreadingTransport
 from aioinfer.testing import double, request
 from aioinfer.weight_sync import MultiProcessWeightSyncScheme, SharedMemWeightSyncScheme
+from tests.idle import use_nothing
 from tests.leftovers import assert_no_descriptor_stays, needs_descriptors
 from tests.programs import running
 from tests.transports import TRANSPORTS
@@ -62,22 +63,6 @@ def test_a_program_that_is_killed_ends_with_its_server(number: signal.Signals, t
         assert process.stdout.readline() == "ready\n"
         os.kill(process.pid, number)
         assert process.wait() == -number
-
-
-def thread_seconds(thread: threading.Thread) -> float:
-    assert thread.ident is not None
-    return time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
-
-
-def used_within(seconds: float, threads: set[threading.Thread]) -> float:
-    before = sum(map(thread_seconds, threads))
-    time.sleep(seconds)
-    return sum(map(thread_seconds, threads)) - before
-
-
-def use_nothing(threads: set[threading.Thread]) -> bool:
-    """Whether threads take no processor time to speak of, once in a few looks: a loaded machine can only add to it."""
-    return any(used_within(1.0, threads) < 0.002 for _ in range(3))
 
 
 @pytest.mark.skipif(not hasattr(time, "pthread_getcpuclockid"), reason="needs clocks of threads")

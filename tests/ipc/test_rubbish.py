@@ -23,7 +23,7 @@ from aioinfer.ipc.sockets import connect_unix, frame, header
 from aioinfer.testing import double, eventually, request
 from aioinfer.testing.callers import is_double
 from aioinfer.transports.control import FromClient
-from tests.contract.test_exit import used_within
+from tests.idle import used_within
 from tests.ipc.callers import Worker
 from tests.leftovers import needs_descriptors
 from tests.process_workers import HANG, clients_of, greeting
@@ -246,14 +246,15 @@ def test_an_idle_server_and_its_idle_workers_use_no_measurable_processor_time(ma
             threads = set(threading.enumerate()) - before
             assert {thread.name for thread in threads} == {"aioinfer-model", "aioinfer-loop"}
             time.sleep(1.5)  # what the requests left to do: the thread that reads for futures waits for 1 s
-            used: list[tuple[float, float]] = []
-            for _ in range(3):
-                there = worker.ask("seconds").result(HANG)
+
+            def used_here_and_there() -> tuple[float, float]:
+                before_there = worker.ask("seconds").result(HANG)
                 here = used_within(1.0, threads)
-                used.append((here, worker.ask("seconds").result(HANG) - there))
-            # The least of a few, since a loaded machine can only add to it. The worker answers this question, too.
-            assert min(here for here, _ in used) < 0.002
-            assert min(there for _, there in used) < 0.004
+                return here, worker.ask("seconds").result(HANG) - before_there
+
+            # Once in a few looks, since a loaded machine can only add to it. The worker answers this question, too.
+            looks = (used_here_and_there() for _ in range(5))
+            assert any(here < 0.002 and there < 0.004 for here, there in looks)
 
 
 def sockets_until_there_are_none_left() -> Iterator[socket.socket]:

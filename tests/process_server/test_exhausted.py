@@ -76,6 +76,7 @@ def open_descriptors() -> int:
 
 
 @needs_descriptors
+@pytest.mark.usefixtures("only_new_garbage")
 @pytest.mark.parametrize("method", ["fork", SPAWN])
 def test_a_start_that_runs_out_of_descriptors_leaves_none_and_tells_its_callers(method: str) -> None:
     def attempt(left: int) -> bool:
