@@ -1,30 +1,34 @@
 """One PyTorch policy, served to many callers at once, in batches.
 
-The way of a request, and the files that it passes::
+The way of a request inside one process, file by file::
 
-    client.py          transports/local.py      transports/queue.py       batching.py        forward.py
-    a client of    --> puts it; tasks and   --> one queue for each    --> when a batch   --> stack, model, rows: one
-    any transport      threads of this          server, FIFO, with        leaves, and        thread owns the model
-                       process                  the bound                 why                 |
-                            ^                                                                 v
-                            '------------- transports/replies.py: one wake-up for each batch and event loop
+    client.py           transports/local.py      transports/queue.py     batching.py          forward.py
+    InferenceClient --> a client puts a      --> one queue for each  --> does a batch     --> stack, model, rows
+    (what callers       request, with the        server, FIFO, with      leave now, and
+    hold)               sink of its reply        one bound               why?                      |
+                                                                                                   |
+    await, or return <--------- transports/replies.py: one wake-up for each batch and loop <-------+
 
-    model_thread.py: wait, take a batch, run it, reply; jobs and pauses between   server.py: from start to shutdown
+    model_thread.py owns the model: wait, take a batch, run it, reply; jobs and pauses in between
+    server.py starts and ends it, and hosts its background tasks on an event loop
 
-Between processes the same way, with a connection in it::
+Between processes, with a connection in it::
 
-    transports/tickets.py     transports/station.py    ipc/sockets.py           transports/switchboard.py
-    a client, that pickles -> its process's calls   -> one framed socket for -> a connection to each process
-                              and their replies        each process
+    transports/ipc/client.py   transports/ipc/connection.py   ipc/sockets.py      transports/ipc/server.py
+    a client that pickles  --> the pending calls of its   --> frames, one     --> decodes requests, and puts
+                               process, and who reads         socket for each     them into the queue
+                                                              process
+    transports/ipc/slots.py and transports/ipc/pickled.py: the codecs of both ends
 
-And the way of new weights, from a trainer in another process, or (``server.update_weights``) in this one::
+New weights, from a trainer in another process, or (``server.update_weights``) in this one::
 
-    weight_sync/sender.py        weight_sync/receiver.py      weight_updates.py        model_thread.py
-    snapshot in shared memory -> newest of the queue       -> does it fit? load it, -> between two
-                                 of each worker               all or nothing           forward passes
+    weight_sync/sender.py        weight_sync/receiver.py    weight_updates.py        model_thread.py
+    snapshot in shared memory -> the newest one, in     --> does it fit? load it, -> between two
+                                 each worker                all or nothing           forward passes
 
-``transports/base.py`` says how to write a transport, ``testing/contract.py`` what it must hold, and
-``weight_sync/scheme.py`` what a trainer and its workers can say to each other.
+``transports/base.py`` says what a server needs of a transport, ``transports/polling.py`` how to write a minimal one,
+``testing/contract.py`` what it must hold, and ``weight_sync/scheme.py`` what a trainer and its workers can say to each
+other. ``process_server/`` is a server in a process of its own.
 """
 
 from __future__ import annotations
@@ -58,7 +62,7 @@ if TYPE_CHECKING:
         InferenceTransport,
         MPTransport,
         ProcessSlotTransport,
-        Remote,
+        RemoteServer,
         SlotTransport,
         ThreadingTransport,
         connect,
@@ -83,7 +87,7 @@ __all__ = [
     "PolicyClientModule",
     "ProcessInferenceServer",
     "ProcessSlotTransport",
-    "Remote",
+    "RemoteServer",
     "ServerClosedError",
     "ServerNotRunningError",
     "ServerOverloadedError",

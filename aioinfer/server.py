@@ -30,8 +30,8 @@ from aioinfer.futures import Future, run_in_thread
 from aioinfer.model_thread import ModelThread, Pause, PendingPolicy, check_policy
 from aioinfer.stats import Health, ServerStats, StatsRecorder
 from aioinfer.transports.base import Transport
+from aioinfer.transports.ipc.server import ProcessTransport
 from aioinfer.transports.polling import InferenceTransport
-from aioinfer.transports.processes import ProcessTransport
 from aioinfer.transports.queue import Admission, RequestQueue
 from aioinfer.weight_sync.scheme import WeightSyncScheme
 from aioinfer.weight_sync.weights import WeightsLike, check_version

@@ -22,6 +22,7 @@ from tensordict import TensorDict, TensorDictBase
 from aioinfer import InferenceClient, MPTransport, ProcessSlotTransport
 from aioinfer.ipc.sockets import Listener
 from aioinfer.testing import eventually, request
+from aioinfer.transports.ipc.connection import ClientConnection
 
 HANG = 20.0
 KINDS = ("blocking", "awaiting")
@@ -136,16 +137,15 @@ def outcome(client: Any, value: float) -> float | str:
 
 def greeting(transport: Any, count: Any = 1) -> bytes:
     """What a process says first that has ``count`` clients of the transport."""
-    ticket = transport._lease(1) if isinstance(transport, MPTransport) else transport._blank_ticket().renewed(1)
+    endpoint = transport.endpoint()
     listener = Listener()
-    ticket.address, ticket.count = listener.address, count
-    station = ticket._connect()
+    connection = ClientConnection(listener.address, endpoint.id, count, endpoint.codec)
     sock = listener.accept()
     assert sock is not None
     with sock:
         data = sock.recv(1 << 16)
     listener.close()
-    del station
+    del connection
     return data
 
 

@@ -411,7 +411,7 @@ class Listener:
             raise
         self._adopt(sock)
 
-    def give_away(self) -> int:
+    def detach(self) -> int:
         """Listen no more, and return a descriptor by which another process can go on."""
         descriptor = os.dup(self.fileno())
         self._closing.detach()

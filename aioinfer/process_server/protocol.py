@@ -13,7 +13,7 @@ from typing import Any, Self
 from aioinfer.devices import Model
 from aioinfer.ipc.memory import AnonymousSharedMemory
 from aioinfer.ipc.queue import DescriptorQueue
-from aioinfer.transports.processes import GivenTransport
+from aioinfer.transports.ipc.server import TransportHandoff
 
 __all__ = ["Command", "Response", "ServerConfig", "SharedVersion"]
 
@@ -91,7 +91,7 @@ class ServerConfig:
 
     policy_factory: Callable[[], Model]
     options: Mapping[str, Any]
-    transports: Sequence[GivenTransport]
+    transports: Sequence[TransportHandoff]
     updates: DescriptorQueue
     version: SharedVersion
 

@@ -39,8 +39,8 @@ from aioinfer.process_server.parent import (
 from aioinfer.process_server.protocol import Command, ServerConfig, SharedVersion
 from aioinfer.server import InferenceServer
 from aioinfer.stats import Health, ServerStats
+from aioinfer.transports.ipc.server import ProcessTransport, TransportHandoff
 from aioinfer.transports.local import ThreadingTransport
-from aioinfer.transports.processes import GivenTransport, ProcessTransport
 from aioinfer.weight_sync.weights import WeightsLike
 
 __all__ = ["ProcessInferenceServer"]
@@ -263,9 +263,9 @@ class ProcessInferenceServer:
             queue = DescriptorQueue()
             ours.callback(queue.close)
             version = SharedVersion(self._version)
-            given: list[GivenTransport] = []
+            given: list[TransportHandoff] = []
             for transport in self.transports:
-                given.append(transport.give_away())
+                given.append(transport.hand_off())
                 inherited.callback(given[-1].close)
             config = ServerConfig(
                 policy_factory=self._factory, options=self._options, transports=given, updates=queue, version=version

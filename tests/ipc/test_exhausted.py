@@ -55,11 +55,11 @@ def use_without_descriptors(line: Any, client: Any) -> None:
     with asyncio.Runner() as runner, ThreadPoolExecutor(1) as threads:
         runner.get_loop()  # which needs descriptors itself
         threads.submit(int).result()
-        connects = client._ticket._connect
+        connects = client._endpoint.connect
         with no_descriptor_left():
             line.send(error_of(connects))
         calling = threads.submit(ask, 1.0)
-        eventually(lambda: client._ticket.connection is not None and bool(client._ticket.connection.calls))
+        eventually(lambda: client._endpoint.connection is not None and bool(client._endpoint.connection.calls))
         with no_descriptor_left():
             line.send("asked")
             line.recv()
@@ -90,7 +90,7 @@ def test_a_worker_without_descriptors_is_told_so_and_its_next_request_connects_a
             first, second = child.hear()
             assert "no file descriptor is left" in first
             assert second == "4.0"
-            eventually(lambda: len(transport._board.lines) == 1)
+            eventually(lambda: len(transport.connections.connections) == 1)
 
 
 @pytest.mark.parametrize("make", MAKES)
@@ -101,20 +101,20 @@ def test_a_server_that_cannot_watch_a_new_connection_hangs_up_on_it_and_takes_th
     with InferenceServer(double, transport):
         neighbour = transport.client()
         assert is_double(neighbour(request(1), HANG), 1)
-        watch, failures = transport._board.door.register, iter([OSError("no space for another one")])
+        watch, failures = transport.connections.handshake_selector.register, iter([OSError("no space for another one")])
 
         def fail_once(source: Any, handler: Any, **options: Any) -> None:
-            if source is not transport._board.listener:
+            if source is not transport.connections.listener:
                 for error in failures:
                     raise error
             watch(source, handler, **options)
 
-        monkeypatch.setattr(transport._board.door, "register", fail_once)
+        monkeypatch.setattr(transport.connections.handshake_selector, "register", fail_once)
         client = transport.client()
         assert "went away before it took this process in" in str(outcome(client, 1))
         assert outcome(client, 2) == 4
         assert is_double(neighbour(request(3), HANG), 3)
-        assert len(transport._board.lines) == 2
+        assert len(transport.connections.connections) == 2
 
 
 # -- a full backlog ----------------------------------------------------------------------------------------
@@ -177,7 +177,7 @@ def test_who_waits_for_a_full_backlog_ends_with_its_client(
     with full(make, monkeypatch) as (transport, _), ThreadPoolExecutor(1) as threads:
         client = client_of(transport, kind)
         waiting = threads.submit(call, client, request(1))
-        eventually(lambda: client._ticket.connection is not None and bool(client._ticket.connection.calls))
+        eventually(lambda: client._endpoint.connection is not None and bool(client._endpoint.connection.calls))
         client.close()
         assert isinstance(waiting.exception(HANG / 4), ClientClosedError)
 
@@ -188,7 +188,7 @@ def test_an_unused_client_can_be_closed_though_the_backlog_is_full(monkeypatch: 
         for client in clients:
             client.close()
         with InferenceServer(double, transport):
-            eventually(lambda: not transport._leases)
+            eventually(lambda: not transport._reserved)
             assert outcome(transport.client(), 1) == 2
 
 

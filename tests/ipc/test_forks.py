@@ -45,11 +45,11 @@ def test_a_client_that_was_used_before_a_fork_works_on_both_sides_of_it(make: An
                 assert child.tell(value) == 2 * value
                 assert outcome(client, 100 + value) == 2 * (100 + value)
                 assert other.tell(200 + value) == 2 * (200 + value)
-            assert len(transport._board.lines) == 3  # each has a connection of its own
+            assert len(transport.connections.connections) == 3  # each has a connection of its own
             child.kill()
             assert outcome(client, 5) == 10
             assert other.tell(6) == 12
-        eventually(lambda: len(transport._board.lines) == 1)
+        eventually(lambda: len(transport.connections.connections) == 1)
         assert outcome(client, 7) == 14
 
 
@@ -91,10 +91,15 @@ def test_locks_that_other_threads_hold_at_a_fork_keep_no_child_waiting(make: Any
         assert outcome(client, 1) == 2
         with server.paused("keep"):
             under_way = [one.submit(request(5)) for one in transport.clients(2)]  # whose answers are the parent's
-            ticket = client._ticket
-            locks = [ticket._lock, ticket.connection._lock, ticket.connection._wire._lock, transport._board.poller.lock]
-            locks += [client.claim, transport._lock] if make is process_slots else []
-            with held_elsewhere(*locks, transport._board._lock):
+            endpoint = client._endpoint
+            locks = [
+                endpoint._lock,
+                endpoint.connection._lock,
+                endpoint.connection._socket._lock,
+                transport.connections.selector.lock,
+            ]
+            locks += [client.lock, transport._lock] if make is process_slots else []
+            with held_elsewhere(*locks, transport.connections._lock):
                 child = Child("fork", use_all, transport, client, remote)
         with child:
             assert child.tell("use all") == [6] * 4
@@ -194,12 +199,12 @@ def test_workers_that_come_and_go_leave_no_descriptor_in_the_servers_process(mak
 
     with InferenceServer(double, transport):
         come_and_go()
-        eventually(lambda: not transport._board.lines)
+        eventually(lambda: not transport.connections.connections)
         before = descriptors()
         for _ in range(3):
             come_and_go()
         eventually(lambda: descriptors() <= before)
-        assert not transport._board.lines
+        assert not transport.connections.connections
 
 
 # -- a child of the server's process that ends as any program does -------------------------------------------

@@ -205,7 +205,7 @@ def test_a_server_that_is_killed_ends_every_call_at_once(
     transport = transport_of(kind, slots=7)
     blocking, awaiting = clients_of(transport, 3, blocking=True), clients_of(transport, 3, blocking=False)
     own = transport.client()
-    given = transport.give_away()
+    given = transport.hand_off()
     with Child(method, serve, given, refusing) as server:
         given.close()
         assert server.hear() == "serves"

@@ -22,8 +22,8 @@ from aioinfer import InferenceServer, MPTransport, PeerDiedError, ServerClosedEr
 from aioinfer.ipc.pickling import dumps
 from aioinfer.ipc.sockets import connect_unix, frame, header
 from aioinfer.testing import GatedModel, double, eventually, request
-from aioinfer.transports.control import FromClient, State
-from aioinfer.transports.station import Station
+from aioinfer.transports.ipc.connection import ClientConnection
+from aioinfer.transports.ipc.protocol import FromClient, State
 from tests.process_workers import HANG, KINDS, Child, call, client_of, clients_of, greeting, outcome
 
 BIG = 1_000_000  # floats: 20 sockets full
@@ -112,7 +112,7 @@ def test_large_requests_end_when_the_server_shuts_down_before_they_are_there(dra
         first = transport.client().submit(request(0))
         assert model.entered.wait(HANG)
         calls = [callers.call(index, request(1, size=BIG), SOON) for index in range(3)]
-        eventually(lambda: transport._board.lines.__len__() == 2)
+        eventually(lambda: transport.connections.connections.__len__() == 2)
         closing = threading.Thread(target=server.shutdown, args=(HANG,), kwargs={"drain": drain})
         closing.start()
         model.open()
@@ -128,16 +128,16 @@ def test_a_large_request_ends_if_the_server_ended_before_its_process_could_read_
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     transport = MPTransport()
-    ended, post = threading.Event(), Station.post
+    ended, post = threading.Event(), ClientConnection.send
 
     def post_when_it_has_ended(*args: Any) -> None:
         assert ended.wait(HANG)
         post(*args)
 
-    monkeypatch.setattr(Station, "post", post_when_it_has_ended)
+    monkeypatch.setattr(ClientConnection, "send", post_when_it_has_ended)
     with InferenceServer(double, transport) as server, calling(transport, kind, 1) as callers:
         reply = callers.call(0, request(1, size=BIG), HANG)
-        eventually(lambda: any(line.joined for line in list(transport._board.lines)))
+        eventually(lambda: any(connection.accepted for connection in list(transport.connections.connections)))
         server.shutdown()
         ended.set()
         assert isinstance(reply.exception(2 * HANG), ServerClosedError)
@@ -151,9 +151,9 @@ def test_a_large_request_ends_if_the_server_ends_between_two_of_its_pieces(kind:
         running = transport.client().submit(request(0))
         assert model.entered.wait(HANG)
         reply = callers.call(0, request(1, size=BIG), HANG)
-        eventually(lambda: any(line.wire.readable() for line in list(transport._board.lines)))
-        transport._control.set_state(State.ENDED)
-        transport._board.read_all()
+        eventually(lambda: any(connection.socket.readable() for connection in list(transport.connections.connections)))
+        transport.status.set_state(State.ENDED)
+        transport.connections.read_all()
         assert isinstance(reply.exception(2 * HANG), ServerClosedError)
         model.open()
         assert running.result(HANG)["action"][0] == 0
@@ -166,13 +166,13 @@ def test_large_replies_arrive_though_the_server_shuts_down_meanwhile(
 ) -> None:
     transport = MPTransport()
     model = GatedModel(repeated)
-    posted, post = threading.Event(), Station.post
+    posted, post = threading.Event(), ClientConnection.send
 
     def post_and_say_so(*args: Any) -> None:
         post(*args)
         posted.set()
 
-    monkeypatch.setattr(Station, "post", post_and_say_so)
+    monkeypatch.setattr(ClientConnection, "send", post_and_say_so)
     with InferenceServer(model, transport) as server, calling(transport, kind, 1) as callers:
         reply = callers.call(0, request(3), SOON)
         assert model.entered.wait(HANG)

@@ -19,7 +19,7 @@ from aioinfer import InferenceServer, InvalidRequestError, ModelError, MPTranspo
 from aioinfer.ipc.sockets import connect_unix, frame, header
 from aioinfer.testing import double, eventually, request
 from aioinfer.testing.callers import is_double
-from aioinfer.transports.control import FromClient
+from aioinfer.transports.ipc.protocol import FromClient
 from tests.ipc.test_rubbish import is_hung_up
 from tests.process_workers import HANG, KINDS, Child, call, client_of, outcome
 from tests.transports import process_slots

@@ -23,16 +23,15 @@ from aioinfer import (
     PeerDiedError,
     ServerClosedError,
 )
-from aioinfer.ipc import sockets as wire_module
+from aioinfer.ipc import sockets as sockets_module
 from aioinfer.ipc.sockets import FramedSocket, connect_unix, frame, header
 from aioinfer.testing import GatedModel, double, eventually, request
 from aioinfer.testing.callers import is_double
-from aioinfer.transports import process_slots as slots_module
-from aioinfer.transports import station as station_module
-from aioinfer.transports.control import FromClient, FromServer
-from aioinfer.transports.receivers import FutureDesk, LoopDesk
-from aioinfer.transports.remote import Remote
-from aioinfer.transports.station import Station
+from aioinfer.transports.ipc import connection as connection_module
+from aioinfer.transports.ipc import slots as slots_module
+from aioinfer.transports.ipc.client import RemoteServer
+from aioinfer.transports.ipc.connection import ClientConnection, FutureReader, LoopReader
+from aioinfer.transports.ipc.protocol import FromClient, FromServer
 from tests.process_workers import HANG, greeting
 from tests.stepped import Steps
 from tests.transports import slots
@@ -55,27 +54,27 @@ def test_every_future_of_a_connection_that_ends_is_settled_though_their_thread_l
     end: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     futures: list[Any] = []
-    fail = FutureDesk.set_exceptions
+    fail = FutureReader.set_exceptions
 
-    def fail_and_wait(desk: FutureDesk, receivers: Sequence[Any], errors: Sequence[Exception]) -> None:
+    def fail_and_wait(desk: FutureReader, receivers: Sequence[Any], errors: Sequence[Exception]) -> None:
         fail(desk, receivers, errors)
         if threading.current_thread().name != "aioinfer-replies":
             eventually(lambda: all(future.done() for future in futures) or not futures_are_read_for())
 
-    monkeypatch.setattr(FutureDesk, "set_exceptions", fail_and_wait)
+    monkeypatch.setattr(FutureReader, "set_exceptions", fail_and_wait)
     if end == "closed while it dials":
-        monkeypatch.setattr(station_module, "try_connect", lambda *_: False)
+        monkeypatch.setattr(connection_module, "try_connect", lambda *_: False)
     transport, model = MPTransport(), GatedModel()
     with InferenceServer(model, transport), ThreadPoolExecutor(1) as threads:
         client: Any = transport.client()
         held = threads.submit(client, request(1), HANG)
         try:
-            eventually(lambda: client._ticket.connection is not None and client._ticket.connection._turns.leader)
+            eventually(lambda: client._endpoint.connection is not None and client._endpoint.connection._lead.leader)
             futures += [client.submit(request(2)) for _ in range(3)]
             if end == "hung up":
                 assert model.entered.wait(HANG)
-                for line in list(transport._board.lines):
-                    transport._board.drop(line)
+                for connection in list(transport.connections.connections):
+                    transport.connections.disconnect(connection)
             else:
                 client.close()
             error = PeerDiedError if end == "hung up" else ClientClosedError
@@ -87,7 +86,7 @@ def test_every_future_of_a_connection_that_ends_is_settled_though_their_thread_l
 def test_a_future_is_settled_though_its_reply_is_handed_on_after_their_thread_has_seen_the_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    deliver = FutureDesk.set_results
+    deliver = FutureReader.set_results
 
     def close_and_deliver(*args: Any) -> None:
         if threading.current_thread().name != "aioinfer-replies":
@@ -95,14 +94,14 @@ def test_a_future_is_settled_though_its_reply_is_handed_on_after_their_thread_ha
             eventually(lambda: not futures_are_read_for())
         deliver(*args)
 
-    monkeypatch.setattr(FutureDesk, "set_results", close_and_deliver)
+    monkeypatch.setattr(FutureReader, "set_results", close_and_deliver)
     transport, model = MPTransport(), GatedModel()
     with InferenceServer(model, transport) as server, ThreadPoolExecutor(2) as threads:
         first = threads.submit(transport.client(), request(0), HANG)
         assert model.entered.wait(HANG)
         client: Any = transport.client()
         held = threads.submit(client, request(1), HANG)
-        eventually(lambda: client._ticket.connection is not None and client._ticket.connection._turns.leader)
+        eventually(lambda: client._endpoint.connection is not None and client._endpoint.connection._lead.leader)
         future = client.submit(request(2))
         eventually(lambda: server.stats().pending == 2)
         model.open()
@@ -114,17 +113,17 @@ def test_a_future_is_settled_though_its_reply_is_handed_on_after_their_thread_ha
 def test_a_request_that_is_sent_as_the_server_ends_is_told_so_though_its_process_was_taken_in_meanwhile(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    transport, send = MPTransport(), Station._send
+    transport, send = MPTransport(), ClientConnection._encode_and_send
 
     def send_when_it_has_ended(*args: Any) -> None:
-        monkeypatch.setattr(Station, "_send", send)
+        monkeypatch.setattr(ClientConnection, "_encode_and_send", send)
         assert is_double(other(request(2), HANG), 2)
         server.shutdown()
         send(*args)
 
     with InferenceServer(double, transport) as server:
         client, other = transport.clients(2)
-        monkeypatch.setattr(Station, "_send", send_when_it_has_ended)
+        monkeypatch.setattr(ClientConnection, "_encode_and_send", send_when_it_has_ended)
         with pytest.raises(ServerClosedError):
             client(request(1), SOON)
 
@@ -179,7 +178,7 @@ def test_a_slots_next_request_does_not_get_what_was_meant_for_the_one_before(
     entry = slots_module._SlotRequest
     under_way: Any = entry.__dict__["under_way"]
     once: list[Callable[[], None]] = []
-    read, receive = threading.Event(), Station._receive
+    read, receive = threading.Event(), ClientConnection._receive
 
     def receive_and_say_so(*args: Any) -> None:
         receive(*args)
@@ -202,7 +201,7 @@ def test_a_slots_next_request_does_not_get_what_was_meant_for_the_one_before(
         replies.append(client.submit(request(5)))
         transport.queue.pending()  # it is read
 
-    monkeypatch.setattr(Station, "_receive", receive_and_say_so)
+    monkeypatch.setattr(ClientConnection, "_receive", receive_and_say_so)
     monkeypatch.setattr(entry, "under_way", property(under_way.__get__, set_under_way))
     transport, gated = slots(1), GatedModel(model)
     replies: list[Any] = []
@@ -234,7 +233,7 @@ async def test_many_processes_that_dial_at_once_find_the_slots_that_are_theirs()
 async def test_many_processes_that_dial_at_once_are_told_if_no_slot_is_free() -> None:
     transport = slots(1)
     holder = transport.async_client()
-    async with Remote(transport._blank_ticket()) as remote:
+    async with RemoteServer(transport.endpoint()) as remote:
         calls = [asyncio.ensure_future(remote.async_client()(request(1), HANG)) for _ in range(MANY)]
         await asyncio.sleep(0)
         async with InferenceServer(double, transport):
@@ -248,7 +247,7 @@ def test_what_a_process_says_after_it_joins_waits_while_the_server_looks_for_its
 ) -> None:
     transport = slots(1)
     hello, cancel = greeting(transport), header(FromClient.CANCEL).to_bytes(8, sys.byteorder)
-    monkeypatch.setattr(wire_module, "_BUFFER_BYTES", len(hello))  # so it is not read together
+    monkeypatch.setattr(sockets_module, "_BUFFER_BYTES", len(hello))  # so it is not read together
     with connect_unix(transport.address) as gone:
         gone.sendall(hello)
         transport.read()
@@ -288,7 +287,7 @@ def test_what_is_kept_as_a_line_was_flushed_by_another_thread_leaves_too(monkeyp
         transport.read()
         sock.settimeout(HANG)
         assert sock.recv(1 << 16)
-        (line,) = transport._board.lines
+        (line,) = transport.connections.connections
         another = threading.Thread(target=line.send, args=(piece,))
         monkeypatch.setattr(FramedSocket, "unsent", property(unsent))
         line.send(piece)
@@ -301,13 +300,13 @@ def test_a_call_whose_request_is_half_sent_ends_when_its_client_is_closed(timeou
     transport, model = MPTransport(), GatedModel()
     with InferenceServer(model, transport), ThreadPoolExecutor(2) as threads:
         client, other = transport.clients(2)
-        ticket: Any = client._ticket  # type: ignore[attr-defined]
+        endpoint: Any = client._endpoint  # type: ignore[attr-defined]
         first = threads.submit(transport.client(), request(1), HANG)
         try:
             assert model.entered.wait(HANG)
             held = threads.submit(client, request(2, size=BIG), timeout)
-            eventually(lambda: ticket.connection is not None and ticket.connection.control is not None)
-            assert ticket.connection._wire.unsent
+            eventually(lambda: endpoint.connection is not None and endpoint.connection.status is not None)
+            assert endpoint.connection._socket.unsent
             client.close()
             assert isinstance(held.exception(SOON), ClientClosedError)
         finally:
@@ -319,14 +318,14 @@ def test_a_call_whose_request_is_half_sent_ends_when_its_client_is_closed(timeou
 def test_a_future_is_settled_while_a_large_request_of_its_connection_is_half_sent(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    transport, model, wait = MPTransport(), Steps(), Station.wait
+    transport, model, wait = MPTransport(), Steps(), ClientConnection.wait
     asked = threading.Event()
 
     def wait_when_all_is_asked(*args: Any) -> None:
         assert asked.wait(HANG)
         wait(*args)
 
-    monkeypatch.setattr(Station, "wait", wait_when_all_is_asked)
+    monkeypatch.setattr(ClientConnection, "wait", wait_when_all_is_asked)
     with InferenceServer(model, transport, max_batch_size=1), model.closed():
         client, other = transport.clients(2)
         with client, other, transport.client() as third:
@@ -346,21 +345,21 @@ def test_a_future_is_settled_while_a_large_request_of_its_connection_is_half_sen
 async def test_a_large_request_leaves_though_its_event_loop_reads_only_after_it_has_asked(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    transport, model, attach = MPTransport(), GatedModel(), LoopDesk.attach
-    late: list[LoopDesk] = []
+    transport, model, attach = MPTransport(), GatedModel(), LoopReader.attach
+    late: list[LoopReader] = []
     async with InferenceServer(model, transport), asyncio.timeout(SOON):
         first = asyncio.ensure_future(transport.async_client()(request(0)))
         try:
             assert await asyncio.to_thread(model.entered.wait, SOON)
-            monkeypatch.setattr(LoopDesk, "attach", lambda desk: late.append(desk))
+            monkeypatch.setattr(LoopReader, "attach", lambda reader: late.append(reader))
             client: Any = transport.async_client()
             reply = asyncio.ensure_future(client(request(1, size=BIG)))
             await asyncio.sleep(0)
-            station = client._ticket.connection
-            while station.control is None:
+            connection = client._endpoint.connection
+            while connection.status is None:
                 await asyncio.sleep(0.001)
-                station.receive()  # as another event loop does
-            assert station._wire.unsent
+                connection.receive()  # as another event loop does
+            assert connection._socket.unsent
             for desk in late:
                 attach(desk)
         finally:
@@ -395,9 +394,9 @@ def test_who_reads_a_request_before_the_model_thread_has_woken_up_wakes_it(
     with InferenceServer(double, [transport, MPTransport()] if joined else transport):
         client = transport.client()
         assert is_double(client(request(1), HANG), 1)
-        (line,) = transport._board.lines
+        (connection,) = transport.connections.connections
         # A thread that sleeps in `select` does not hear of what was read before it runs. This one never does.
-        transport._board.poller._selector.unregister(line.wire)
+        transport.connections.selector._selector.unregister(connection.socket)
         future = client.submit(request(2))
         read(transport)
         assert is_double(future.result(HANG), 2)

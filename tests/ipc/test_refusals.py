@@ -112,7 +112,7 @@ def serve_until_killed(line: Any, transport: Any) -> None:
 @pytest.mark.parametrize("make", MAKES)
 def test_the_death_of_the_server_is_told_through_the_future(make: Any, kind: str) -> None:
     transport = make()
-    given = transport.give_away()
+    given = transport.hand_off()
     client = client_of(transport, kind)
     with Child("fork", serve_until_killed, given) as child:
         given.close()
@@ -126,7 +126,7 @@ def test_the_death_of_the_server_is_told_through_the_future(make: Any, kind: str
 def test_a_transport_that_was_given_away_to_a_process_that_never_starts_leaves_nobody_waiting() -> None:
     transport = process_slots()
     client = transport.client()
-    given = transport.give_away()
+    given = transport.hand_off()
     given.close()
     given.close()
     with pytest.raises(ServerClosedError, match="no server listens"):
@@ -238,7 +238,7 @@ def test_the_number_of_callers_can_be_asked_for_while_clients_are_made() -> None
         asking.join()
     assert not faults
     clients[0].close()
-    eventually(lambda: transport.queue.pending() == 0 and not transport._board.lines)
+    eventually(lambda: transport.queue.pending() == 0 and not transport.connections.connections)
     assert transport.callers() == 0
 
 

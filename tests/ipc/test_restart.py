@@ -94,7 +94,7 @@ def serve_given(line: Connection[Any, Any], given: Any) -> None:
 def test_clients_of_a_transport_that_was_given_away_were_made_before_or_afterwards(make: Any, method: str) -> None:
     transport = make()
     clients = [client_of(transport, kind) for kind in KINDS]
-    given = transport.give_away()
+    given = transport.hand_off()
     with Child(method, serve_given, given) as server:
         given.close()
         assert server.hear() == "serves"
@@ -112,10 +112,10 @@ def test_clients_of_a_transport_that_was_given_away_were_made_before_or_afterwar
 @pytest.mark.parametrize("make", MAKES)
 def test_a_transport_is_given_away_once_and_served_by_its_new_owner_only(make: Any) -> None:
     transport = make()
-    given = transport.give_away()
+    given = transport.hand_off()
     try:
         with pytest.raises(RuntimeError, match="given away"):
-            transport.give_away()
+            transport.hand_off()
         with pytest.raises(RuntimeError, match="given to a server in another process"):
             InferenceServer(double, transport)
     finally:
@@ -123,14 +123,14 @@ def test_a_transport_is_given_away_once_and_served_by_its_new_owner_only(make: A
     used = make()
     with InferenceServer(double, used):
         with pytest.raises(RuntimeError, match="in use already"):
-            used.give_away()
+            used.hand_off()
         assert call(used.client(), request(1))["action"][0] == 2
 
 
 def test_clients_wait_for_the_process_that_a_transport_was_given_to() -> None:
     transport = process_slots()
     client = transport.client()
-    given = transport.give_away()
+    given = transport.hand_off()
     waiting = threading.Event()
     found: list[Any] = []
 

@@ -22,7 +22,7 @@ from aioinfer.ipc.pickling import dumps
 from aioinfer.ipc.sockets import connect_unix, frame, header
 from aioinfer.testing import double, eventually, request
 from aioinfer.testing.callers import is_double
-from aioinfer.transports.control import FromClient
+from aioinfer.transports.ipc.protocol import FromClient
 from tests.idle import used_within
 from tests.ipc.callers import Worker
 from tests.leftovers import needs_descriptors
@@ -109,7 +109,7 @@ def test_who_says_what_no_client_says_is_hung_up_on_and_nobody_else_notices(make
             with connect_unix(transport.address) as sock:
                 sock.sendall(data)
                 assert is_hung_up(sock)
-        eventually(lambda: len(transport._board.lines) == 1)
+        eventually(lambda: len(transport.connections.connections) == 1)
 
 
 REFUSED: dict[str, Callable[[Any], bytes]] = {
@@ -137,7 +137,7 @@ def test_who_wants_to_join_as_nobody_can_is_told_so_and_takes_no_slot(rubbish: s
         assert transport.callers() == before
         for sock in socks:
             sock.close()
-        eventually(lambda: len(transport._board.lines) == 1)
+        eventually(lambda: len(transport.connections.connections) == 1)
 
 
 @pytest.mark.parametrize("make", [process_slots, MPTransport])
@@ -168,7 +168,7 @@ def test_random_bytes_and_half_frames_cost_nobody_anything(make: Any) -> None:
             if len(socks) > 20 or chance.random() < 0.5:
                 socks.pop(chance.randrange(len(socks))).close()
         shut.close()
-        eventually(lambda: len(transport._board.lines) == 1)
+        eventually(lambda: len(transport.connections.connections) == 1)
         assert server.is_alive
 
 
@@ -178,7 +178,7 @@ def test_who_dials_and_says_nothing_is_left_alone_until_the_server_ends(make: An
     with InferenceServer(double, transport) as server, ExitStack() as shut:
         silent = [shut.enter_context(connect_unix(transport.address)) for _ in range(20)]
         with neighbours(transport):
-            eventually(lambda: len(transport._board.lines) == 21)
+            eventually(lambda: len(transport.connections.connections) == 21)
         server.shutdown()
         for sock in silent:
             assert is_hung_up(sock)
@@ -193,7 +193,7 @@ def test_a_process_that_joins_twice_is_hung_up_on_and_leaves_its_slot() -> None:
             eventually(lambda: (transport.callers() or 0) > before)
             sock.sendall(greeting(transport))
             assert is_hung_up(sock)
-        eventually(lambda: len(transport._board.lines) == 1)
+        eventually(lambda: len(transport.connections.connections) == 1)
         assert transport.callers() == before
 
 
@@ -207,7 +207,7 @@ def test_a_process_that_is_gone_before_it_was_taken_in_takes_no_slot() -> None:
             eventually(lambda: server.stats().pending == 0 and transport.callers() == 1)
         with connect_unix(transport.address) as sock:
             sock.sendall(greeting(transport))
-        eventually(lambda: server.stats().pending == 0 and not transport._board.lines)
+        eventually(lambda: server.stats().pending == 0 and not transport.connections.connections)
         assert transport.callers() == 0
     with server:
         assert is_double(transport.client()(request(1), HANG), 1)
@@ -220,7 +220,7 @@ def test_who_reads_none_of_what_it_asked_for_costs_nobody_anything(make: Any) ->
     with InferenceServer(double, transport), neighbours(transport), connect_unix(transport.address) as sock:
         sock.settimeout(HANG)
         sock.sendall(words(*[header(FromClient.DESCRIBE)] * 2000))
-        eventually(lambda: any(line.wire.unsent for line in list(transport._board.lines)))
+        eventually(lambda: any(connection.socket.unsent for connection in list(transport.connections.connections)))
         sock.sendall(greeting(transport))
         client = transport.client()
         for value in range(20):

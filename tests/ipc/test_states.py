@@ -27,8 +27,9 @@ from aioinfer.ipc.sockets import wait_for_any
 from aioinfer.rows import RowTable
 from aioinfer.testing import GatedModel, double, eventually, request
 from aioinfer.testing.callers import is_double
-from aioinfer.transports import station, switchboard
-from aioinfer.transports.control import State
+from aioinfer.transports.ipc import connection as connection_module
+from aioinfer.transports.ipc import server as server_module
+from aioinfer.transports.ipc.protocol import State
 from tests.process_workers import HANG, KINDS, client_of, clients_of, outcome
 from tests.transports import slots
 
@@ -77,7 +78,7 @@ def finishing(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
         event.set()
         return wait_for_any(wires, HANG)
 
-    monkeypatch.setattr(switchboard, "wait_for_any", wait_and_say_so)
+    monkeypatch.setattr(server_module, "wait_for_any", wait_and_say_so)
     return event
 
 
@@ -90,7 +91,7 @@ def half_sent(transport: MPTransport, loop: Loop) -> Iterator[tuple[InferenceSer
 
         def is_half_sent() -> bool:
             loop.run(asyncio.sleep(0))  # until it was taken in, and so could ask
-            return any(line.wire.unsent for line in list(transport._board.lines))
+            return any(connection.socket.unsent for connection in list(transport.connections.connections))
 
         eventually(is_half_sent)
         yield server, client, future
@@ -113,7 +114,7 @@ async def ask_behind(model: GatedModel, client: Any, *sizes: int) -> list[asynci
     assert await asyncio.to_thread(model.entered.wait, HANG)
     asked = [asyncio.wrap_future(client.submit(request(1, size=size))) for size in sizes]
     await asyncio.sleep(0)  # they leave at the end of the tick
-    assert client._ticket.connection._wire.unsent == (BIG in sizes)
+    assert client._endpoint.connection._socket.unsent == (BIG in sizes)
     return [running, *asked]
 
 
@@ -149,7 +150,7 @@ async def test_a_drain_serves_a_request_that_was_sent_before_it_and_takes_severa
     async with InferenceServer(model, transport) as server, transport.async_client() as client:
         asked = await ask_behind(model, client, SOME)
         ending = asyncio.create_task(asyncio.to_thread(server.shutdown, HANG, drain=True))
-        await asyncio.to_thread(eventually, lambda: transport._control.view[0] == State.CLOSED)
+        await asyncio.to_thread(eventually, lambda: transport.status.view[0] == State.CLOSED)
         model.open()
         async with asyncio.timeout(SOON):
             for value, reply in enumerate(await asyncio.gather(*asked)):
@@ -188,8 +189,8 @@ def test_room_is_no_longer_watched_for_when_the_last_reply_has_left_at_the_end(
         (reply,) = loop.wait([future])
         assert isinstance(reply, TensorDictBase)
         ending.result(HANG)
-        assert [line.wire.unsent for line in list(transport._board.lines)] == [False]
-        assert not select.select([transport._board.poller], [], [], 0)[0]
+        assert [connection.socket.unsent for connection in list(transport.connections.connections)] == [False]
+        assert not select.select([transport.connections.selector], [], [], 0)[0]
 
 
 # -- another start -----------------------------------------------------------------------------------------
@@ -213,10 +214,10 @@ def test_a_client_that_a_server_serves_which_runs_again_hears_that_it_has_died()
     for value in range(2):
         with InferenceServer(double, transport):
             assert outcome(client, value) == 2 * value
-            (line,) = transport._board.lines
+            (connection,) = transport.connections.connections
     with InferenceServer(double, transport):
         assert outcome(client, 3) == 6
-        line.wire.shutdown()  # as the end of its process does
+        connection.socket.shutdown()  # as the end of its process does
         with pytest.raises(PeerDiedError):
             client(request(4), HANG)
 
@@ -264,7 +265,7 @@ def close_not_taken_in(transport: ProcessSlotTransport, monkeypatch: pytest.Monk
     """It has connected when the server ends, and has not said who it is."""
     server = InferenceServer(double, transport).start()
     with monkeypatch.context() as patched, transport.client() as client:
-        patched.setattr(station, "check_same_user", lambda _: server.shutdown())
+        patched.setattr(connection_module, "check_same_user", lambda _: server.shutdown())
         assert str(outcome(client, 1)).startswith("ServerClosedError: ")
 
 
@@ -277,11 +278,11 @@ def close_before_it_connects(transport: ProcessSlotTransport, monkeypatch: pytes
         return False
 
     with monkeypatch.context() as patched, ThreadPoolExecutor(1) as threads:
-        patched.setattr(station, "try_connect", connect_to_a_full_backlog)
+        patched.setattr(connection_module, "try_connect", connect_to_a_full_backlog)
         client = transport.client()
         asked = threads.submit(client, request(1), HANG)
         assert dialled.wait(HANG)
-        eventually(lambda: client._ticket.connection is not None)  # type: ignore[attr-defined]
+        eventually(lambda: client._endpoint.connection is not None)  # type: ignore[attr-defined]
         client.close()
         assert isinstance(asked.exception(HANG), ClientClosedError)
 

@@ -26,7 +26,7 @@ from aioinfer import (
 )
 from aioinfer.testing import eventually, request
 from aioinfer.testing.callers import is_double
-from aioinfer.transports.processes import ProcessTransport
+from aioinfer.transports.ipc.server import ProcessTransport
 from tests.hosted import HANG, Gated, forked, freeze, has_pending_command, kill, make_double, make_policy, slots
 from tests.process_workers import hear
 from tests.weight_models import mark_of, policy

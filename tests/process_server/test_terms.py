@@ -28,7 +28,7 @@ from aioinfer import (
 )
 from aioinfer.testing import eventually, request
 from aioinfer.testing.callers import is_double
-from aioinfer.transports.processes import ProcessTransport
+from aioinfer.transports.ipc.server import ProcessTransport
 from tests import hosted
 from tests.hosted import HANG, forked, make_double, make_policy, slots, weight_sender, worker
 from tests.methods import METHODS

@@ -1,4 +1,4 @@
-"""A page of shared memory in which a server tells its clients whether it takes requests."""
+"""What a client process and its server say to each other, and the page that tells clients of the server's state."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from aioinfer.ipc.memory import AnonymousSharedMemory
 from aioinfer.ipc.pickling import dump_exception, load_exception
 from aioinfer.modes import long_lived
 
-__all__ = ["Control", "FromClient", "FromServer", "State"]
+__all__ = ["CLIENT_INDEX", "FromClient", "FromServer", "State", "StatusPage"]
 
-_BYTES = 4096
-_KEY, _ERROR = 16, 512  # where each begins: a length of two bytes, then the text
+CLIENT_INDEX = (1 << 32) - 1
+"""The bits of a request's number that say which client of its process made it."""
 
 
 class FromClient(IntEnum):
-    """What a client says."""
+    """Messages of a client process."""
 
     REQUEST = 0
     REQUEST_WAIT = 1
-    """One that waits for room where the queue is full."""
+    """A request that waits for space where the queue is full."""
     CANCEL = 2
-    REFUSED = 3
-    """A request was refused at the client: the server counts it."""
+    REJECTED_LOCALLY = 3
+    """A request was refused in the client process: the server counts it."""
     HELLO = 4
     DESCRIBE = 5
-    """Whoever dials wants to know what it takes to join."""
+    """Asks for an endpoint, from which a separately started process can make clients."""
     RELEASE = 6
-    """Clients that were never used were closed: nobody will join for them."""
+    """Clients that were never used were closed: no process will say hello for them."""
 
 
 class FromServer(IntEnum):
-    """What a server says."""
+    """Messages of a server."""
 
     REPLY = 0
     ERROR = 1
@@ -43,38 +43,42 @@ class State(IntEnum):
     """Whether requests are taken."""
 
     OPEN = 0
-    REFUSING = 1
+    PAUSED = 1
     CLOSED = 2
     """None is taken; what was sent is still read, and answered."""
     ENDED = 3
     """Nothing is read any more."""
 
 
-class Control:
-    """The page. The server's process writes, the others read.
+_BYTES = 4096
+_KEY, _ERROR = 16, 512  # where each begins: a length of two bytes, then the text
+
+
+class StatusPage:
+    """A page of shared memory. The server's process writes it, client processes read it.
 
     A client looks at the state before it sends a request, and again afterwards. The server changes the state first and
     then reads what has been sent. So either the server finds the request, or the client the new state: the two
     system calls are ordered by the socket that they are about, whatever the processor does. A client that finds
-    ``REFUSING`` or ``ENDED`` fails its request itself.
+    ``PAUSED`` or ``ENDED`` fails its request itself.
 
     Args:
-        segment: the page, in another process than the one that made it.
+        memory: the page, in another process than the one that made it.
     """
 
     @long_lived()
-    def __init__(self, segment: AnonymousSharedMemory | None = None) -> None:
-        self.segment = AnonymousSharedMemory.create(_BYTES) if segment is None else segment
-        self.view = self.segment.view
-        """Its first byte is the state, its second counts how often the key of the version was set, its third how often
-        the server was closed."""
+    def __init__(self, memory: AnonymousSharedMemory | None = None) -> None:
+        self.memory = AnonymousSharedMemory.create(_BYTES) if memory is None else memory
+        self.view = self.memory.view
+        """Its first byte is the state, its second counts how often the version's key was set, its third how often the
+        server was closed."""
         self._known = 0, ""
         self.closings_seen = self.view[2]
         """How often the server had been closed when it last said something to this client."""
 
     @classmethod
     @long_lived()
-    def opened(cls, descriptor: int) -> Control:
+    def opened(cls, descriptor: int) -> StatusPage:
         """Map a page of another process; the descriptor is its own from now on."""
         return cls(AnonymousSharedMemory(descriptor, _BYTES, b""))
 
@@ -92,19 +96,19 @@ class Control:
         return self.view[0] >= State.CLOSED or self.view[2] != self.closings_seen
 
     def set_version_key(self, key: str | None) -> None:
-        """Say which entry of a reply carries the version of the weights."""
+        """Say which entry of a reply has the version of the weights."""
         self._write(_KEY, (key or "").encode())
         self.view[1] = (self.view[1] + 1) % 256
 
     def version_key(self) -> str:
-        """The entry of a reply that carries the version; empty if none does."""
+        """The entry of a reply that has the version; empty if none does."""
         if self.view[1] != self._known[0]:
             self._known = self.view[1], self._read(_KEY).decode()
         return self._known[1]
 
     def refusal(self, state: int) -> Exception:
         """The error for a request that is not taken in this state, whatever it is by now."""
-        if state == State.REFUSING:
+        if state == State.PAUSED:
             return ServerPausedError("the server is paused; try again when it goes on")
         try:
             return load_exception(self._read(_ERROR))
@@ -112,8 +116,8 @@ class Control:
             return ServerClosedError("the server is shut down")
 
     def _write(self, at: int, data: bytes) -> None:
-        room = (_ERROR if at == _KEY else _BYTES) - at - 2
-        data = data if len(data) <= room else b""
+        space = (_ERROR if at == _KEY else _BYTES) - at - 2
+        data = data if len(data) <= space else b""
         self.view[at : at + 2] = len(data).to_bytes(2, "little")
         self.view[at + 2 : at + 2 + len(data)] = data
 

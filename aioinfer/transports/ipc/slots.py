@@ -1,0 +1,482 @@
+"""Callers in other processes whose requests have a fixed layout: their tensors lie in shared memory."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+import weakref
+from array import array
+from collections.abc import Iterable, Sequence, Set
+from multiprocessing.context import BaseContext
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+
+from aioinfer.errors import InvalidRequestError, ModelError, NoFreeSlotError
+from aioinfer.interaction_type import MODES
+from aioinfer.ipc.memory import AnonymousSharedMemory
+from aioinfer.ipc.sockets import NUMBER, Listener
+from aioinfer.modes import long_lived
+from aioinfer.rows import RowLayout, RowTable
+from aioinfer.tensors import Allocate, build
+from aioinfer.transports.ipc.client import Endpoint
+from aioinfer.transports.ipc.connection import ClientCodec, OutgoingRequest
+from aioinfer.transports.ipc.protocol import CLIENT_INDEX, StatusPage
+from aioinfer.transports.ipc.server import ProcessTransport, RemoteRequest, ServerCodec, ServerConnection
+from aioinfer.transports.queue import WRITTEN_IN_PLACE, RequestQueue
+from aioinfer.versions import VersionTensorCache
+
+__all__ = ["ProcessSlotTransport"]
+
+_WAYS_OUT = "close a client, or make a ProcessSlotTransport with more slots"
+# Of so many sets of slots the index is kept: to make one takes 3 to 5 us, and callers tend to come back together.
+_KEPT_INDICES = 1024
+# Up to so many times or versions are written one by one.
+_FEW = 16
+
+
+class ProcessSlotTransport(ProcessTransport):
+    """Callers in other processes: the tensors of requests and replies lie in shared memory, only slot numbers travel.
+
+    The fastest way between processes. A client is made here and handed to a worker, which may be forked or
+    spawned, or is made in the worker by :func:`aioinfer.connect`. A worker holds one connected pair of Unix
+    sockets, for all clients that it was handed together; what they ask in one tick of an event loop leaves with one
+    system call. There is no lock, semaphore or thread between the processes that a killed one could keep or
+    stop: a dead process is an EOF, at once.
+
+    A client has one request under way at most. When its process ends, however it does, its slot is free for another.
+
+    The system calls order the memory, also on processors that don't do so themselves: a client writes its row
+    before it sends the number of its slot, and the server reads the row after it has received the number. Kernel and
+    processor order both against the socket's lock; so it is with the reply, on the way back.
+
+    Args:
+        request_spec: a TensorDict shaped as one request is, of plain tensors: nested, of any dtype, without elements or
+            with a batch dimension, as you like. Its values don't matter. Other requests are refused at the client.
+        response_spec: the same for the replies. The policy version is added to them whether it is declared or not.
+        num_slots: how many clients there can be at a time.
+        ctx: not needed: clients travel by any context. Accepted for those who know it from elsewhere.
+        drop_undeclared: leave entries out that the specs don't have, instead of refusing what has them.
+        address: where workers connect, a path in the file system; by default one is made up.
+
+    Raises:
+        TypeError: a spec is no TensorDict, or has entries that are not tensors.
+        ValueError: ``num_slots`` is no integer of at least 1.
+        OSError: somebody listens at ``address`` already.
+    """
+
+    checked_by_clients = True
+    can_release = True
+
+    def __init__(
+        self,
+        request_spec: TensorDictBase,
+        response_spec: TensorDictBase,
+        *,
+        num_slots: int,
+        ctx: BaseContext | None = None,
+        drop_undeclared: bool = False,
+        address: str | None = None,
+    ) -> None:
+        if not isinstance(num_slots, int) or isinstance(num_slots, bool) or num_slots < 1:
+            raise ValueError(f"num_slots must be an integer of at least 1, got {num_slots!r}")
+        self.num_slots = num_slots
+        self._request = RowLayout(request_spec, "request", drop_undeclared=drop_undeclared)
+        self._reply = RowLayout(response_spec, "response", drop_undeclared=drop_undeclared)
+        self._free = list(reversed(range(num_slots)))
+        self._reserved: dict[bytes, list[int]] = {}  # by endpoint, the slots of clients that no process has used yet
+        self._num_reserved = 0
+        super().__init__(address)
+
+    def _listen(self, listener: Listener) -> None:
+        self.table = SlotTable(self._request, self._reply, self.num_slots)
+        self._lock = threading.Lock()  # guards which slots are free and reserved
+        self._reaping = False  # under the selector's lock
+        super()._listen(listener)
+
+    def _handoff_state(self) -> dict[str, Any]:
+        names = ("num_slots", "_request", "_reply", "_free", "_reserved", "_num_reserved")
+        return {name: self.__dict__[name] for name in names}
+
+    def client_codec(self) -> ClientCodec:
+        return _SlotClientCodec(self._request, self._reply, self.num_slots)
+
+    def new_codec(self, connection: ServerConnection) -> ServerCodec:
+        return _SlotServerCodec(connection, self)
+
+    def callers(self) -> int | None:
+        return self.num_slots - len(self._free) - self._num_reserved
+
+    def attach(self, queue: RequestQueue) -> None:
+        super().attach(queue)
+        self.table.leave_out(queue.admission.version_key)
+
+    # -- slots -----------------------------------------------------------------------------------------
+
+    def _reserve(self, endpoint: Endpoint) -> None:
+        count = endpoint.count
+        if count > self.num_slots:
+            raise NoFreeSlotError(f"there are {self.num_slots} slots, {count} were asked for; {_WAYS_OUT}")
+        if not self._serves_elsewhere:  # else the server's process finds slots when the client is first used
+            self._reap_dead_clients(count)
+            with self._lock:
+                self._reserved[endpoint.id] = self._take(count)
+                self._num_reserved += count
+            endpoint.transport = weakref.ref(self)
+
+    def _take(self, count: int) -> list[int]:
+        """Under the lock."""
+        if not isinstance(count, int) or count < 1:
+            raise ValueError(f"{count!r} is no number of slots")
+        if count > len(self._free):
+            raise NoFreeSlotError(
+                f"{len(self._free)} of {self.num_slots} slots are free, {count} were asked for; {_WAYS_OUT}"
+            )
+        return [self._free.pop() for _ in range(count)]
+
+    def _reap_dead_clients(self, count: int) -> None:
+        """Where slots are lacking, look at processes that have ended, or closed a client, just now."""
+        if count <= len(self._free):
+            return
+        connections = self.connections
+        with connections.selector.lock:
+            if self._reaping:  # and has found a process to accept, which can't have another accepted before itself
+                connections.read_all(accepted_only=True)
+                return
+            self._reaping = True
+            try:
+                connections.selector.poll()
+                connections.read_all(accepted_only=True)  # to the end, which may come after more
+            finally:
+                self._reaping = False
+        self.queue.notify()  # the model thread does not hear of what was read here
+
+    def acquire_slots(self, endpoint_id: bytes, count: int) -> list[int]:
+        """Take the slots that are reserved for an endpoint, or free ones; raise :class:`NoFreeSlotError`."""
+        with self._lock:
+            reserved = self._end_reservation(endpoint_id)
+        if reserved is not None:
+            return reserved
+        self._reap_dead_clients(count)
+        with self._lock:
+            return self._take(count)
+
+    def _end_reservation(self, endpoint_id: bytes) -> list[int] | None:
+        """Under the lock."""
+        reserved = self._reserved.pop(endpoint_id, None)
+        if reserved is not None:
+            self._num_reserved -= len(reserved)
+        return reserved
+
+    def release_slots(self, slots: Sequence[int]) -> None:
+        """Give slots back."""
+        with self._lock:
+            self._free += slots
+
+    def release(self, endpoint_id: bytes) -> bool:
+        if self._serves_elsewhere:
+            return False
+        with self._lock:
+            self._free += self._end_reservation(endpoint_id) or ()
+        return True
+
+
+def _signature(request: RowLayout, reply: RowLayout, num_slots: int) -> str:
+    """What both ends must agree about, to read the shared memory alike."""
+    return f"{num_slots} slots, {request.signature()}, {reply.signature()}"
+
+
+# -- shared memory ------------------------------------------------------------------------------------------------
+
+
+class _Indices:
+    """Tensors of the numbers of slots, of which the latest are kept."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, ...], Tensor] = {}
+
+    def __call__(self, slots: Sequence[int]) -> Tensor:
+        wanted = tuple(slots)
+        index = self._known.get(wanted)
+        if index is None:
+            if len(self._known) >= _KEPT_INDICES:
+                self._known.clear()
+            index = self._known[wanted] = self._make(wanted)
+        return index
+
+    def _make(self, slots: tuple[int, ...]) -> Tensor:
+        if torch.is_inference_mode_enabled():  # asked first, since the rest takes as long as the tensor
+            with long_lived():
+                return torch.tensor(slots, dtype=torch.int64, device="cpu")
+        return torch.tensor(slots, dtype=torch.int64, device="cpu")
+
+
+class SlotTable:
+    """The shared memory of slots: a row for the request of each slot, and one for its reply.
+
+    A slot belongs to one client, which has one request under way. The client writes the request's row, the time, and
+    then sends the slot's number; the server reads them once it has received the number. The server writes the
+    reply's row and version and then sends the number back; the client reads them once it has received that. The
+    two system calls order the memory on any processor. Where a client gives a request up and writes the next one while
+    the server still reads the old, what becomes of the old one is thrown away. The server writes a reply's row only
+    for the request that it has read last, so a reply that the client has received changes only after its next request.
+
+    Args:
+        request: the layout of requests.
+        reply: the layout of replies.
+        count: how many slots there are.
+        descriptor: of the memory, in another process than the one that made it; its own from now on.
+    """
+
+    @long_lived()
+    def __init__(self, request: RowLayout, reply: RowLayout, count: int, descriptor: int | None = None) -> None:
+        sizes = (8 * count, 8 * count, RowTable.nbytes(request, count), RowTable.nbytes(reply, count))
+        starts = [0]
+        for size in sizes:
+            starts.append(starts[-1] + -(-size // 64) * 64)
+        nbytes = max(1, starts[-1])
+        create = AnonymousSharedMemory.create
+        self.memory = create(nbytes) if descriptor is None else AnonymousSharedMemory(descriptor, nbytes, b"")
+        pieces = [slice(start, start + size) for start, size in zip(starts, sizes, strict=False)]
+        self.times = self.memory.view[pieces[0]].cast("d")
+        """When each slot's request was submitted, on the clock of ``time.perf_counter``."""
+        self.versions = self.memory.view[pieces[1]].cast("q")
+        """Which weights computed each slot's reply."""
+        self._time_column = self.memory.memory[pieces[0]].view(torch.float64)
+        self._version_column = self.memory.memory[pieces[1]].view(torch.int64)
+        self._version_rows = self._version_column.unbind(0)
+        self._index = _Indices()
+        self.requests = RowTable(request, count, self.memory.memory[pieces[2]], self._index)
+        self.replies = RowTable(reply, count, self.memory.memory[pieces[3]], self._index)
+        self._gathered: tuple[Sequence[_SlotRequest], Tensor] = (), self._index(())
+        self._written = self.replies
+
+    def leave_out(self, key: str | None) -> None:
+        """Write no such entry of replies: the version, which has a place of its own, and may be declared all the same.
+
+        The memory stays as it is, since clients may have mapped it.
+        """
+        self._written = self.replies if key is None else self.replies.without(key)
+
+    def write_times(self, slots: Sequence[int], now: float) -> None:
+        """Write when the requests of these slots were submitted."""
+        if len(slots) > _FEW:
+            self._time_column.index_fill_(0, self._index(slots), now)
+        else:
+            for slot in slots:
+                self.times[slot] = now
+
+    def version(self, slot: int, size: torch.Size) -> Tensor:
+        """Which weights computed a slot's reply ``[*size]``, as a tensor of the caller's own."""
+        row = self._version_rows[slot]
+        return row.expand(size).clone() if size else row.clone()
+
+    # -- batches (model thread) ------------------------------------------------------------------------
+
+    def _slots(self, requests: Sequence[_SlotRequest]) -> Tensor:
+        if self._gathered[0] is not requests:
+            self._gathered = requests, self._index([request.slot for request in requests])
+        return self._gathered[1]
+
+    def gather(self, requests: Sequence[_SlotRequest], allocate: Allocate | None) -> TensorDict:
+        return self.requests.gather(self._slots(requests), allocate)
+
+    def scatter(
+        self, requests: Sequence[_SlotRequest], output: TensorDictBase, keys: Set[str] | None, version: int
+    ) -> None:
+        slots = self._slots(requests)
+        self._written.scatter(slots, self._written.layout.batch_values(output, keys))
+        if len(requests) > _FEW:
+            self._version_column.index_fill_(0, slots, version)
+        else:
+            for request in requests:
+                self.versions[request.slot] = version
+
+    def write_reply(self, slot: int, reply: TensorDictBase, version_key: str | None) -> None:
+        """Write one reply.
+
+        Raises:
+            ModelError: it is not of the layout that replies have.
+        """
+        version = None if version_key is None else reply.get(version_key, None)
+        if version_key is not None and version is not None:
+            self.versions[slot] = int(version.flatten()[0]) if version.numel() else 0
+            reply = reply.exclude(version_key)
+        try:
+            values = self._written.layout.values(reply.to("cpu"))
+        except InvalidRequestError as error:
+            raise ModelError(str(error)) from None
+        self._written.write_one(slot, values)
+
+
+# -- the server's side --------------------------------------------------------------------------------------------
+
+
+class _SlotRequest(RemoteRequest):
+    """A request in a slot; used again and again, as long as the one before is over."""
+
+    __slots__ = ("slot", "store", "under_way")
+
+    def __init__(self, connection: ServerConnection, slot: int, table: SlotTable) -> None:
+        super().__init__(table.requests.row(slot), connection, 0, 0.0, None)
+        self.slot = slot
+        self.store = table
+        self.under_way = False
+
+
+class _SlotServerCodec(ServerCodec):
+    def __init__(self, connection: ServerConnection, transport: ProcessSlotTransport) -> None:
+        self._connection = connection
+        self._transport = transport
+        self._table = transport.table
+        self._times = self._table.times
+        self._slots: Sequence[int] = ()
+        self._requests: list[_SlotRequest] = []  # by client, its last one
+
+    def accept(self, endpoint_id: bytes, count: int, layouts: str) -> tuple[Any, Sequence[int]]:
+        if layouts != (ours := self._transport.client_codec().layouts):
+            raise InvalidRequestError(f"the server at this address has {ours}; the client was made for {layouts}")
+        self._slots = self._transport.acquire_slots(endpoint_id, count)
+        self._requests = [self._request(slot) for slot in self._slots]
+        return self._slots, [self._transport.status.memory.fd, self._table.memory.fd]
+
+    def _request(self, slot: int) -> _SlotRequest:
+        return _SlotRequest(self._connection, slot, self._table)
+
+    def decode(self, headers: Sequence[int]) -> Sequence[_SlotRequest]:
+        requests, times = self._requests, self._times
+        decoded: list[_SlotRequest] = []
+        for first in headers:
+            request = requests[first & CLIENT_INDEX]
+            if request.under_way:  # its caller gave it up, or this one could not come
+                request.cancelled = True
+                request = requests[first & CLIENT_INDEX] = self._request(request.slot)
+            request.number = first & NUMBER
+            request.mode = MODES[first >> 56 & 15]
+            request.submitted_at = times[request.slot]
+            request.under_way = True
+            request.cancelled = False
+            decoded.append(request)
+        return decoded
+
+    def check(self, request: RemoteRequest, payload: bytes | None) -> None:
+        self._transport.queue.admission.check_spec(request.td)
+
+    def find(self, number: int) -> RemoteRequest | None:
+        request = self._requests[number & CLIENT_INDEX]
+        return request if request.under_way and request.number == number else None
+
+    def encode(
+        self, requests: Sequence[_SlotRequest], replies: Sequence[TensorDictBase]
+    ) -> tuple[bytes, dict[RemoteRequest, Exception]]:
+        failures: dict[RemoteRequest, Exception] = {}
+        if replies[0] is not WRITTEN_IN_PLACE:  # either all are or none
+            failures = self._write(requests, replies)
+            requests = [request for request in requests if request not in failures]
+        if len(requests) == 1:
+            data = requests[0].number.to_bytes(8, sys.byteorder)
+        else:
+            data = array("Q", [request.number for request in requests]).tobytes()
+        for request in requests:  # afterwards: another thread may use it again for the next request at once
+            request.under_way = False
+        return data, failures
+
+    def _write(
+        self, requests: Sequence[_SlotRequest], replies: Sequence[TensorDictBase]
+    ) -> dict[RemoteRequest, Exception]:
+        failures: dict[RemoteRequest, Exception] = {}
+        for request, reply in zip(requests, replies, strict=True):
+            try:
+                self._table.write_reply(request.slot, reply, self._transport.queue.admission.version_key)
+            except ModelError as error:
+                failures[request] = error
+        return failures
+
+    def forget(self, request: _SlotRequest) -> None:
+        request.under_way = False
+
+    def close(self) -> None:
+        for request in self._requests:
+            request.cancelled = True
+        self._transport.release_slots(self._slots)
+
+
+# -- the client's side --------------------------------------------------------------------------------------------
+
+
+class _SlotClientCodec(ClientCodec):
+    exclusive = True
+
+    def __init__(self, request: RowLayout, reply: RowLayout, num_slots: int) -> None:
+        self._request = request
+        self._reply = reply
+        self._num_slots = num_slots
+        self.layouts = _signature(request, reply, num_slots)
+        self._reply_size = reply.batch_size
+        self._table: SlotTable | None = None
+        self._slots: Sequence[int] = ()
+
+    def accepted(self, ack: Any, descriptors: Sequence[int]) -> StatusPage:
+        status, memory = map(os.dup, descriptors)
+        self._slots = ack
+        self._table = SlotTable(self._request, self._reply, self._num_slots, memory)
+        self._status = StatusPage.opened(status)
+        self._version_tensors = VersionTensorCache()
+        return self._status
+
+    def check(self, td: TensorDictBase) -> list[Tensor]:
+        return self._request.values(td)
+
+    def encode(self, requests: Sequence[OutgoingRequest]) -> bytes:
+        table = self._table
+        if table is None:  # it was closed meanwhile: what is sent goes nowhere
+            return b""
+        now = time.perf_counter()
+        if len(requests) == 1:
+            ((number, first, values),) = requests
+            slot = self._slots[number & CLIENT_INDEX]
+            table.times[slot] = now
+            table.requests.write_one(slot, values)
+            return first.to_bytes(8, sys.byteorder)
+        numbers, headers, payloads = zip(*requests, strict=True)
+        slots = [self._slots[number & CLIENT_INDEX] for number in numbers]
+        table.write_times(slots, now)
+        table.requests.write(slots, payloads)
+        return array("Q", headers).tobytes()
+
+    def decode(self, numbers: Sequence[int], payloads: Iterable[bytes | None]) -> Sequence[TensorDictBase]:
+        if len(numbers) == 1:
+            return [self.decode_one(numbers[0])]
+        table = self._table
+        assert table is not None
+        slots = [self._slots[number & CLIENT_INDEX] for number in numbers]
+        sources = table.replies.read_many(slots) if self.copies else [table.replies.view(slot) for slot in slots]
+        size = self._reply_size
+        key = self._status.version_key()
+        if key:
+            versions = self._versions([table.versions[slot] for slot in slots], size)
+            for source, version in zip(sources, versions, strict=True):
+                source[key] = version
+        return [build(source, size, None) for source in sources]
+
+    def decode_one(self, number: int) -> TensorDictBase:
+        table = self._table
+        assert table is not None
+        slot = self._slots[number & CLIENT_INDEX]
+        source = table.replies.read(slot) if self.copies else table.replies.view(slot)
+        key = self._status.version_key()
+        if key:
+            source[key] = table.version(slot, self._reply_size)
+        return build(source, self._reply_size, None)
+
+    def _versions(self, versions: Sequence[int], size: torch.Size) -> Sequence[Tensor]:
+        if versions.count(versions[0]) == len(versions):
+            return self._version_tensors.make(versions[0], torch.Size([len(versions), *size]), None)
+        return [torch.full(size, version, dtype=torch.int64, device="cpu") for version in versions]
+
+    def close(self) -> None:
+        self._table = None
