@@ -85,7 +85,7 @@ def test_a_process_that_dies_before_it_has_read_a_large_factory_is_no_hang() -> 
 
 def test_an_interrupt_while_the_process_starts_does_not_reach_it_nor_do_later_changes_of_the_factory() -> None:
     factory = HandsOut(policy(1.0))
-    server = ProcessInferenceServer(factory, slots(), ctx="forkserver")
+    server = ProcessInferenceServer(factory, slots())  # the children of a fork server that runs do hear it
     with ThreadPoolExecutor(1) as pool:
         starting = pool.submit(server.start)
         eventually(lambda: server.pid is not None)
