@@ -41,13 +41,12 @@ def run(options: argparse.Namespace) -> int:
     Returns:
         0, or 1 if a measurement crashed or hung. Times never decide.
     """
-    from aioinfer.bench import machine, report
-    from aioinfer.bench.results import Results
+    from aioinfer.bench import report
     from aioinfer.bench.runner import Runner
 
     chosen = [workload for workload in WORKLOADS if not options.only or workload.name in options.only]
-    about = machine.describe()
-    results = Results(
+    about = report.describe_machine()
+    results = report.Results(
         machine=about,
         seconds=options.seconds,
         repeats=options.repeats,

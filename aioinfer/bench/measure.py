@@ -1,26 +1,37 @@
 """One measurement in a process of its own: ``python -m aioinfer.bench.measure JOB``.
 
-It prints ``ready`` when everything is imported, waits for a line on standard input, and prints the figures as
-JSON. So processes that take turns can import at the same time, and what a system leaves behind (threads,
-garbage) never meets the other.
+The process prints ``ready`` when everything is imported, waits for a line on standard input, and prints the figures
+as JSON. So processes that take turns can import at the same time, and the threads and the garbage that one system
+leaves behind never disturb the other.
+
+Where callers are in other processes, the server is in this one. The others are forked off before it begins, since to
+import torch in each of them would take seconds. They generate the same loads as callers in the server's process (see
+``load_generators``). In a closed loop they report their count of replies whenever they are asked, so that all of them
+make requests for as long as any of them is counted.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import multiprocessing
 import os
 import sys
-from collections.abc import Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any, TypeAlias
 
 import torch
 
-from aioinfer.bench import contenders, drivers, processes, weights
+from aioinfer.bench import load_generators as load
+from aioinfer.bench import systems, weights
 from aioinfer.bench.models import Policy
-from aioinfer.bench.results import Figures, percentiles
+from aioinfer.bench.peer_process import PeerProcess, Pipe
+from aioinfer.bench.report import Figures, percentiles
+from aioinfer.bench.systems import TaskCaller
 from aioinfer.bench.workloads import Job, Pattern, System, Workload, named
-
-__all__ = ["main", "measure"]
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -29,7 +40,7 @@ def main(arguments: Sequence[str]) -> None:
     answers, sys.stdout = sys.stdout, sys.stderr
     job = Job(**json.loads(arguments[0]))
     torch.set_num_threads(1)
-    contenders.prepare(job)
+    systems.load_package(job)
     print("ready", file=answers, flush=True)
     if sys.stdin.readline():  # empty: the parent is gone
         print(json.dumps(measure(job)), file=answers, flush=True)
@@ -46,9 +57,9 @@ def measure(job: Job) -> Figures:
     workload = named(job.workload)
     policy = Policy(workload.model, workload.weights)
     if job.system == System.BARE:
-        return {"rate": drivers.bare(policy.module, policy.request(workload.callers), job.warm_up, job.seconds)}
+        return {"rate": load.forward_rate(policy.module, policy.request(workload.callers), job.warm_up, job.seconds)}
     if workload.processes:
-        return processes.measure(job, workload, policy)
+        return _measure_processes(job, workload, policy)
     if workload.pattern in (Pattern.THREADS, Pattern.ONE_THREAD):
         return _measure_threads(job, workload, policy)
     if workload.pattern is Pattern.SEND:
@@ -62,23 +73,130 @@ def measure(job: Job) -> Figures:
 
 def _measure_threads(job: Job, workload: Workload, policy: Policy) -> Figures:
     requests = [policy.request() for _ in range(workload.callers)]
-    with contenders.serve_threads(job, policy.module, workload.callers) as callers:
+    with systems.serve_threads(job, policy.module, workload.callers) as callers:
         policy.check(callers[0](requests[0]))
         if workload.pattern is Pattern.ONE_THREAD:
-            return percentiles(drivers.one_thread(callers[0], requests[0], job.warm_up, job.seconds))
-        return {"rate": drivers.threads(callers, requests, job.warm_up, job.seconds)}
+            return percentiles(load.thread_latencies(callers[0], requests[0], job.warm_up, job.seconds))
+        return {"rate": load.thread_rate(callers, requests, job.warm_up, job.seconds)}
 
 
 async def _measure_tasks(job: Job, workload: Workload, policy: Policy) -> Figures:
     requests = [policy.request() for _ in range(workload.callers)]
-    async with contenders.serve_tasks(job, policy.module, workload.callers) as callers:
+    async with systems.serve_tasks(job, policy.module, workload.callers) as callers:
         policy.check(await callers[0].call(requests[0]))
         if workload.pattern is Pattern.ONE_TASK:
-            return percentiles(await drivers.one_task(callers[0], requests[0], job.warm_up, job.seconds))
+            return percentiles(await load.task_latencies(callers[0], requests[0], job.warm_up, job.seconds))
         if workload.pattern is Pattern.OPEN_LOOP:
-            schedule = drivers.arrivals(workload.rate, job.warm_up + job.seconds, job.seed)
-            return percentiles(await drivers.open_loop(callers[0], requests[0], schedule, job.warm_up))
-        return {"rate": await drivers.tasks(callers, requests, job.warm_up, job.seconds)}
+            schedule = load.arrival_times(workload.rate, job.warm_up + job.seconds, job.seed)
+            return percentiles(await load.open_loop_latencies(callers[0], requests[0], schedule, job.warm_up))
+        return {"rate": await load.task_rate(callers, requests, job.warm_up, job.seconds)}
+
+
+# -- callers in other processes ----------------------------------------------------------------------------
+
+_Count: TypeAlias = tuple[float, int]
+"""The time, and the number of replies until then."""
+
+
+def _measure_processes(job: Job, workload: Workload, policy: Policy) -> Figures:
+    """``rate``, or ``p50`` and ``p99`` of one caller."""
+    each = workload.callers // workload.processes
+    awaiting = workload.pattern is Pattern.TASKS
+    context = multiprocessing.get_context("fork")
+    transport = systems.make_process_transport(job, policy, workload.callers, context)
+    with ExitStack() as stack:
+        peers: list[PeerProcess] = []
+        for _ in range(workload.processes):
+            clients = systems.make_process_clients(job, transport, each, awaiting=awaiting)
+            peers.append(stack.enter_context(PeerProcess(run_callers, job, workload, policy, clients, fork=True)))
+        stack.enter_context(systems.make_server(job, policy.module, transport))
+        _ask_all(peers, "begin")
+        if workload.pattern is Pattern.ONE_THREAD:
+            return percentiles(peers[0].answer())
+        time.sleep(job.warm_up)
+        before = _ask_all(peers, "count")
+        time.sleep(job.seconds)
+        after = _ask_all(peers, "count")
+        _ask_all(peers, "end")
+    return {"rate": sum(map(reply_rate, before, after))}
+
+
+def _ask_all(peers: Sequence[PeerProcess], question: str) -> list[Any]:
+    for peer in peers:
+        peer.send(question)
+    return [peer.answer() for peer in peers]
+
+
+def reply_rate(before: _Count, after: _Count) -> float:
+    """Replies per second between two counts."""
+    return (after[1] - before[1]) / (after[0] - before[0])
+
+
+def run_callers(pipe: Pipe, job: Job, workload: Workload, policy: Policy, clients: Sequence[Any]) -> None:
+    """Make requests with ``clients`` as soon as the server runs: the other process of a measurement."""
+    requests = [policy.request() for _ in clients]
+    pipe.send("ready")
+    pipe.recv()
+    if workload.pattern is Pattern.TASKS and job.system == System.OURS:
+        asyncio.run(_run_tasks(pipe, policy, clients, requests))
+        return
+    policy.check(clients[0](requests[0]))
+    pipe.send("begun")
+    if workload.pattern is Pattern.ONE_THREAD:
+        pipe.send(load.thread_latencies(clients[0], requests[0], job.warm_up, job.seconds))
+        return
+    callers = _multiplex(job.way, clients)
+    with load.closed_loop_threads(callers, requests[: len(callers)]) as replies:
+        _report_counts(pipe, replies)
+    pipe.send("ended")
+
+
+async def _run_tasks(pipe: Pipe, policy: Policy, clients: Sequence[Any], requests: Sequence[Any]) -> None:
+    policy.check(await clients[0](requests[0]))
+    pipe.send("begun")
+    async with load.closed_loop_tasks([TaskCaller(client, client.submit) for client in clients], requests) as replies:
+        await asyncio.to_thread(_report_counts, pipe, replies)
+    pipe.send("ended")
+
+
+def _report_counts(pipe: Pipe, replies: Callable[[], int]) -> None:
+    while pipe.recv() == "count":
+        pipe.send((time.perf_counter(), replies()))
+
+
+def _multiplex(way: str, clients: Sequence[Any]) -> Sequence[Callable[[Any], Any]]:
+    """The callables of the threads: one client for each thread, or all of them in one thread."""
+    if way.endswith("in turn"):
+        return [MultiplexedCaller(clients, rounds=False)]
+    if way.endswith("in rounds"):
+        return [MultiplexedCaller(clients, rounds=True)]
+    return clients
+
+
+class MultiplexedCaller:
+    """Many callers in one thread, for replies that can't be awaited: all submit, and the thread waits for one by one.
+
+    A call returns the reply of the caller that has waited longest.
+
+    Args:
+        clients: with a ``submit``, one for each caller.
+        rounds: whether all callers submit again when all have their replies; otherwise each does at its own reply.
+    """
+
+    def __init__(self, clients: Sequence[Any], *, rounds: bool) -> None:
+        self._clients = clients
+        self._rounds = rounds
+        self._pending: deque[tuple[Any, Any]] = deque()
+
+    def __call__(self, request: Any) -> Any:
+        pending = self._pending
+        if not pending:
+            pending.extend([(client, client.submit(request)) for client in self._clients])
+        client, future = pending.popleft()
+        reply = future.result()
+        if not self._rounds:
+            pending.append((client, client.submit(request)))
+        return reply
 
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from aioinfer.bench.workloads import WeightSet
 
-__all__ = ["Policy"]
-
 _LAYERS: dict[str, tuple[list[int], type[nn.Module]]] = {
     "tiny": ([4, 2], nn.Identity),
     "mlp": ([64, 256, 256, 8], nn.Tanh),

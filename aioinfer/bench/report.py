@@ -1,29 +1,206 @@
-"""The results as text, as Markdown and as JSON."""
+"""The results of a run: medians, spreads, ratios and verdicts, and the report as text, as Markdown and as JSON."""
 
 from __future__ import annotations
 
 import json
+import os
+import platform
+import statistics
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
 
-from aioinfer.bench.results import Contest, Results, shown
-from aioinfer.bench.workloads import MAX_BATCH_SIZE, Metric, Pattern, System
+from aioinfer.bench.workloads import MAX_BATCH_SIZE, Metric, Pattern, System, Workload, is_rate
 
-__all__ = ["markdown", "text", "to_json"]
+Figures = dict[str, float]
+"""The figures of one measurement, by name: rates in requests/s, times in seconds, counts."""
+
+COUNTS = frozenset({"count", "updates"})
+"""The figures that are numbers of measured events."""
+
+FEWEST_TIMES = 2
+"""The fewest times of which percentiles are taken."""
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """The median of several repeats, and how far they spread."""
+
+    median: float
+    least: float
+    most: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> Summary:
+        """Summarise at least one value."""
+        return cls(statistics.median(values), min(values), max(values))
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """Our figure over another one: the ratio of the medians, and the spread of the ratios of the repeats."""
+
+    value: float
+    least: float
+    most: float
+
+    def verdict(self, metric: Metric) -> str:
+        """Whether it meets the aim, the bar, or neither."""
+        for limit, words in ((metric.aim, "aim met"), (metric.bar, "bar met")):
+            if self.value >= limit if metric.higher_is_better else self.value <= limit:
+                return words
+        return "bar missed"
+
+
+@dataclass(slots=True)
+class Entry:
+    """One system on one workload.
+
+    Attributes:
+        way: the transport, or scheme, that was kept.
+        heats: a first, short measurement of each of them, which chose ``way`` and counts no further.
+        repeats: the figures that count. ``None`` stands for a repeat that crashed.
+    """
+
+    way: str
+    heats: dict[str, Figures] = field(default_factory=dict)
+    repeats: list[Figures | None] = field(default_factory=list)
+
+    def summary(self, figure: str) -> Summary | None:
+        """One figure over the repeats; ``None`` without any."""
+        values = [repeat[figure] for repeat in self.repeats if repeat is not None and figure in repeat]
+        return Summary.of(values) if values else None
+
+
+@dataclass(slots=True)
+class Comparison:
+    """One workload, and the systems that were measured on it."""
+
+    workload: Workload
+    entries: dict[System, Entry] = field(default_factory=dict)
+
+    def summary(self, system: System, figure: str) -> Summary | None:
+        """One figure of one system; ``None`` if it was not measured."""
+        entry = self.entries.get(system)
+        return entry.summary(figure) if entry is not None else None
+
+    def ratio(self, metric: Metric, of: System = System.OURS) -> Ratio | None:
+        """A system's figure over the one that the metric compares with; ``None`` if either is missing."""
+        one, other = self.summary(of, metric.figure), self.summary(metric.against, metric.divisor)
+        if one is None or other is None:
+            return None
+        value = one.median / other.median
+        repeats = zip(self.entries[of].repeats, self.entries[metric.against].repeats, strict=True)
+        # Repeats that ran next to each other: other load of the machine hit both.
+        pairs = [a[metric.figure] / b[metric.divisor] for a, b in repeats if a is not None and b is not None]
+        return Ratio(value, min(pairs, default=value), max(pairs, default=value))
+
+
+def best_transport(heats: dict[str, Figures], figure: str) -> str:
+    """The transport that did best in the heats; the first one if their figures are equal."""
+    return (max if is_rate(figure) else min)(heats, key=lambda way: heats[way][figure])
+
+
+def format_figure(figure: str, value: float) -> str:
+    """A rate or a time with its unit."""
+    return f"{value:,.0f}/s" if is_rate(figure) else f"{value * 1e3:.3f} ms"
+
+
+def percentiles(times: list[float]) -> Figures:
+    """``p50`` and ``p99`` of ``count`` times."""
+    if len(times) < FEWEST_TIMES:
+        raise RuntimeError(f"{len(times)} times are too few for percentiles; measure for longer")
+    cuts = statistics.quantiles(times, n=100, method="inclusive")
+    return {"p50": cuts[49], "p99": cuts[98], "count": len(times)}
+
+
+@dataclass(slots=True)
+class Results:
+    """A whole run.
+
+    Attributes:
+        machine: see :func:`describe_machine`.
+        seconds: length of a measurement.
+        repeats: measurements per system and workload.
+        torchrl_collate: how torchrl stacked requests; ``None`` if it took no part.
+        comparisons: the workloads.
+        crashes: the measurements that failed, and why.
+    """
+
+    machine: dict[str, str | int | None]
+    seconds: float
+    repeats: int
+    torchrl_collate: str | None
+    comparisons: list[Comparison] = field(default_factory=list)
+    crashes: list[str] = field(default_factory=list)
+
+
+# -- the machine -------------------------------------------------------------------------------------------
+
+_PACKAGES = ("aioinfer", "torch", "tensordict", "torchrl")
+
+
+def describe_machine() -> dict[str, str | int | None]:
+    """The machine, the versions of packages (``None``: not installed; none is imported), and the date."""
+    return {
+        "cpu": _cpu(),
+        "cores": _cores(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        **{name: _version(name) for name in _PACKAGES},
+        "load": _load(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _cores() -> int:
+    try:
+        return len(os.sched_getaffinity(0))  # the cores that this process may use
+    except AttributeError:
+        return os.cpu_count() or 1
+
+
+def _load() -> str:
+    """Load average of the last minute; beside other programs, latencies mean nothing."""
+    try:
+        return f"{os.getloadavg()[0]:.1f}"
+    except (AttributeError, OSError):
+        return "unknown"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+# -- the report --------------------------------------------------------------------------------------------
 
 _HEADINGS = ("workload", "", "aioinfer", "against", "ratio", "spread", "bar", "aim", "verdict")
 _NUMERIC = range(2, 8)
 
 
 def text(results: Results) -> str:
-    """A table and what belongs to it, for a terminal."""
+    """The table and its notes, for a terminal."""
     rows = [_HEADINGS, *_rows(results)]
     parts = ["", _aligned(rows)] if len(rows) > 1 else []
     return "\n".join([*parts, "", *_notes(results)])
 
 
 def markdown(results: Results) -> str:
-    """The same for the documentation."""
+    """The table and its notes as Markdown, for the documentation."""
     headings = [heading or "figure" for heading in _HEADINGS]
     rules = ["---:" if column in _NUMERIC else "---" for column in range(len(headings))]
     rows = [headings, rules, *_rows(results)]
@@ -40,52 +217,54 @@ def to_json(results: Results) -> str:
             "repeats": results.repeats,
             "max_batch_size": MAX_BATCH_SIZE,
             "torchrl_collate": results.torchrl_collate,
-            "workloads": {contest.workload.name: _contest_to_dict(contest) for contest in results.contests},
+            "workloads": {
+                comparison.workload.name: _comparison_to_dict(comparison) for comparison in results.comparisons
+            },
             "crashes": results.crashes,
         },
         indent=2,
     )
 
 
-def _contest_to_dict(contest: Contest) -> dict[str, object]:
+def _comparison_to_dict(comparison: Comparison) -> dict[str, object]:
     ratios: list[dict[str, object]] = []
-    for metric in contest.workload.metrics:
-        ratio = contest.ratio(metric)
+    for metric in comparison.workload.metrics:
+        ratio = comparison.ratio(metric)
         measured = {**asdict(ratio), "verdict": ratio.verdict(metric)} if ratio is not None else {"value": None}
         ratios.append({**asdict(metric), **measured})
-    entries = {str(system): asdict(entry) for system, entry in contest.entries.items()}
-    return {"summary": contest.workload.summary, "systems": entries, "ratios": ratios}
+    entries = {str(system): asdict(entry) for system, entry in comparison.entries.items()}
+    return {"summary": comparison.workload.summary, "systems": entries, "ratios": ratios}
 
 
 def _rows(results: Results) -> list[tuple[str, ...]]:
-    return [_row(contest, metric) for contest, metric in _judged(results)]
+    return [_row(comparison, metric) for comparison, metric in _judged(results)]
 
 
-def _judged(results: Results) -> list[tuple[Contest, Metric]]:
-    return [(contest, metric) for contest in results.contests for metric in contest.workload.metrics]
+def _judged(results: Results) -> list[tuple[Comparison, Metric]]:
+    return [(comparison, metric) for comparison in results.comparisons for metric in comparison.workload.metrics]
 
 
-def _row(contest: Contest, metric: Metric) -> tuple[str, ...]:
-    ratio = contest.ratio(metric)
+def _row(comparison: Comparison, metric: Metric) -> tuple[str, ...]:
+    ratio = comparison.ratio(metric)
     sign = ">=" if metric.higher_is_better else "<="
     limits = (f"{sign} {metric.bar:g}", f"{sign} {metric.aim:g}")
     judged = ("-", "-", *limits, "-")
     if ratio is not None:
         spread = f"{_short(ratio.least)} to {_short(ratio.most)}"
         judged = (_short(ratio.value), spread, *limits, ratio.verdict(metric))
-    ours = _figure(contest, System.OURS, metric.figure)
-    return contest.workload.name, metric.figure, ours, _against(contest, metric), *judged
+    ours = _figure(comparison, System.OURS, metric.figure)
+    return comparison.workload.name, metric.figure, ours, _against(comparison, metric), *judged
 
 
-def _against(contest: Contest, metric: Metric) -> str:
-    """What the ratio is over: another's figure, or another figure of ours."""
-    figure = _figure(contest, metric.against, metric.divisor)
+def _against(comparison: Comparison, metric: Metric) -> str:
+    """The divisor of the ratio: a figure of another system, or another one of ours."""
+    figure = _figure(comparison, metric.against, metric.divisor)
     return figure if figure == "-" else f"{metric.over or metric.against} {figure}"
 
 
-def _figure(contest: Contest, system: System, figure: str) -> str:
-    summary = contest.summary(system, figure)
-    return "-" if summary is None else shown(figure, summary.median)
+def _figure(comparison: Comparison, system: System, figure: str) -> str:
+    summary = comparison.summary(system, figure)
+    return "-" if summary is None else format_figure(figure, summary.median)
 
 
 def _short(value: float) -> str:
@@ -93,18 +272,18 @@ def _short(value: float) -> str:
 
 
 def _notes(results: Results) -> list[str]:
-    notes = [f"{c.workload.summary}: {_bare(c)}" for c in results.contests if c.workload.pattern is Pattern.BARE]
-    notes += filter(None, [_share(contest, metric) for contest, metric in _judged(results)])
+    notes = [f"{c.workload.summary}: {_bare(c)}" for c in results.comparisons if c.workload.pattern is Pattern.BARE]
+    notes += filter(None, [_share(comparison, metric) for comparison, metric in _judged(results)])
     kept = [
         f"{c.workload.name} {' / '.join(entry.way for system, entry in c.entries.items() if system != System.BARE)}"
-        for c in results.contests
+        for c in results.comparisons
         if c.workload.pattern is not Pattern.BARE
     ]
     if kept:
         notes.append(f"transports or schemes kept (aioinfer / torchrl): {', '.join(kept)}")
-    patterns = {contest.workload.pattern for contest in results.contests}
+    patterns = {comparison.workload.pattern for comparison in results.comparisons}
     notes += [note for pattern, note in _ABOUT.items() if pattern in patterns]
-    if any(contest.workload.processes for contest in results.contests):
+    if any(comparison.workload.processes for comparison in results.comparisons):
         notes.append(
             "in other processes torchrl's clients block: where ours are awaited, one thread of a process has the "
             "requests of all its callers under way and waits for the replies in turn or in rounds"
@@ -113,7 +292,7 @@ def _notes(results: Results) -> list[str]:
         notes.append(
             "memcpy is one copy of as many bytes, warm, in the process that is measured, by turns with updates"
         )
-    notes += [_quiet(contest) for contest in results.contests if contest.workload.pattern is Pattern.GAP]
+    notes += [_quiet(comparison) for comparison in results.comparisons if comparison.workload.pattern is Pattern.GAP]
     if results.torchrl_collate == "stack":
         notes.append("torchrl's server was given collate_fn=torch.stack")
     notes += [_method(results), _machine(results)]
@@ -128,22 +307,22 @@ _ABOUT = {
 }
 
 
-def _quiet(contest: Contest) -> str:
-    figure = _figure(contest, System.OURS, "quiet gap")
-    return f"{contest.workload.name}: the longest gap in as long a time without an update is {figure}"
+def _quiet(comparison: Comparison) -> str:
+    figure = _figure(comparison, System.OURS, "quiet gap")
+    return f"{comparison.workload.name}: the longest gap in as long a time without an update is {figure}"
 
 
-def _bare(contest: Contest) -> str:
-    summary = contest.summary(System.BARE, "rate")
+def _bare(comparison: Comparison) -> str:
+    summary = comparison.summary(System.BARE, "rate")
     return "-" if summary is None else f"{summary.median:,.0f} rows/s ({summary.least:,.0f} to {summary.most:,.0f})"
 
 
-def _share(contest: Contest, metric: Metric) -> str | None:
-    torchrl = contest.ratio(metric, System.TORCHRL) if metric.against is System.BARE else None
+def _share(comparison: Comparison, metric: Metric) -> str | None:
+    torchrl = comparison.ratio(metric, System.TORCHRL) if metric.against is System.BARE else None
     if torchrl is None:
         return None
-    rate = _figure(contest, System.TORCHRL, metric.figure)
-    return f"{contest.workload.name}: torchrl's share is {_short(torchrl.value)}, {rate}"
+    rate = _figure(comparison, System.TORCHRL, metric.figure)
+    return f"{comparison.workload.name}: torchrl's share is {_short(torchrl.value)}, {rate}"
 
 
 def _method(results: Results) -> str:

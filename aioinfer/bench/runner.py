@@ -12,10 +12,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 
-from aioinfer.bench.results import COUNTS, Contest, Entry, Figures, Results, better, shown
+from aioinfer.bench.report import COUNTS, Comparison, Entry, Figures, Results, best_transport, format_figure
 from aioinfer.bench.workloads import Job, System, Workload, named
-
-__all__ = ["MeasurementError", "Runner", "measure_in_turn"]
 
 _MODULE = "aioinfer.bench.measure"
 
@@ -53,19 +51,19 @@ class Runner:
 
     def measure(self, workload: Workload, label: str) -> None:
         """Measure all systems on ``workload`` and print what comes out as it comes."""
-        contest = Contest(workload)
-        self._results.contests.append(contest)
+        comparison = Comparison(workload)
+        self._results.comparisons.append(comparison)
         for system, way_figures in self._heats(workload, label).items():
-            entry = Entry(better(way_figures, _figure(workload)) if way_figures else workload.ways(system)[0])
+            entry = Entry(best_transport(way_figures, _figure(workload)) if way_figures else workload.ways(system)[0])
             entry.heats = way_figures
-            contest.entries[system] = entry
+            comparison.entries[system] = entry
         for repeat in range(self._results.repeats):
             jobs = [
                 self._job(workload, system, entry.way, self._results.seconds, seed=repeat + 1)
-                for system, entry in contest.entries.items()
+                for system, entry in comparison.entries.items()
             ]
             figures = self._run(jobs, f"{label}, repeat {repeat + 1}/{self._results.repeats}")
-            for entry, found in zip(contest.entries.values(), figures, strict=True):
+            for entry, found in zip(comparison.entries.values(), figures, strict=True):
                 entry.repeats.append(found)
 
     def _heats(self, workload: Workload, label: str) -> dict[System, dict[str, Figures]]:
@@ -199,4 +197,4 @@ def _who(job: Job) -> str:
 
 
 def _progress(figures: Figures) -> str:
-    return " ".join(f"{name} {shown(name, value)}" for name, value in figures.items() if name not in COUNTS)
+    return " ".join(f"{name} {format_figure(name, value)}" for name, value in figures.items() if name not in COUNTS)

@@ -1,23 +1,9 @@
-"""What is measured: the workloads, and the bar and the aim of each ratio. Pure data."""
+"""The workloads, and the bar and the aim of each ratio. Pure data."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-
-__all__ = [
-    "COLLATES",
-    "MAX_BATCH_SIZE",
-    "WORKLOADS",
-    "Job",
-    "Metric",
-    "Pattern",
-    "System",
-    "WeightSet",
-    "Workload",
-    "is_rate",
-    "named",
-]
 
 MAX_BATCH_SIZE = 64
 """Of both systems; it is also the default of both."""
@@ -27,7 +13,7 @@ COLLATES = ("default", "stack")
 
 
 class System(StrEnum):
-    """Who is measured."""
+    """The systems that are measured."""
 
     OURS = "aioinfer"
     TORCHRL = "torchrl"
@@ -39,7 +25,7 @@ class Pattern(StrEnum):
     """How requests are made."""
 
     TASKS = "tasks"
-    """Closed loop: asyncio tasks, each of which asks again as soon as it has its reply."""
+    """Closed loop: asyncio tasks, each of which makes its next request at its reply."""
     THREADS = "threads"
     """Closed loop: blocking threads."""
     ONE_THREAD = "one thread"
@@ -53,7 +39,7 @@ class Pattern(StrEnum):
     SEND = "send"
     """No requests: a trainer sends weights to a server in another process, again as soon as they are applied."""
     PUBLISHING = "publishing"
-    """Closed loop of tasks, while a trainer in another process publishes at a steady rate, by turns with while not."""
+    """Closed loop of tasks, while a trainer in another process publishes at a steady rate, by turns with pauses."""
     GAP = "gap"
     """Closed loop of tasks, and a trainer in another process that publishes once in a while."""
 
@@ -68,12 +54,11 @@ class Metric:
     """One ratio of a workload.
 
     Attributes:
-        figure: what is compared: a rate in requests/s, or a time in seconds, such as ``"p50"``.
-        bar: what the ratio has to reach (rate), or may reach at most (time).
-        aim: what it should reach.
-        against: whose figure ours is divided by.
-        over: which figure of theirs that is; ``None``: the same. With it, ours can be compared with another one
-            that was measured beside it.
+        figure: the figure that is compared: a rate in requests/s, or a time in seconds, such as ``"p50"``.
+        bar: the least ratio that passes (rate), or the largest (time).
+        aim: the ratio to strive for.
+        against: the system by whose figure ours is divided.
+        over: the name of that figure; ``None``: the same. With it, our figure can be compared with another one of ours.
     """
 
     figure: str
@@ -110,15 +95,15 @@ class Workload:
         summary: one line for tables.
         pattern: how requests are made.
         model: the model's name.
-        callers: how many ask at once; for ``Pattern.BARE`` the rows of the batch.
+        callers: number of concurrent callers; for ``Pattern.BARE`` the rows of the batch.
         metrics: the ratios.
         ours: the transports of ours that are tried, or the schemes where a trainer publishes; the better one is kept.
         torchrl: the same for torchrl; empty if it takes no part.
         rate: requests/s of an open loop, or updates/s of a trainer.
         stretch: times the usual length of warm-up and measurement.
-        weights: what a trainer publishes; the model gets so many parameters, most of which its passes do not use.
+        weights: the size of a trainer's model; its passes do not use most of the parameters.
         swap: whether our server has ``swap_weights=True``.
-        processes: how many other processes share the callers; with 0 they are in the server's. Awaiting callers
+        processes: number of other processes that share the callers; with 0 they are in the server's. Awaiting callers
             have one event loop in each.
     """
 
@@ -186,30 +171,30 @@ def _awaiting(name: str, summary: str, callers: int, metrics: tuple[Metric, ...]
     return Workload(name, summary, Pattern.TASKS, model, callers, metrics, ("process slots",), ways, processes=2)
 
 
-_LARGE = WeightSet(420_000_000, 50)
-
-
-def _send(name: str, summary: str, weights: WeightSet, bar: float, aim: float) -> Workload:
-    """``send(sync=True)`` until applied, over torchrl's scheme."""
-    metrics = (Metric("p50", bar, aim),)
+def _send(name: str, summary: str, tensors: int, bar: float, aim: float) -> Workload:
+    """``send(sync=True)`` of 1 MB until applied, over torchrl's scheme."""
+    metrics, weights = (Metric("p50", bar, aim),), WeightSet(1_000_000, tensors)
     return Workload(name, summary, Pattern.SEND, "tiny", 0, metrics, ("queues",), ("queues",), weights=weights)
 
 
-def _send_large(name: str, summary: str, scheme: str, *, swap: bool) -> Workload:
-    """The same, over one copy of so many bytes. Ours alone."""
-    metrics = (Metric("p50", 3, 1.6, System.OURS, over="memcpy"),)
+def _large(name: str, summary: str, metric: Metric, scheme: str, *, swap: bool = True) -> Workload:
+    """420 MB until applied, or the longest gap between passes meanwhile, over one copy of as many bytes. Ours alone."""
+    pattern, model, callers = (Pattern.GAP, "mlp", 4) if metric.figure == "gap" else (Pattern.SEND, "tiny", 0)
+    weights = WeightSet(420_000_000, 50)
     return Workload(
-        name, summary, Pattern.SEND, "tiny", 0, metrics, (scheme,), (), stretch=4.0, weights=_LARGE, swap=swap
+        name, summary, pattern, model, callers, (metric,), (scheme,), (), stretch=4.0, weights=weights, swap=swap
     )
 
 
-def _gap(name: str, summary: str, scheme: str, *, swap: bool) -> Workload:
-    """The longest gap between two forward passes, over one copy. Ours alone."""
-    metrics = (Metric("gap", 1.5, 0.05, System.OURS, over="memcpy"),)
-    return Workload(
-        name, summary, Pattern.GAP, "mlp", 4, metrics, (scheme,), (), stretch=4.0, weights=_LARGE, swap=swap
-    )
+def _bare(model: str, rows: int) -> Workload:
+    """Forward passes on a ready batch."""
+    summary = f"bare forward, {model}, {rows} row{'s' if rows > 1 else ''}"
+    return Workload(f"bare-{model}-{rows}", summary, Pattern.BARE, model, rows, stretch=0.5)
 
+
+_THREADING = ("threading",)
+_COPY = Metric("p50", 3, 1.6, System.OURS, over="memcpy")
+_GAP = Metric("gap", 1.5, 0.05, System.OURS, over="memcpy")
 
 WORKLOADS: tuple[Workload, ...] = (
     Workload("tasks-tiny", "64 asyncio tasks, tiny", Pattern.TASKS, "tiny", 64, _rate(8, 12)),
@@ -223,7 +208,7 @@ WORKLOADS: tuple[Workload, ...] = (
         "tiny",
         10_000,
         _rate(6, 10),
-        torchrl=("threading",),
+        torchrl=_THREADING,
         stretch=2.0,
     ),
     Workload("threads-tiny", "64 blocking threads, tiny", Pattern.THREADS, "tiny", 64, _rate(2, 3)),
@@ -239,25 +224,21 @@ WORKLOADS: tuple[Workload, ...] = (
         "mlp",
         1,
         (Metric("p50", 0.6, 0.35), Metric("p99", 0.6, 0.35)),
-        ours=("threading",),
-        torchrl=("threading",),
+        _THREADING,
+        _THREADING,
         rate=4000.0,
     ),
     _blocking("processes-4", "4 processes, one blocking caller each, mlp", 4, _rate(3, 4.5)),
     _blocking("processes-8", "8 processes, one blocking caller each, mlp", 8, _rate(4, 7)),
     _blocking("processes-4-pickles", "4 processes, one blocking caller each, mlp, pickled", 4, _rate(2, 4), "pickles"),
-    _blocking(
-        "process-one", "one blocking caller in another process, mlp", 1, (Metric("p50", 0.5, 0.3),), "process slots"
-    ),
+    _blocking("process-one", "one blocking caller in another process, mlp", 1, (Metric("p50", 0.5, 0.3),)),
     _awaiting("processes-2x16", "2 processes of 16 asyncio tasks, mlp", 32, _rate(4, 6)),
     _awaiting("processes-2x64", "2 processes of 64 asyncio tasks, mlp", 128, _rate(6, 9)),
     _awaiting("processes-images", "2 processes of 16 asyncio tasks, uint8 [3, 84, 84], cnn", 32, _rate(2, 4), "cnn"),
-    _send("weights-1mb-8", "1 MB in 8 tensors until applied in another process", WeightSet(1_000_000, 8), 1.0, 0.4),
-    _send(
-        "weights-1mb-200", "1 MB in 200 tensors until applied in another process", WeightSet(1_000_000, 200), 0.5, 0.25
-    ),
-    _send_large("weights-420mb", "420 MB until applied in another process", "queues", swap=False),
-    _send_large("weights-420mb-shared", "420 MB in shared memory that the server reads", "shared memory", swap=True),
+    _send("weights-1mb-8", "1 MB in 8 tensors until applied in another process", 8, 1.0, 0.4),
+    _send("weights-1mb-200", "1 MB in 200 tensors until applied in another process", 200, 0.5, 0.25),
+    _large("weights-420mb", "420 MB until applied in another process", _COPY, "queues", swap=False),
+    _large("weights-420mb-shared", "420 MB in shared memory that the server reads", _COPY, "shared memory"),
     Workload(
         "weights-publishing",
         "64 asyncio tasks, mlp, while 20 MB are published 10 times a second",
@@ -271,16 +252,16 @@ WORKLOADS: tuple[Workload, ...] = (
         stretch=4.0,
         weights=WeightSet(20_000_000, 50),
     ),
-    _gap("weights-gap", "longest gap between passes, 420 MB copied in place", "queues", swap=False),
-    _gap("weights-gap-swap", "longest gap between passes, 420 MB in a spare copy, swapped", "queues", swap=True),
-    _gap(
-        "weights-gap-shared", "longest gap between passes, 420 MB in shared memory, swapped", "shared memory", swap=True
+    _large("weights-gap", "longest gap between passes, 420 MB copied in place", _GAP, "queues", swap=False),
+    _large("weights-gap-swap", "longest gap between passes, 420 MB in a spare copy, swapped", _GAP, "queues"),
+    _large(
+        "weights-gap-shared",
+        "longest gap between passes, 420 MB in shared memory, swapped",
+        _GAP,
+        "shared memory",
+        swap=True,
     ),
-    Workload("bare-tiny-64", "bare forward, tiny, 64 rows", Pattern.BARE, "tiny", 64, stretch=0.5),
-    Workload("bare-mlp-64", "bare forward, mlp, 64 rows", Pattern.BARE, "mlp", 64, stretch=0.5),
-    Workload("bare-big-64", "bare forward, big, 64 rows", Pattern.BARE, "big", 64, stretch=0.5),
-    Workload("bare-cnn-32", "bare forward, cnn, 32 rows", Pattern.BARE, "cnn", 32, stretch=0.5),
-    Workload("bare-mlp-1", "bare forward, mlp, 1 row", Pattern.BARE, "mlp", 1, stretch=0.5),
+    *(_bare(model, rows) for model, rows in (("tiny", 64), ("mlp", 64), ("big", 64), ("cnn", 32), ("mlp", 1))),
 )
 
 

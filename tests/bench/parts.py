@@ -3,7 +3,7 @@
 import argparse
 
 from aioinfer import bench
-from aioinfer.bench.results import Contest, Entry, Figures, Results
+from aioinfer.bench.report import Comparison, Entry, Figures, Results
 from aioinfer.bench.workloads import WORKLOADS, Job, System
 
 BY_NAME = {workload.name: workload for workload in WORKLOADS}
@@ -21,23 +21,23 @@ ABOUT: dict[str, str | int | None] = {
 }
 
 
-def contest(name: str, **repeats: list[float | None]) -> Contest:
+def comparison(name: str, **repeats: list[float | None]) -> Comparison:
     workload = BY_NAME[name]
     figure = workload.metrics[0].figure if workload.metrics else "rate"
     made: dict[System, Entry] = {}
     for system, values in repeats.items():
         figures: list[Figures | None] = [None if value is None else {figure: value} for value in values]
         made[System(system)] = Entry("threading", repeats=figures)
-    return Contest(workload, made)
+    return Comparison(workload, made)
 
 
-def alone(name: str, *repeats: Figures | None) -> Contest:
+def alone(name: str, *repeats: Figures | None) -> Comparison:
     """A workload on which our figure is compared with another one of ours."""
-    return Contest(BY_NAME[name], {System.OURS: Entry("queues", repeats=list(repeats))})
+    return Comparison(BY_NAME[name], {System.OURS: Entry("queues", repeats=list(repeats))})
 
 
-def results(*contests: Contest, crashes: tuple[str, ...] = ()) -> Results:
-    return Results(ABOUT, 1.5, 3, "default", list(contests), list(crashes))
+def results(*comparisons: Comparison, crashes: tuple[str, ...] = ()) -> Results:
+    return Results(ABOUT, 1.5, 3, "default", list(comparisons), list(crashes))
 
 
 def job(workload: str, system: System = System.OURS, way: str = "threading", seconds: float = 0.2) -> Job:

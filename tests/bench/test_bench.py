@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from aioinfer import bench
-from aioinfer.bench import machine, runner
+from aioinfer.bench import report, runner
 from aioinfer.bench.models import Policy
-from aioinfer.bench.results import Figures, Results
+from aioinfer.bench.report import Figures, Results
 from aioinfer.bench.workloads import WORKLOADS, Job, Metric, Pattern, System, Workload
 from tests.bench.parts import ABOUT, BY_NAME, job, options
 
@@ -77,7 +77,7 @@ def test_senseless_options_are_refused(arguments: list[str]) -> None:
 def test_one_workload_can_be_measured_without_torchrl(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(machine, "describe", lambda: {**ABOUT, "torchrl": None})
+    monkeypatch.setattr(report, "describe_machine", lambda: {**ABOUT, "torchrl": None})
     kept = tmp_path / "figures.json"
     assert bench.run(options("--only", "one-task", "--seconds", "0.1", "--repeats", "1", "--json", str(kept))) == 0
     systems = json.loads(kept.read_text())["workloads"]["one-task"]["systems"]
@@ -98,7 +98,7 @@ def test_a_crashed_measurement_is_named_and_the_others_count(
             for job in jobs
         ]
 
-    monkeypatch.setattr(machine, "describe", lambda: ABOUT)
+    monkeypatch.setattr(report, "describe_machine", lambda: ABOUT)
     monkeypatch.setattr(runner, "measure_in_turn", measure_in_turn)
     assert bench.run(options("--only", "tasks-10k", "--only", "one-task", "--repeats", "1")) == 1
     shown = capsys.readouterr().out

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from aioinfer.bench import contenders, drivers, measure, runner, trainers, weights, workloads
+from aioinfer.bench import load_generators as load
+from aioinfer.bench import measure, runner, systems, weights, workloads
 from aioinfer.bench.models import Policy
-from aioinfer.bench.partners import Partner, Pipe
+from aioinfer.bench.peer_process import PeerProcess, Pipe
 from aioinfer.bench.workloads import WORKLOADS, System, WeightSet
 from tests.bench.parts import BY_NAME, job
 
@@ -20,8 +21,8 @@ from tests.bench.parts import BY_NAME, job
 
 
 def test_an_open_loop_has_the_same_schedule_for_the_same_seed() -> None:
-    schedule = drivers.arrivals(4000.0, 2.0, seed=3)
-    assert schedule == drivers.arrivals(4000.0, 2.0, seed=3) != drivers.arrivals(4000.0, 2.0, seed=4)
+    schedule = load.arrival_times(4000.0, 2.0, seed=3)
+    assert schedule == load.arrival_times(4000.0, 2.0, seed=3) != load.arrival_times(4000.0, 2.0, seed=4)
     assert schedule == sorted(schedule)
     assert 0 < schedule[0] < schedule[-1] < 2.0
     assert len(schedule) == pytest.approx(8000, rel=0.1)
@@ -36,8 +37,8 @@ async def test_an_open_loop_answers_every_request_and_leaves_the_warm_up_out() -
         asyncio.get_running_loop().call_soon(future.set_result, request)
         return future
 
-    caller = contenders.TaskCaller(submit, submit)
-    latencies = await drivers.open_loop(caller, "td", [0.0, 0.001, 0.002, 0.003], warm_up=0.002)
+    caller = systems.TaskCaller(submit, submit)
+    latencies = await load.open_loop_latencies(caller, "td", [0.0, 0.001, 0.002, 0.003], warm_up=0.002)
     assert len(submitted) == 4
     assert len(latencies) == 2
 
@@ -47,7 +48,7 @@ def test_an_error_of_a_thread_reaches_the_measurement() -> None:
         raise ConnectionError("refused")
 
     with pytest.raises(ConnectionError, match="refused"):
-        drivers.threads([fail], [None], 0.0, 0.0)
+        load.thread_rate([fail], [None], 0.0, 0.0)
 
 
 async def test_an_error_of_a_task_reaches_the_measurement() -> None:
@@ -55,12 +56,12 @@ async def test_an_error_of_a_task_reaches_the_measurement() -> None:
         raise ConnectionError("refused")
 
     with pytest.raises(ConnectionError, match="refused"):
-        await drivers.tasks([contenders.TaskCaller(fail, fail)], [None], 0.0, 10.0)
+        await load.task_rate([systems.TaskCaller(fail, fail)], [None], 0.0, 10.0)
 
 
 def test_acts_that_take_turns_are_timed_apart_without_the_warm_up() -> None:
     acts: list[str] = []
-    times = drivers.by_turns({"send": lambda: acts.append("send"), "copy": lambda: acts.append("copy")}, 0.0, 0.0)
+    times = load.time_by_turns({"send": lambda: acts.append("send"), "copy": lambda: acts.append("copy")}, 0.0, 0.0)
     assert acts == ["send", "copy"] * 3
     assert {name: len(taken) for name, taken in times.items()} == {"send": 2, "copy": 2}
 
@@ -69,7 +70,7 @@ def test_acts_that_take_turns_are_timed_apart_without_the_warm_up() -> None:
     ("begun", "ended", "gap"), [(1.5, 2.5, 1.0), (3.5, 3.6, 3.0), (6.5, 9.0, 2.0), (0.0, 99.0, 3.0)]
 )
 def test_the_longest_gap_lies_at_least_partly_inside_the_update(begun: float, ended: float, gap: float) -> None:
-    assert drivers.longest_gap([1.0, 2.0, 3.0, 6.0, 7.0, 9.0], begun, ended) == gap
+    assert load.longest_gap([1.0, 2.0, 3.0, 6.0, 7.0, 9.0], begun, ended) == gap
 
 
 async def test_gaps_are_measured_with_and_without_an_update() -> None:
@@ -84,9 +85,9 @@ async def test_gaps_are_measured_with_and_without_an_update() -> None:
         await asyncio.sleep(0.01)
         return begun, time.perf_counter()
 
-    caller = contenders.TaskCaller(call, call)  # type: ignore[arg-type]
+    caller = systems.TaskCaller(call, call)  # type: ignore[arg-type]
     started = time.perf_counter()
-    with_one, without = await drivers.gaps([caller], [None], passes, update)
+    with_one, without = await load.update_gaps([caller], [None], passes, update)
     assert 0 < with_one < time.perf_counter() - started
     assert 0 < without < time.perf_counter() - started
 
@@ -146,7 +147,7 @@ def test_a_server_that_does_not_serve_what_was_sent_is_not_measured() -> None:
             return [0.0, 0.0]
 
     with pytest.raises(RuntimeError, match=r"the server answered \[0.0, 0.0\] after send\(\), the model "):
-        trainers._check(Policy("tiny"), lambda: None, Stale())  # type: ignore[arg-type]
+        weights.check_served_weights(Policy("tiny"), lambda: None, Stale())  # type: ignore[arg-type]
 
 
 def test_a_trainer_that_falls_behind_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,13 +159,13 @@ def test_a_trainer_that_falls_behind_is_not_measured(monkeypatch: pytest.MonkeyP
 
         def __exit__(self, *_: object) -> None: ...
 
-        def tell(self, message: str) -> None: ...
+        def send(self, message: str) -> None: ...
 
         def answer(self) -> int:
             return 0
 
     shrink(monkeypatch)
-    monkeypatch.setattr(weights, "Partner", Idle)
+    monkeypatch.setattr(weights, "PeerProcess", Idle)
     with pytest.raises(RuntimeError, match=r"0\.0 updates/s were published instead of 10"):
         measure.measure(job("weights-publishing", way="queues"))
 
@@ -180,9 +181,9 @@ def die(pipe: Pipe) -> None:
 @pytest.mark.usefixtures("spawned_in_a_moment")
 def test_what_goes_wrong_in_the_other_process_is_told_in_this_one() -> None:
     with pytest.raises(RuntimeError, match=r"the other process failed: ConnectionError: refused"):
-        Partner(fail)
+        PeerProcess(fail)
     with pytest.raises(RuntimeError, match="the other process died"):
-        Partner(die)
+        PeerProcess(die)
 
 
 @pytest.mark.skipif(find_spec("torchrl") is None, reason="torchrl is not installed")

@@ -16,11 +16,11 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from aioinfer.bench import processes, runner
+from aioinfer.bench import runner
+from aioinfer.bench.measure import MultiplexedCaller, reply_rate, run_callers
 from aioinfer.bench.models import Policy
-from aioinfer.bench.partners import Pipe
-from aioinfer.bench.processes import Rota
-from aioinfer.bench.results import Figures
+from aioinfer.bench.peer_process import Pipe
+from aioinfer.bench.report import Figures
 from aioinfer.bench.workloads import System
 from tests.bench.parts import BY_NAME, job
 
@@ -58,14 +58,14 @@ def test_torchrl_is_measured_with_callers_in_other_processes() -> None:
 
 _KILLED = """
 import os, signal, threading
-from aioinfer.bench.partners import Partner
+from aioinfer.bench.peer_process import PeerProcess
 
 def hang(pipe):
     pipe.send("ready")
     threading.Event().wait()
 
-partners = [Partner(hang, fork=True) for _ in range(3)]
-print(*(partner._process.pid for partner in partners), flush=True)
+peers = [PeerProcess(hang, fork=True) for _ in range(3)]
+print(*(peer.pid for peer in peers), flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -98,7 +98,7 @@ def runs(pid: int) -> bool:
 def ask(pipe: Pipe, client: Callable[[Any], Any]) -> None:
     """As another process would, of a system whose clients block."""
     theirs = job("processes-4", System.TORCHRL, "process slots")
-    processes._ask(pipe, theirs, BY_NAME["processes-4"], Policy("mlp"), [client])
+    run_callers(pipe, theirs, BY_NAME["processes-4"], Policy("mlp"), [client])
 
 
 def test_a_process_counts_its_replies_whenever_asked_and_asks_until_told_to_end() -> None:
@@ -120,7 +120,7 @@ def test_a_process_counts_its_replies_whenever_asked_and_asks_until_told_to_end(
         ours.send("end")
         assert ours.recv() == "ended"
         asking.result()
-    assert processes._rate((10.0, 3), (12.0, 7)) == 2.0
+    assert reply_rate((10.0, 3), (12.0, 7)) == 2.0
 
 
 def test_a_process_that_gets_a_wrong_reply_does_not_begin() -> None:
@@ -156,8 +156,8 @@ def test_callers_in_one_thread_get_one_reply_a_call_and_ask_again_in_turn_or_in_
     rounds: bool, asked: list[str]
 ) -> None:
     log: list[str] = []
-    rota = Rota([Client(name, log) for name in "abc"], rounds=rounds)
-    seen = [(rota("td"), "".join(log)) for _ in range(4)]
+    caller = MultiplexedCaller([Client(name, log) for name in "abc"], rounds=rounds)
+    seen = [(caller("td"), "".join(log)) for _ in range(4)]
     assert [reply for reply, _ in seen] == ["a1", "b1", "c1", "a2"]
     assert [so_far for _, so_far in seen] == asked
 

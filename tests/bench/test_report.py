@@ -5,10 +5,10 @@ import sys
 
 import pytest
 
-from aioinfer.bench import machine, report
-from aioinfer.bench.results import Ratio, Summary, better
+from aioinfer.bench import report
+from aioinfer.bench.report import Ratio, Summary, best_transport
 from aioinfer.bench.workloads import Metric, System
-from tests.bench.parts import ABOUT, alone, contest, results
+from tests.bench.parts import ABOUT, alone, comparison, results
 
 # -- arithmetic ----------------------------------------------------------------------------------------
 
@@ -18,20 +18,20 @@ def test_a_summary_is_the_median_and_the_spread() -> None:
 
 
 def test_a_ratio_divides_medians_and_spreads_over_neighbouring_repeats() -> None:
-    rates = contest("tasks-tiny", aioinfer=[100.0, 90.0, 110.0], torchrl=[10.0, 5.0, 20.0])
+    rates = comparison("tasks-tiny", aioinfer=[100.0, 90.0, 110.0], torchrl=[10.0, 5.0, 20.0])
     ratio = rates.ratio(rates.workload.metrics[0])
     assert ratio == Ratio(10.0, 5.5, 18.0)
 
 
 def test_a_crashed_repeat_is_left_out() -> None:
-    rates = contest("tasks-tiny", aioinfer=[100.0, None, 120.0], torchrl=[10.0, 5.0, None])
+    rates = comparison("tasks-tiny", aioinfer=[100.0, None, 120.0], torchrl=[10.0, 5.0, None])
     assert rates.summary(System.OURS, "rate") == Summary(110.0, 100.0, 120.0)
     assert rates.ratio(rates.workload.metrics[0]) == Ratio(110.0 / 7.5, 10.0, 10.0)
 
 
 @pytest.mark.parametrize("theirs", [{}, {"torchrl": [None, None]}])
 def test_without_the_other_system_there_is_no_ratio(theirs: dict[str, list[float | None]]) -> None:
-    rates = contest("tasks-tiny", aioinfer=[100.0, 100.0], **theirs)
+    rates = comparison("tasks-tiny", aioinfer=[100.0, 100.0], **theirs)
     assert rates.ratio(rates.workload.metrics[0]) is None
 
 
@@ -59,15 +59,15 @@ def test_a_verdict_reads_limits_as_at_least_for_rates_and_at_most_for_latencies(
 
 
 def test_the_better_transport_has_the_higher_rate_or_the_lower_latency() -> None:
-    assert better({"threading": {"rate": 2.0}, "slots": {"rate": 3.0}}, "rate") == "slots"
-    assert better({"threading": {"p50": 2.0}, "slots": {"p50": 3.0}}, "p50") == "threading"
+    assert best_transport({"threading": {"rate": 2.0}, "slots": {"rate": 3.0}}, "rate") == "slots"
+    assert best_transport({"threading": {"p50": 2.0}, "slots": {"p50": 3.0}}, "p50") == "threading"
 
 
 # -- the report ----------------------------------------------------------------------------------------
 
 
 def test_the_table_shows_figures_ratio_limits_and_verdict() -> None:
-    shown = report.text(results(contest("one-thread", aioinfer=[4e-4], torchrl=[1e-3])))
+    shown = report.text(results(comparison("one-thread", aioinfer=[4e-4], torchrl=[1e-3])))
     row = next(line for line in shown.splitlines() if line.startswith("one-thread"))
     assert " ".join(row.split()) == "one-thread p50 0.400 ms torchrl 1.000 ms 0.40 0.40 to 0.40 <= 0.7 <= 0.5 aim met"
 
@@ -86,19 +86,19 @@ def test_a_gap_is_reported_beside_the_gap_without_an_update() -> None:
 
 
 def test_the_share_of_the_bare_forward_also_shows_that_of_torchrl() -> None:
-    shown = report.text(results(contest("tasks-big", aioinfer=[900.0], torchrl=[500.0], bare=[1000.0])))
+    shown = report.text(results(comparison("tasks-big", aioinfer=[900.0], torchrl=[500.0], bare=[1000.0])))
     assert "0.90" in shown
     assert "torchrl's share is 0.50" in shown
 
 
 def test_without_torchrl_its_column_is_empty_and_ours_is_there() -> None:
-    shown = report.text(results(contest("tasks-tiny", aioinfer=[200_000.0])))
+    shown = report.text(results(comparison("tasks-tiny", aioinfer=[200_000.0])))
     row = next(line for line in shown.splitlines() if line.startswith("tasks-tiny"))
     assert row.split() == ["tasks-tiny", "rate", "200,000/s", "-", "-", "-", ">=", "8", ">=", "12", "-"]
 
 
 def test_the_report_names_the_machine_the_bare_rates_and_the_crashes() -> None:
-    shown = report.text(results(contest("bare-mlp-1", bare=[17_000.0]), crashes=("tasks-mlp, heat, torchrl: gone",)))
+    shown = report.text(results(comparison("bare-mlp-1", bare=[17_000.0]), crashes=("tasks-mlp, heat, torchrl: gone",)))
     assert "Abacus 9, 2 cores" in shown
     assert "torchrl 0.14.1" in shown
     assert "bare forward, mlp, 1 row: 17,000 rows/s" in shown
@@ -106,21 +106,21 @@ def test_the_report_names_the_machine_the_bare_rates_and_the_crashes() -> None:
 
 
 def test_callers_in_other_processes_are_reported_like_all_others() -> None:
-    shown = report.text(results(contest("processes-4", aioinfer=[18_000.0], torchrl=[4_000.0])))
+    shown = report.text(results(comparison("processes-4", aioinfer=[18_000.0], torchrl=[4_000.0])))
     row = next(line for line in shown.splitlines() if line.startswith("processes-4"))
     assert " ".join(row.split()) == "processes-4 rate 18,000/s torchrl 4,000/s 4.50 4.50 to 4.50 >= 3 >= 4.5 aim met"
     assert "in other processes torchrl's clients block" in shown
 
 
 def test_markdown_has_as_many_cells_in_every_row() -> None:
-    shown = report.markdown(results(contest("one-task", aioinfer=[4e-4], torchrl=[1e-3])))
+    shown = report.markdown(results(comparison("one-task", aioinfer=[4e-4], torchrl=[1e-3])))
     rows = [line for line in shown.splitlines() if line.startswith("|")]
     assert len(rows) == 3
     assert len({row.count("|") for row in rows}) == 1
 
 
 def test_json_keeps_every_repeat() -> None:
-    kept = json.loads(report.to_json(results(contest("one-task", aioinfer=[4e-4, 5e-4], torchrl=[1e-3, None]))))
+    kept = json.loads(report.to_json(results(comparison("one-task", aioinfer=[4e-4, 5e-4], torchrl=[1e-3, None]))))
     systems = kept["workloads"]["one-task"]["systems"]
     assert systems["aioinfer"]["repeats"] == [{"p50": 4e-4}, {"p50": 5e-4}]
     assert systems["torchrl"]["repeats"] == [{"p50": 1e-3}, None]
@@ -129,7 +129,7 @@ def test_json_keeps_every_repeat() -> None:
 
 
 def test_the_machine_is_described_without_importing_torchrl() -> None:
-    about = machine.describe()
+    about = report.describe_machine()
     assert about["torch"] is not None
     assert isinstance(about["cores"], int)
     assert "torchrl" not in sys.modules

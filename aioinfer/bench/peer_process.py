@@ -1,4 +1,4 @@
-"""The other process of a measurement, where it takes two: it plays its part, and answers what it is asked."""
+"""The other process of a measurement between two: it runs a function, and answers questions over a pipe."""
 
 from __future__ import annotations
 
@@ -10,12 +10,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
-from types import TracebackType
 from typing import Any, Self, TypeAlias
 
 import torch
-
-__all__ = ["Partner", "Pipe"]
 
 Pipe: TypeAlias = "Connection[Any, Any]"
 
@@ -27,25 +24,25 @@ class _Failure:
     reason: str
 
 
-class Partner:
-    """A process that plays a part: it says when it is ready, and answers each question. Any thread may wait for it.
+class PeerProcess:
+    """A process that runs ``function``, which sends one message when it is ready and one answer for each question.
 
-    It ends with the ``with`` block, or when this process does.
+    One thread at a time uses it, any one. The process ends with the ``with`` block, or when this process does.
 
     Args:
-        play: a function of some module, which gets its end of a pipe, and ``details``.
-        details: a scheme may be among them, or clients.
-        fork: whether the process inherits everything from this one, which has no other threads yet: fork would hand
-            over their locks as they are. It saves the imports of many processes. Otherwise ``details`` are pickled.
+        function: a function of a module, which gets its end of the pipe, and ``arguments``.
+        arguments: may hold schemes and clients.
+        fork: whether the process inherits everything from this one, which has no other threads yet, since fork would
+            copy their locks as they are. It saves the imports of many processes. Otherwise ``arguments`` are pickled.
 
     Raises:
-        RuntimeError: it failed to get ready.
+        RuntimeError: the process failed to get ready.
     """
 
-    def __init__(self, play: Callable[..., None], *details: object, fork: bool = False) -> None:
+    def __init__(self, function: Callable[..., None], *arguments: object, fork: bool = False) -> None:
         context: BaseContext = multiprocessing.get_context("fork" if fork else "spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_play, args=(theirs, play, details), daemon=True)  # type: ignore[attr-defined]
+        self._process = context.Process(target=_run, args=(theirs, function, arguments), daemon=True)  # type: ignore[attr-defined]
         self._process.start()
         theirs.close()
         try:
@@ -57,13 +54,11 @@ class Partner:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
-    def tell(self, message: object) -> None:
-        """Send a message; ``answer`` waits for what comes back."""
+    def send(self, message: object) -> None:
+        """Send a message; :meth:`answer` waits for its answer."""
         self._pipe.send(message)
 
     def answer(self) -> Any:
@@ -82,11 +77,16 @@ class Partner:
 
     def ask(self, question: object) -> Any:
         """Send a question and wait for its answer."""
-        self.tell(question)
+        self.send(question)
         return self.answer()
 
+    @property
+    def pid(self) -> int | None:
+        """The process id."""
+        return self._process.pid  # type: ignore[no-any-return]
+
     def close(self) -> None:
-        """Let the process end."""
+        """Let the process end, or kill it if it does not."""
         self._pipe.close()
         self._process.join(_END_LIMIT)
         if self._process.is_alive():
@@ -95,13 +95,13 @@ class Partner:
         self._process.close()
 
 
-def _play(pipe: Pipe, play: Callable[..., None], details: tuple[object, ...]) -> None:
-    os.dup2(2, 1)  # on standard output, the measurement talks to the one who started it
+def _run(pipe: Pipe, function: Callable[..., None], arguments: tuple[object, ...]) -> None:
+    os.dup2(2, 1)  # standard output belongs to the measurement, which talks to the runner there
     torch.set_num_threads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        play(pipe, *details)
-    except EOFError:  # nobody asks any more
+        function(pipe, *arguments)
+    except EOFError:  # the other end of the pipe is closed
         pass
     except Exception as error:
         with suppress(OSError):

@@ -1,4 +1,7 @@
-"""The loads: they ask as a workload says, and measure. All times in seconds."""
+"""Load generators: closed and open loops of requests, and the rates, latencies and gaps that they measure.
+
+All times are in seconds.
+"""
 
 from __future__ import annotations
 
@@ -9,36 +12,22 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
-from aioinfer.bench.contenders import TaskCaller
-from aioinfer.bench.results import FEWEST_TIMES
+from aioinfer.bench.report import FEWEST_TIMES
+from aioinfer.bench.systems import TaskCaller
 
-__all__ = [
-    "arrivals",
-    "asking_tasks",
-    "asking_threads",
-    "bare",
-    "by_turns",
-    "gaps",
-    "longest_gap",
-    "memcpy",
-    "one_task",
-    "one_thread",
-    "open_loop",
-    "tasks",
-    "threads",
-    "timed",
-]
+Call: TypeAlias = Callable[[Any], Any]
+"""A blocking client, or a function that stands for one."""
 
 # The closed loops that measure a rate read no clock per request: it would cost the faster system the larger share.
 
 
-async def tasks(callers: Sequence[TaskCaller], requests: Sequence[Any], warm_up: float, seconds: float) -> float:
-    """Replies per second to tasks that ask again as soon as they have their reply."""
-    async with asking_tasks(callers, requests) as replies:
+async def task_rate(callers: Sequence[TaskCaller], requests: Sequence[Any], warm_up: float, seconds: float) -> float:
+    """Replies per second to tasks, each of which makes its next request at its reply."""
+    async with closed_loop_tasks(callers, requests) as replies:
         await asyncio.sleep(warm_up)
         started, before = time.perf_counter(), replies()
         await asyncio.sleep(seconds)
@@ -46,8 +35,8 @@ async def tasks(callers: Sequence[TaskCaller], requests: Sequence[Any], warm_up:
 
 
 @asynccontextmanager
-async def asking_tasks(callers: Sequence[TaskCaller], requests: Sequence[Any]) -> AsyncIterator[Callable[[], int]]:
-    """Let tasks ask until the end of the block; yield what counts the replies."""
+async def closed_loop_tasks(callers: Sequence[TaskCaller], requests: Sequence[Any]) -> AsyncIterator[Callable[[], int]]:
+    """Let tasks make requests until the end of the block; yield a function that returns the number of replies."""
     replies = 0
     running = True
 
@@ -68,9 +57,9 @@ async def asking_tasks(callers: Sequence[TaskCaller], requests: Sequence[Any]) -
         raise failed.exceptions[0] from None
 
 
-def threads(callers: Sequence[Callable[[Any], Any]], requests: Sequence[Any], warm_up: float, seconds: float) -> float:
-    """Replies per second to blocking threads that ask again as soon as they have their reply."""
-    with asking_threads(callers, requests) as replies:
+def thread_rate(callers: Sequence[Call], requests: Sequence[Any], warm_up: float, seconds: float) -> float:
+    """Replies per second to blocking threads, each of which makes its next request at its reply."""
+    with closed_loop_threads(callers, requests) as replies:
         time.sleep(warm_up)
         started, before = time.perf_counter(), replies()
         time.sleep(seconds)
@@ -78,8 +67,8 @@ def threads(callers: Sequence[Callable[[Any], Any]], requests: Sequence[Any], wa
 
 
 @contextmanager
-def asking_threads(callers: Sequence[Callable[[Any], Any]], requests: Sequence[Any]) -> Iterator[Callable[[], int]]:
-    """Let threads ask until the end of the block; yield what counts the replies."""
+def closed_loop_threads(callers: Sequence[Call], requests: Sequence[Any]) -> Iterator[Callable[[], int]]:
+    """Let threads make requests until the end of the block; yield a function that returns the number of replies."""
     replies = [0] * len(callers)
     running = True
 
@@ -99,7 +88,7 @@ def asking_threads(callers: Sequence[Callable[[Any], Any]], requests: Sequence[A
         thread.result()
 
 
-def one_thread(call: Callable[[Any], Any], request: Any, warm_up: float, seconds: float) -> list[float]:
+def thread_latencies(call: Call, request: Any, warm_up: float, seconds: float) -> list[float]:
     """Latencies of one blocking caller."""
     _until(time.perf_counter() + warm_up, lambda: call(request))
     latencies: list[float] = []
@@ -113,7 +102,7 @@ def one_thread(call: Callable[[Any], Any], request: Any, warm_up: float, seconds
     return latencies
 
 
-async def one_task(caller: TaskCaller, request: Any, warm_up: float, seconds: float) -> list[float]:
+async def task_latencies(caller: TaskCaller, request: Any, warm_up: float, seconds: float) -> list[float]:
     """Latencies of one awaiting caller."""
     call, clock = caller.call, time.perf_counter
     latencies: list[float] = []
@@ -129,7 +118,7 @@ async def one_task(caller: TaskCaller, request: Any, warm_up: float, seconds: fl
     return latencies
 
 
-def arrivals(rate: float, seconds: float, seed: int) -> list[float]:
+def arrival_times(rate: float, seconds: float, seed: int) -> list[float]:
     """Random times from 0 to ``seconds`` with exponential gaps, ``rate`` per second on average."""
     gaps = random.Random(seed)
     times: list[float] = []
@@ -140,11 +129,11 @@ def arrivals(rate: float, seconds: float, seed: int) -> list[float]:
     return times
 
 
-async def open_loop(caller: TaskCaller, request: Any, schedule: Sequence[float], warm_up: float) -> list[float]:
-    """Latencies, from the actual ``submit`` until the reply's callback, of requests that a schedule makes.
+async def open_loop_latencies(caller: TaskCaller, request: Any, times: Sequence[float], warm_up: float) -> list[float]:
+    """Latencies, from the actual ``submit`` until the reply's callback, of requests at the times of a schedule.
 
-    Between arrivals the generator sleeps, as a program that waits for events would; requests that came due
-    meanwhile are submitted together.
+    Between arrivals the generator sleeps, like a program that waits for events; requests that fall due meanwhile
+    are submitted together.
     """
     submit, clock = caller.submit, time.perf_counter
     latencies: list[float] = []
@@ -156,16 +145,16 @@ async def open_loop(caller: TaskCaller, request: Any, schedule: Sequence[float],
         def answered(future: asyncio.Future[Any]) -> None:
             if measured:
                 latencies.append(clock() - submitted)
-            if future.exception() is None:  # else it is raised at the end
-                pending.discard(future)  # replies that pile up would be what garbage collections take their time for
+            if future.exception() is None:  # else gather raises it at the end
+                pending.discard(future)  # kept replies would slow garbage collections down
 
         future = submit(request)
         future.add_done_callback(answered)
         pending.add(future)
 
     started = clock()
-    for at in schedule:
-        # Without a sleep the event loop gets no turn, so that all requests which are due leave together.
+    for at in times:
+        # Without a sleep the event loop gets no turn, so that all due requests leave together.
         if (left := started + at - clock()) > 0:
             await asyncio.sleep(left)
         send(measured=at >= warm_up)
@@ -173,7 +162,7 @@ async def open_loop(caller: TaskCaller, request: Any, schedule: Sequence[float],
     return latencies
 
 
-def bare(forward: Callable[[Any], Any], batch: Any, warm_up: float, seconds: float) -> float:
+def forward_rate(forward: Call, batch: Any, warm_up: float, seconds: float) -> float:
     """Rows per second of forward passes on a ready batch ``[B]``."""
     with torch.no_grad():
         _until(time.perf_counter() + warm_up, lambda: forward(batch))
@@ -187,20 +176,22 @@ def bare(forward: Callable[[Any], Any], batch: Any, warm_up: float, seconds: flo
 _SETTLE = 0.05  # seconds for tasks to get into step, and for what an update may leave to be done
 
 
-def memcpy(nbytes: int) -> Callable[[], object]:
-    """What copies so many bytes from one tensor to another, both of which have been written before."""
+def copy_of(nbytes: int) -> Callable[[], object]:
+    """A function that copies so many bytes from one tensor to another, whose pages are all written."""
     source, target = torch.ones(nbytes // 4), torch.zeros(nbytes // 4)
     target.copy_(source)
     return lambda: target.copy_(source)
 
 
-def by_turns(acts: Mapping[str, Callable[[], object]], warm_up: float, seconds: float) -> dict[str, list[float]]:
-    """How long each of several acts takes, one after the other, again and again."""
-    times: dict[str, list[float]] = {name: [] for name in acts}
+def time_by_turns(
+    actions: Mapping[str, Callable[[], object]], warm_up: float, seconds: float
+) -> dict[str, list[float]]:
+    """Durations of several actions, one after the other, again and again."""
+    times: dict[str, list[float]] = {name: [] for name in actions}
 
     def take_turns() -> None:
-        for name, act in acts.items():
-            times[name].append(timed(act))
+        for name, action in actions.items():
+            times[name].append(seconds_of(action))
 
     _until(time.perf_counter() + warm_up, take_turns)
     for taken in times.values():
@@ -209,29 +200,29 @@ def by_turns(acts: Mapping[str, Callable[[], object]], warm_up: float, seconds: 
     return times
 
 
-def timed(act: Callable[[], object]) -> float:
-    """How long it takes to act once."""
+def seconds_of(action: Callable[[], object]) -> float:
+    """The duration of one call of ``action``."""
     started = time.perf_counter()
-    act()
+    action()
     return time.perf_counter() - started
 
 
-async def gaps(
+async def update_gaps(
     callers: Sequence[TaskCaller],
     requests: Sequence[Any],
     passes: list[float],
     update: Callable[[], Awaitable[tuple[float, float]]],
 ) -> tuple[float, float]:
-    """The longest gap between two forward passes during an update of the weights, and as long without one.
+    """The longest gap between two forward passes during a weight update, and during as long without one.
 
     Args:
-        callers: of the tasks that keep the server busy.
-        requests: of each task.
-        passes: where the model notes when a pass begins.
-        update: returns when it began and when the new weights were in use.
+        callers: clients of the tasks that keep the server busy.
+        requests: one for each task.
+        passes: the times at which passes begin, which the model appends.
+        update: makes an update, and returns the times at which it began and at which the new weights were in use.
     """
     passes[:] = [time.perf_counter()]
-    async with asking_tasks(callers, requests):
+    async with closed_loop_tasks(callers, requests):
         await asyncio.sleep(_SETTLE)
         begun, ended = await update()
         await asyncio.sleep(_SETTLE)
@@ -246,10 +237,10 @@ def longest_gap(passes: Sequence[float], begun: float, ended: float) -> float:
     return max(later - earlier for earlier, later in pairwise(passes) if later >= begun and earlier <= ended)
 
 
-def _until(end: float, act: Callable[[], object], fewest: int = 1) -> int:
-    """Act until ``end``, at least ``fewest`` times; return how often."""
+def _until(end: float, action: Callable[[], object], fewest: int = 1) -> int:
+    """Repeat ``action`` until ``end``, at least ``fewest`` times; return the number of calls."""
     times = 0
     while times < fewest or time.perf_counter() < end:
-        act()
+        action()
         times += 1
     return times
