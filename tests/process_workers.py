@@ -29,8 +29,8 @@ KINDS = ("blocking", "awaiting")
 
 
 def hear(line: Connection[Any, Any]) -> Any:
-    """What a process says, which may have to import everything first."""
-    assert line.poll(2 * HANG), "the process says nothing"
+    """What a process says, which may have to import everything first, beside many others that do."""
+    assert line.poll(5 * HANG), "the process says nothing"
     return line.recv()
 
 
