@@ -425,11 +425,11 @@ def test_the_worker_survives_what_the_code_around_the_model_raises(monkeypatch: 
         record = server._stats.batch
         raised = iter([Abrupt("no"), SystemExit(3)])
 
-        def fail(**figures: Any) -> None:
+        def fail(*figures: Any, **more: Any) -> None:
             error = next(raised, None)
             if error is not None:
                 raise error
-            record(**figures)
+            record(*figures, **more)
 
         monkeypatch.setattr(server._stats, "batch", fail)
         for _ in range(2):
