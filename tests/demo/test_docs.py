@@ -39,6 +39,22 @@ def test_the_links_of_a_page_lead_to_files(page: Path) -> None:
         assert "://" in target or (page.parent / target).exists(), f"{name(page)} links {target}"
 
 
+EXPLANATIONS = [page for page in PAGES if page.parent.name == "explanation"]
+
+
+@pytest.mark.parametrize("page", EXPLANATIONS, ids=name)
+def test_the_files_and_classes_that_an_explanation_names_exist(page: Path) -> None:
+    text = re.sub(r"```.*?```|<!--.*?-->", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    files = set(re.findall(r"(?<![\w./])[\w/]+\.py\b", text)) | set(re.findall(r"`([\w/]+/)`", text))
+    for file in files:
+        assert (ROOT / "aioinfer" / file).exists() or (ROOT / file).exists(), f"{name(page)} names {file}"
+    if page.name == "architecture.md":
+        sources = "".join(source.read_text(encoding="utf-8") for source in (ROOT / "aioinfer").rglob("*.py"))
+        for owner, method in re.findall(r"`([A-Z]\w+)(?:\.(\w+))?`", text):
+            assert re.search(rf"^class {owner}\b", sources, re.MULTILINE), f"{name(page)} names {owner}"
+            assert not method or f"def {method}(" in sources, f"{name(page)} names {owner}.{method}"
+
+
 def test_every_example_is_shown_on_a_page() -> None:
     text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     shown = set(re.findall(r"<!-- code: (\S+) -->", text))
