@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
         trainer died, the server closed early, there is no place for the results, or the extra ``demo`` is missing.
 
     Raises:
-        Exception: what a player raised: its environment's error, or the model's.
+        Exception: the error of an environment or of the model.
     """
     missing = _missing_extra()
     if missing is not None:

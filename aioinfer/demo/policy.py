@@ -1,12 +1,10 @@
-"""What is served and learns: a categorical policy for CartPole, small enough to learn while one watches."""
+"""The policy: a categorical one for CartPole, small enough to learn in a minute."""
 
 from __future__ import annotations
 
 import torch
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
-
-__all__ = ["Actor", "make_network", "make_policy"]
 
 _OBSERVATION_SIZE, _HIDDEN_SIZE, _ACTION_COUNT = 4, 64, 2
 
@@ -23,7 +21,7 @@ def make_network(outputs: int) -> nn.Sequential:
 
 
 class Actor(nn.Module):
-    """Samples actions, and says how likely each was."""
+    """Samples actions, and returns the logarithm of the probability of each."""
 
     def __init__(self) -> None:
         super().__init__()

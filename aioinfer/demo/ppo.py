@@ -1,4 +1,4 @@
-"""How it learns: proximal policy optimization, on advantages that a critic of its own helps to estimate."""
+"""Proximal policy optimization (PPO), with generalized advantage estimation (GAE) by a critic."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from aioinfer.demo.policy import Actor, make_network
-from aioinfer.demo.rollouts import Fragment
+from aioinfer.demo.rollout_workers import Fragment
 
-__all__ = ["PPO", "estimate_advantages"]
+_DISCOUNT = 0.99  # gamma
+_TRACE_DECAY = 0.95  # lambda
+_CLIP = 0.2  # how far an update moves the probability of an action, as a share of what it was
+_EPOCHS = 6  # passes over a batch in one update
+_MINIBATCHES = 8  # gradient steps in one pass
+_LEARNING_RATE = 1e-3
 
 
 def estimate_advantages(
@@ -46,36 +51,14 @@ class PPO:
     The batches may come from somewhat older versions of the actor: each step is weighed by the probability that
     its action had then.
 
-    Args:
-        actor: what learns.
-        discount: gamma.
-        trace_decay: lambda.
-        clip: how far an update moves the probability of an action, as a share of what it was.
-        epochs: passes over a batch in one update.
-        minibatches: gradient steps in one pass.
-        learning_rate: of Adam.
+    The critic and the optimizer belong to one thread, as the actor does.
     """
 
-    def __init__(
-        self,
-        actor: Actor,
-        *,
-        discount: float = 0.99,
-        trace_decay: float = 0.95,
-        clip: float = 0.2,
-        epochs: int = 6,
-        minibatches: int = 8,
-        learning_rate: float = 1e-3,
-    ) -> None:
+    def __init__(self, actor: Actor) -> None:
         self._actor = actor
         self._critic = make_network(1)
-        self._discount = discount
-        self._trace_decay = trace_decay
-        self._clip = clip
-        self._epochs = epochs
-        self._minibatches = minibatches
         self._parameters = [*actor.parameters(), *self._critic.parameters()]
-        self._optimizer = torch.optim.Adam(self._parameters, learning_rate)
+        self._optimizer = torch.optim.Adam(self._parameters, _LEARNING_RATE)
 
     def update(self, batch: Sequence[Fragment]) -> None:
         """Learn from one batch of at least two steps."""
@@ -83,8 +66,8 @@ class PPO:
         actions = torch.from_numpy(np.concatenate([fragment.actions for fragment in batch])).unsqueeze(-1)
         log_probs = torch.from_numpy(np.concatenate([fragment.log_probs for fragment in batch]))
         advantages, returns = self._targets(batch)
-        for _ in range(self._epochs):
-            for rows in torch.randperm(len(actions)).chunk(self._minibatches):
+        for _ in range(_EPOCHS):
+            for rows in torch.randperm(len(actions)).chunk(_MINIBATCHES):
                 actor_loss = self._actor_loss(observations[rows], actions[rows], log_probs[rows], advantages[rows])
                 critic_loss = (self._critic(observations[rows]).squeeze(-1) - returns[rows]).square().mean()
                 self._optimizer.zero_grad()
@@ -94,17 +77,17 @@ class PPO:
 
     @torch.no_grad()
     def _targets(self, batch: Sequence[Fragment]) -> tuple[Tensor, Tensor]:
-        """For each step of the batch: its advantage, normalized, and what the critic should have said."""
+        """For each step of the batch: its advantage, normalized, and the return, which the critic should predict."""
         advantages, returns = [], []
         for fragment in batch:
             values = self._critic(torch.from_numpy(fragment.observations)).squeeze(-1)
             advantage = estimate_advantages(
                 # In units of the largest possible return the values are about 1, whatever the discount.
-                torch.from_numpy(fragment.rewards) * (1.0 - self._discount),
+                torch.from_numpy(fragment.rewards) * (1.0 - _DISCOUNT),
                 values,
                 terminated=fragment.terminated,
-                discount=self._discount,
-                trace_decay=self._trace_decay,
+                discount=_DISCOUNT,
+                trace_decay=_TRACE_DECAY,
             )
             advantages.append(advantage)
             returns.append(advantage + values[:-1])
@@ -113,5 +96,5 @@ class PPO:
 
     def _actor_loss(self, observations: Tensor, actions: Tensor, log_probs: Tensor, advantages: Tensor) -> Tensor:
         ratio = (self._actor.log_probs(observations).gather(-1, actions).squeeze(-1) - log_probs).exp()
-        clipped = ratio.clamp(1.0 - self._clip, 1.0 + self._clip)
+        clipped = ratio.clamp(1.0 - _CLIP, 1.0 + _CLIP)
         return -torch.min(ratio * advantages, clipped * advantages).mean()

@@ -1,4 +1,8 @@
-"""One run of the demo: 32 players and a trainer around one server, until they have learned or the time is up."""
+"""One run of the demo: 32 rollout workers and a trainer around one server, until the goal is reached or the time is up.
+
+The main thread runs the event loop of the workers and of the views. The model thread belongs to the server, and the
+trainer is another process.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +16,10 @@ from dataclasses import dataclass
 import torch
 from tensordict.nn import TensorDictModule
 
-from aioinfer.demo.curve import GOAL, WINDOW, LearningCurve
-from aioinfer.demo.figures import Figures, Scoreboard
-from aioinfer.demo.players import Player
-from aioinfer.demo.plot import save_plot
+from aioinfer.demo.learning_curve import GOAL, WINDOW, LearningCurve, save_plot
+from aioinfer.demo.metrics import Metrics, MetricsReader
 from aioinfer.demo.policy import Actor, make_policy
-from aioinfer.demo.rollouts import Rollouts
+from aioinfer.demo.rollout_workers import RolloutBuffer, RolloutWorker
 from aioinfer.demo.trainer import TrainerProcess
 from aioinfer.demo.views import View, live_view, plain_view, suits_live_view, summary
 from aioinfer.errors import PeerDiedError, ServerClosedError
@@ -26,22 +28,20 @@ from aioinfer.server import InferenceServer
 from aioinfer.transports.local import ThreadingTransport
 from aioinfer.weight_sync import MultiProcessWeightSyncScheme
 
-__all__ = ["learn"]
-
 _ENVS = 32
 _TITLE = f"CartPole-v1, {_ENVS} tasks on one server, a trainer in another process"
 
 
 def learn(options: argparse.Namespace) -> int:
-    """Learn until the goal is reached or the time is up, and save what was learned; return the exit status."""
+    """Learn until the goal is reached or the time is up, and save curve and weights; return the exit status."""
     torch.manual_seed(options.seed)
     policy, scheme = make_policy(Actor()), MultiProcessWeightSyncScheme(sync=False, num_workers=1)
     with _one_torch_thread(), closing(TrainerProcess(scheme, options.seed)) as trainer:
-        end = asyncio.run(_play(options, policy, scheme, trainer))
-    print(f"summary of {end.figures.elapsed:.1f} s: {_TITLE}", summary(end.figures), sep="\n", flush=True)
+        end = asyncio.run(_run(options, policy, scheme, trainer))
+    print(f"summary of {end.metrics.elapsed:.1f} s: {_TITLE}", summary(end.metrics), sep="\n", flush=True)
     if end.status != INTERRUPTED:
         _save(policy, end.curve, options)
-        _say_whether_learned(end)
+        _print_result(end)
     return end.status
 
 
@@ -64,12 +64,12 @@ def _save(policy: TensorDictModule, curve: LearningCurve, options: argparse.Name
     print(f"learning curve: {picture}", f"weights: {weights}", sep="\n", flush=True)
 
 
-def _say_whether_learned(end: _End) -> None:
-    episodes, average = min(end.figures.episodes, WINDOW), end.figures.average_return
+def _print_result(end: _End) -> None:
+    episodes, average = min(end.metrics.episodes, WINDOW), end.metrics.average_return
     returns = (
         f"the latest {episodes} episodes returned {average:.1f} on average" if episodes else "no episode has ended"
     )
-    result = f"in {end.figures.elapsed:.1f} s: {returns}"
+    result = f"in {end.metrics.elapsed:.1f} s: {returns}"
     if end.status == 0:
         print(f"learned {result}", flush=True)
     else:
@@ -79,11 +79,11 @@ def _say_whether_learned(end: _End) -> None:
 @dataclass(frozen=True, slots=True)
 class _End:
     status: int
-    figures: Figures
+    metrics: Metrics
     curve: LearningCurve
 
 
-async def _play(
+async def _run(
     options: argparse.Namespace,
     policy: TensorDictModule,
     scheme: MultiProcessWeightSyncScheme,
@@ -91,28 +91,28 @@ async def _play(
 ) -> _End:
     import gymnasium
 
-    curve, rollouts = LearningCurve(), Rollouts()
-    with ExitStack() as stack:  # left in the reverse order: no environment is closed under its player
-        players = [
-            Player(
+    curve, buffer = LearningCurve(), RolloutBuffer()
+    with ExitStack() as stack:  # left in the reverse order: no environment is closed under its worker
+        workers = [
+            RolloutWorker(
                 stack.enter_context(closing(gymnasium.make("CartPole-v1"))),
                 _ENVS * options.seed + index,
-                rollouts=rollouts,
+                buffer=buffer,
                 curve=curve,
             )
             for index in range(_ENVS)
         ]
         async with InferenceServer(policy, ThreadingTransport(), max_batch_size=_ENVS, weight_sync=scheme) as server:
-            board, client = Scoreboard(players, curve, server=server), server.async_client()
+            reader, client = MetricsReader(workers, curve, server=server), server.async_client()
             tasks = [
-                *[asyncio.create_task(player.play(client)) for player in players],
-                asyncio.create_task(trainer.feed(rollouts, board.publish)),
+                *[asyncio.create_task(worker.run(client)) for worker in workers],
+                asyncio.create_task(trainer.feed(buffer, reader.publish)),
             ]
             try:
                 with _view(options) as view:
-                    await _watch(tasks, curve, board, view=view, seconds=options.seconds)
+                    await _watch(tasks, curve, reader, view=view, seconds=options.seconds)
                 status = 0 if curve.learned else 1
-            except asyncio.CancelledError:  # Ctrl-C: asyncio.run cancels its main task, and nobody else does
+            except asyncio.CancelledError:  # Ctrl-C: asyncio.run cancels its main task, and no other code does
                 status = INTERRUPTED
             except PeerDiedError as error:
                 print(error, file=sys.stderr)
@@ -124,7 +124,7 @@ async def _play(
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
-            return _End(status, board.whole(), curve)
+            return _End(status, reader.whole(), curve)
 
 
 def _view(options: argparse.Namespace) -> AbstractContextManager[View]:
@@ -134,16 +134,16 @@ def _view(options: argparse.Namespace) -> AbstractContextManager[View]:
 
 
 async def _watch(
-    tasks: Sequence[asyncio.Task[None]], curve: LearningCurve, board: Scoreboard, *, view: View, seconds: float
+    tasks: Sequence[asyncio.Task[None]], curve: LearningCurve, reader: MetricsReader, *, view: View, seconds: float
 ) -> None:
-    """Show how it goes until the goal is reached or the time is up; raise what a task raises."""
+    """Show the metrics until the goal is reached or the time is up; raise what a task raises."""
     goal = asyncio.create_task(curve.wait_for_goal())
     try:
         while not goal.done() and (left := seconds - curve.elapsed) > 0:
-            patience = min(view.interval, left)
-            done, _ = await asyncio.wait([*tasks, goal], timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+            timeout = min(view.interval, left)
+            done, _ = await asyncio.wait([*tasks, goal], timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
-            view.show(board.recent())
+            view.show(reader.recent())
     finally:
         goal.cancel()

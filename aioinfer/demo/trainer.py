@@ -18,19 +18,17 @@ import torch
 
 from aioinfer.demo.policy import Actor, make_policy
 from aioinfer.demo.ppo import PPO
-from aioinfer.demo.rollouts import Rollouts
+from aioinfer.demo.rollout_workers import RolloutBuffer
 from aioinfer.errors import PeerDiedError
 from aioinfer.weight_sync import MultiProcessWeightSyncScheme
 
-__all__ = ["TrainerProcess"]
-
-# What the trainer sends: which version it has published, and when, by the clock of this machine.
+# The messages of the trainer: a version that it has published, and the time, by the clock of this machine.
 _NOTICE = struct.Struct("<qd")
-_PATIENCE = 2.0  # seconds that the trainer has to end, before it is killed
+_END_TIMEOUT = 2.0  # seconds that the trainer has to end before it is killed
 
 
 def _train(scheme: MultiProcessWeightSyncScheme, channel: socket.socket, seed: int) -> None:
-    """What runs in the process. It ends when the other end of the channel is gone, however that happened."""
+    """Train until EOF on the channel, in the other process."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     actor = Actor()
@@ -50,11 +48,11 @@ def _train(scheme: MultiProcessWeightSyncScheme, channel: socket.socket, seed: i
 
 
 class TrainerProcess:
-    """The process, and this end of the channel to it. Starts at once.
+    """The trainer's process, and this end of the channel to it. Starts at once; one thread uses it.
 
     Args:
-        scheme: what it publishes weights with.
-        seed: of its weights and of the order in which it goes over a batch.
+        scheme: publishes the weights.
+        seed: of its weights, and of the order of the steps of a batch.
     """
 
     def __init__(self, scheme: MultiProcessWeightSyncScheme, seed: int) -> None:
@@ -65,11 +63,11 @@ class TrainerProcess:
         with far, _interrupts_held_back():
             self._process.start()
 
-    async def feed(self, rollouts: Rollouts, published: Callable[[int, float], None]) -> None:
+    async def feed(self, buffer: RolloutBuffer, published: Callable[[int, float], None]) -> None:
         """Send a batch each time that the trainer asks for one; never blocks the event loop.
 
         Args:
-            rollouts: where the batches come from.
+            buffer: holds the batches.
             published: called with a version and the time, by ``time.monotonic``, at which it was published.
 
         Raises:
@@ -79,19 +77,19 @@ class TrainerProcess:
         try:
             while True:
                 published(*_NOTICE.unpack(await reader.readexactly(_NOTICE.size)))
-                writer.write(pickle.dumps(await rollouts.take(), pickle.HIGHEST_PROTOCOL))
+                writer.write(pickle.dumps(await buffer.take(), pickle.HIGHEST_PROTOCOL))
                 await writer.drain()
         except (asyncio.IncompleteReadError, ConnectionError):
             # Its end of the channel closes a moment before the process is gone.
-            await asyncio.to_thread(self._process.join, _PATIENCE)
+            await asyncio.to_thread(self._process.join, _END_TIMEOUT)
             raise PeerDiedError(f"the trainer died with exit code {self._process.exitcode}") from None
         finally:
-            writer.transport.abort()  # what a trainer that ends would not read any more need not be written
+            writer.transport.abort()  # a trainer that ends reads no more
 
     def close(self) -> None:
         """End the process, if it has not ended."""
         self._channel.close()
-        self._process.join(_PATIENCE)
+        self._process.join(_END_TIMEOUT)
         if self._process.is_alive():
             self._process.kill()
             self._process.join()

@@ -1,4 +1,4 @@
-"""What is seen: one line a second, or a live view by rich; and the summary at the end."""
+"""The views of a run: one line a second, or a live view by rich; and the summary at the end. Event loop only."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
-from aioinfer.demo.curve import GOAL, WINDOW
-from aioinfer.demo.figures import Figures
+from aioinfer.demo.learning_curve import GOAL, WINDOW
+from aioinfer.demo.metrics import Metrics
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.live import Live
-
-__all__ = ["View", "live_view", "plain_view", "suits_live_view", "summary"]
 
 _BARS = "▁▂▃▄▅▆▇█"
 _CURVE_WIDTH = 36
@@ -23,13 +21,13 @@ _LABEL_WIDTH = 14
 
 
 class View(Protocol):
-    """Shows how the run goes."""
+    """Shows the metrics."""
 
     interval: float
     """Seconds between two calls of ``show``."""
 
-    def show(self, figures: Figures) -> None:
-        """Show the figures of now."""
+    def show(self, metrics: Metrics) -> None:
+        """Show the metrics of this moment."""
         ...
 
 
@@ -41,30 +39,30 @@ def suits_live_view() -> bool:
     return sys.stdout.isatty() and not console.is_dumb_terminal and console.encoding.startswith("utf")
 
 
-def summary(figures: Figures) -> str:
-    """The figures of the whole run, one to a line."""
-    return "\n".join([f"  {label:<{_LABEL_WIDTH}}  {text}" for label, text in _rows(figures)])
+def summary(metrics: Metrics) -> str:
+    """The metrics of the whole run, one to a line."""
+    return "\n".join([f"  {label:<{_LABEL_WIDTH}}  {text}" for label, text in _rows(metrics)])
 
 
-def _rows(figures: Figures) -> list[tuple[str, str]]:
+def _rows(metrics: Metrics) -> list[tuple[str, str]]:
     return [
         (
             "episode return",
-            f"{_average(figures)} over the latest {min(figures.episodes, WINDOW)} of {figures.episodes:,}",
+            f"{_average(metrics)} over the latest {min(metrics.episodes, WINDOW)} of {metrics.episodes:,}",
         ),
-        ("frames/s", f"{figures.rate:,.0f}"),
-        ("policy version", f"{figures.version}"),
-        ("weights' age", _age(figures)),
-        ("batch size", f"{figures.batch_size:.1f} on average"),
+        ("frames/s", f"{metrics.rate:,.0f}"),
+        ("policy version", f"{metrics.version}"),
+        ("weights' age", _age(metrics)),
+        ("batch size", f"{metrics.batch_size:.1f} on average"),
     ]
 
 
-def _average(figures: Figures) -> str:
-    return "-" if figures.average_return is None else f"{figures.average_return:.1f}"
+def _average(metrics: Metrics) -> str:
+    return "-" if metrics.average_return is None else f"{metrics.average_return:.1f}"
 
 
-def _age(figures: Figures) -> str:
-    return "untrained" if figures.weights_age is None else f"{figures.weights_age * 1e3:.0f} ms"
+def _age(metrics: Metrics) -> str:
+    return "untrained" if metrics.weights_age is None else f"{metrics.weights_age * 1e3:.0f} ms"
 
 
 # -- one line a second -----------------------------------------------------------------------------
@@ -73,11 +71,11 @@ def _age(figures: Figures) -> str:
 class _PlainView:
     interval = 1.0
 
-    def show(self, figures: Figures) -> None:
+    def show(self, metrics: Metrics) -> None:
         print(
-            f"{figures.elapsed:5.1f} s  return {_average(figures)} ({figures.episodes:,} episodes)"
-            f"  {figures.rate:,.0f} frames/s  version {figures.version} ({_age(figures)})"
-            f"  batch {figures.batch_size:.1f}",
+            f"{metrics.elapsed:5.1f} s  return {_average(metrics)} ({metrics.episodes:,} episodes)"
+            f"  {metrics.rate:,.0f} frames/s  version {metrics.version} ({_age(metrics)})"
+            f"  batch {metrics.batch_size:.1f}",
             flush=True,
         )
 
@@ -102,12 +100,12 @@ class _LiveView:
         self._returns: deque[float] = deque(maxlen=_CURVE_WIDTH)
         self._rates: deque[float] = deque(maxlen=_CURVE_WIDTH)
 
-    def show(self, figures: Figures) -> None:
-        self._returns.append(figures.average_return or 0.0)
-        self._rates.append(figures.rate)
-        self._live.update(self._panel(figures), refresh=True)
+    def show(self, metrics: Metrics) -> None:
+        self._returns.append(metrics.average_return or 0.0)
+        self._rates.append(metrics.rate)
+        self._live.update(self._panel(metrics), refresh=True)
 
-    def _panel(self, figures: Figures) -> RenderableType:
+    def _panel(self, metrics: Metrics) -> RenderableType:
         from rich.console import Group
         from rich.panel import Panel
         from rich.progress_bar import ProgressBar
@@ -118,16 +116,16 @@ class _LiveView:
         table.add_column(style="dim", min_width=_LABEL_WIDTH)
         table.add_column(style="bold", justify="right", min_width=7)
         table.add_column(width=_CURVE_WIDTH)
-        progress = ProgressBar(total=GOAL, completed=figures.average_return or 0.0, width=_CURVE_WIDTH)
-        table.add_row("episode return", _average(figures), Text(_curve(self._returns, GOAL), style="green"))
+        progress = ProgressBar(total=GOAL, completed=metrics.average_return or 0.0, width=_CURVE_WIDTH)
+        table.add_row("episode return", _average(metrics), Text(_curve(self._returns, GOAL), style="green"))
         table.add_row("", "", progress)
-        table.add_row("frames/s", f"{figures.rate:,.0f}", Text(_curve(self._rates, max(self._rates)), style="cyan"))
-        table.add_row("policy version", f"{figures.version}")
-        table.add_row("weights' age", _age(figures))
-        table.add_row("batch size", f"{figures.batch_size:.1f}")
-        table.add_row("episodes", f"{figures.episodes:,}")
+        table.add_row("frames/s", f"{metrics.rate:,.0f}", Text(_curve(self._rates, max(self._rates)), style="cyan"))
+        table.add_row("policy version", f"{metrics.version}")
+        table.add_row("weights' age", _age(metrics))
+        table.add_row("batch size", f"{metrics.batch_size:.1f}")
+        table.add_row("episodes", f"{metrics.episodes:,}")
         foot = Text(
-            f"{figures.elapsed:.0f} of {self._seconds:g} s at most; the goal is a return of {GOAL:g}; Ctrl-C ends it",
+            f"{metrics.elapsed:.0f} of {self._seconds:g} s at most; the goal is a return of {GOAL:g}; Ctrl-C ends it",
             style="dim",
         )
         body = Group(table, Text(), foot)

@@ -20,11 +20,10 @@ import pytest
 import torch
 
 from aioinfer import InferenceServer, demo
-from aioinfer.demo import curve as curves
-from aioinfer.demo import session
-from aioinfer.demo.figures import Figures
+from aioinfer.demo import learning_curve, session
+from aioinfer.demo.metrics import Metrics
 from aioinfer.demo.policy import Actor, make_policy
-from aioinfer.demo.rollouts import Rollouts
+from aioinfer.demo.rollout_workers import RolloutBuffer
 from aioinfer.demo.views import View
 from tests.demo.cartpole import ScriptedEnv
 
@@ -65,7 +64,7 @@ class _IdleTrainer:
     def __init__(self, scheme: Any, seed: int) -> None:
         pass
 
-    async def feed(self, rollouts: Rollouts, published: Any) -> None:
+    async def feed(self, buffer: RolloutBuffer, published: Any) -> None:
         await asyncio.Event().wait()
 
     def close(self) -> None:
@@ -87,7 +86,7 @@ class _RecordedServer(InferenceServer):
 def test_a_run_that_reaches_the_goal_leaves_trained_weights_and_a_picture_and_ends_with_status_0(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(curves, "GOAL", 40.0)  # twice what an untrained policy gets
+    monkeypatch.setattr(learning_curve, "GOAL", 40.0)  # twice what an untrained policy gets
     torch_threads = torch.get_num_threads()
 
     assert _run("--plain", "--seed", "3", "--out", str(tmp_path / "new" / "results")) == 0
@@ -138,7 +137,7 @@ def test_a_trainer_that_dies_ends_the_demo_with_status_1(
     class KillingView:
         interval = 0.01
 
-        def show(self, figures: Figures) -> None:
+        def show(self, metrics: Metrics) -> None:
             for child in multiprocessing.active_children():
                 child.kill()
 

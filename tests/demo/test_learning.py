@@ -13,13 +13,11 @@ import torch
 from tensordict import TensorDict
 
 from aioinfer import AsyncInferenceClient, InferenceServer, ThreadingTransport
-from aioinfer.demo.curve import GOAL, WINDOW, LearningCurve
-from aioinfer.demo.figures import Scoreboard
-from aioinfer.demo.players import Player
-from aioinfer.demo.plot import save_plot
+from aioinfer.demo.learning_curve import GOAL, WINDOW, LearningCurve, save_plot
+from aioinfer.demo.metrics import MetricsReader
 from aioinfer.demo.policy import Actor, make_policy
 from aioinfer.demo.ppo import PPO, estimate_advantages
-from aioinfer.demo.rollouts import Fragment, Rollouts
+from aioinfer.demo.rollout_workers import Fragment, RolloutBuffer, RolloutWorker
 from tests.demo.cartpole import ScriptedEnv
 
 
@@ -33,7 +31,7 @@ def _fragment(steps: int = 1, *, terminated: bool = False, actions: Any = None, 
     )
 
 
-class _Kept(Rollouts):
+class _Kept(RolloutBuffer):
     """Keeps every fragment."""
 
     def __init__(self) -> None:
@@ -105,33 +103,33 @@ def test_ppo_leaves_actions_alone_whose_probability_has_moved_beyond_the_clip_si
 
 
 async def test_rollouts_keep_the_newest_fragments_that_make_up_a_batch() -> None:
-    rollouts = Rollouts(steps=10)
+    buffer = RolloutBuffer(steps=10)
     fragments = [_fragment(4) for _ in range(5)]
     for fragment in fragments:
-        rollouts.add(fragment)
+        buffer.add(fragment)
 
-    assert await rollouts.take() == fragments[-3:]
+    assert await buffer.take() == fragments[-3:]
 
 
 async def test_a_batch_waits_until_it_is_full_and_a_cancelled_wait_loses_nothing() -> None:
-    rollouts = Rollouts(steps=2)
+    buffer = RolloutBuffer(steps=2)
     first, second = _fragment(), _fragment()
-    rollouts.add(first)
-    cancelled = asyncio.create_task(rollouts.take())
+    buffer.add(first)
+    cancelled = asyncio.create_task(buffer.take())
     await asyncio.sleep(0)
     cancelled.cancel()
     await asyncio.wait([cancelled])
-    taken = asyncio.create_task(rollouts.take())
+    taken = asyncio.create_task(buffer.take())
     await asyncio.sleep(0)
     assert not taken.done()
 
-    rollouts.add(second)
+    buffer.add(second)
 
     assert await taken == [first, second]
 
 
 async def _play(env: ScriptedEnv, steps: int) -> tuple[list[Fragment], LearningCurve]:
-    """What a player hands over in so many steps, at the last of which its client fails."""
+    """What a worker hands over in so many steps, at the last of which its client fails."""
     replies = iter(range(steps))
 
     async def client(request: TensorDict) -> TensorDict:
@@ -144,12 +142,12 @@ async def _play(env: ScriptedEnv, steps: int) -> tuple[list[Fragment], LearningC
             }
         )
 
-    rollouts, curve = _Kept(), LearningCurve()
-    player = Player(cast(Any, env), 0, rollouts=rollouts, curve=curve)
+    buffer, curve = _Kept(), LearningCurve()
+    worker = RolloutWorker(cast(Any, env), 0, buffer=buffer, curve=curve)
     with pytest.raises(RuntimeError):  # what becomes of StopIteration in a coroutine
-        await player.play(cast(AsyncInferenceClient, client))
-    assert player.frames == steps
-    return rollouts.fragments, curve
+        await worker.run(cast(AsyncInferenceClient, client))
+    assert worker.frames == steps
+    return buffer.fragments, curve
 
 
 async def test_an_episode_is_handed_over_in_fragments_that_continue_one_another() -> None:
@@ -199,15 +197,15 @@ def test_one_good_episode_at_the_start_is_not_the_goal() -> None:
 
 def test_the_age_of_the_weights_in_use_counts_from_when_the_trainer_published_them() -> None:
     server = InferenceServer(make_policy(Actor()), ThreadingTransport(), policy_version=7)
-    board, now = Scoreboard([], LearningCurve(), server=server), time.monotonic()
-    assert board.recent().weights_age is None
+    reader, now = MetricsReader([], LearningCurve(), server=server), time.monotonic()
+    assert reader.recent().weights_age is None
 
-    board.publish(6, now)
-    assert board.recent().weights_age == 0.0  # the weights were faster than the note of them
+    reader.publish(6, now)
+    assert reader.recent().weights_age == 0.0  # the weights were faster than the note of them
 
-    board.publish(7, now - 30.0)
-    board.publish(8, now)
-    assert (board.recent().weights_age or 0.0) >= 30.0
+    reader.publish(7, now - 30.0)
+    reader.publish(8, now)
+    assert (reader.recent().weights_age or 0.0) >= 30.0
 
 
 @pytest.mark.parametrize("episodes", [0, 60])

@@ -1,4 +1,4 @@
-"""What the view shows: samples of every counter, and the figures between two samples."""
+"""The metrics of a run: samples of every counter, and the rates between two samples."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from aioinfer.demo.curve import LearningCurve
-from aioinfer.demo.players import Player
+from aioinfer.demo.learning_curve import LearningCurve
+from aioinfer.demo.rollout_workers import RolloutWorker
 from aioinfer.server import InferenceServer
 
-__all__ = ["Figures", "Scoreboard"]
-
-# The view shows the latest second: enough to make the figures readable, little enough to see them change.
+# The view shows the latest second: long enough for readable numbers, short enough to see them change.
 _RECENT_SECONDS = 1.0
 
 
@@ -26,8 +24,8 @@ class _Sample:
 
 
 @dataclass(frozen=True, slots=True)
-class Figures:
-    """How the run goes.
+class Metrics:
+    """The state of the run.
 
     Attributes:
         elapsed: seconds since the run began.
@@ -48,17 +46,17 @@ class Figures:
     weights_age: float | None
 
 
-class Scoreboard:
-    """Reads the counters of the players and of the server, without stopping any of them. Event loop only.
+class MetricsReader:
+    """Reads the counters of the workers and of the server, without stopping any of them. Event loop only.
 
     Args:
-        players: who plays.
-        curve: what they have learned.
-        server: whose clients they are.
+        workers: count their frames.
+        curve: holds the returns.
+        server: counts requests and batches.
     """
 
-    def __init__(self, players: Sequence[Player], curve: LearningCurve, *, server: InferenceServer) -> None:
-        self._players = players
+    def __init__(self, workers: Sequence[RolloutWorker], curve: LearningCurve, *, server: InferenceServer) -> None:
+        self._workers = workers
         self._curve = curve
         self._server = server
         self._published: dict[int, float] = {}
@@ -66,30 +64,30 @@ class Scoreboard:
         self._recent = deque([self._first])
 
     def publish(self, version: int, at: float) -> None:
-        """Take note that the trainer published a version, and when, by ``time.monotonic``."""
+        """Record that the trainer published a version, and when, by ``time.monotonic``."""
         self._published[version] = at
 
-    def recent(self) -> Figures:
-        """The figures of the latest second."""
+    def recent(self) -> Metrics:
+        """The metrics of the latest second."""
         now = self._sample()
         self._recent.append(now)
         while len(self._recent) > 2 and now.at - self._recent[1].at >= _RECENT_SECONDS:
             self._recent.popleft()
         return self._between(self._recent[0], now)
 
-    def whole(self) -> Figures:
-        """The figures since the run began."""
+    def whole(self) -> Metrics:
+        """The metrics since the run began."""
         return self._between(self._first, self._sample())
 
     def _sample(self) -> _Sample:
         stats = self._server.stats()
         passes = sum(stats.batches.values())
-        frames = sum([player.frames for player in self._players])
+        frames = sum([worker.frames for worker in self._workers])
         return _Sample(at=time.monotonic(), frames=frames, passes=passes, batched=stats.mean_batch_size * passes)
 
-    def _between(self, old: _Sample, new: _Sample) -> Figures:
+    def _between(self, old: _Sample, new: _Sample) -> Metrics:
         seconds, passes = new.at - old.at, new.passes - old.passes
-        return Figures(
+        return Metrics(
             elapsed=new.at - self._curve.started,
             average_return=self._curve.average,
             episodes=len(self._curve.episodes),
@@ -102,5 +100,5 @@ class Scoreboard:
     def _weights_age(self, now: float) -> float | None:
         if not self._published:
             return None
-        # Weights may be faster than the trainer's note of them: then they are new.
+        # Weights may arrive before the trainer's notice of them: then they are new.
         return now - self._published.get(self._server.policy_version, now)
