@@ -113,25 +113,15 @@ class Health:
 
 
 class BatchRecord(NamedTuple):
-    """One forward pass, and the requests that it settled: none if it failed and its halves run again.
-
-    Attributes:
-        reason: why the batch left the queue.
-        submitted_at: for each request, the time of its ``submit``, by ``time.perf_counter`` as all times here.
-        taken_at: the time at which the batch left the queue.
-        forward: duration of the pass in seconds.
-        settled_at: the time at which the replies were handed over.
-        ok: whether the pass returned replies.
-        cancelled: number of the requests whose callers had gone away.
-    """
+    """One forward pass, and the requests that it settled: none if it failed and its halves run again."""
 
     reason: DispatchReason
-    submitted_at: Sequence[float]
-    taken_at: float
-    forward: float
-    settled_at: float
+    submitted_at: Sequence[float]  # of each request, by time.perf_counter as all times here
+    taken_at: float  # when the batch left the queue
+    forward: float  # seconds of the pass
+    settled_at: float  # when the replies were handed over
     ok: bool
-    cancelled: int
+    cancelled: int  # requests whose callers had gone away
 
 
 class StatsRecorder:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
+from itertools import starmap
 from pathlib import Path
 
 from aioinfer.bench.workloads import MAX_BATCH_SIZE, Metric, Pattern, System, Workload, is_rate
@@ -25,33 +26,12 @@ FEWEST_TIMES = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Summary:
-    """The median of several repeats, and how far they spread."""
-
-    median: float
-    least: float
-    most: float
-
-    @classmethod
-    def of(cls, values: list[float]) -> Summary:
-        """Summarise at least one value."""
-        return cls(statistics.median(values), min(values), max(values))
-
-
-@dataclass(frozen=True, slots=True)
-class Ratio:
-    """Our figure over another one: the ratio of the medians, and the spread of the ratios of the repeats."""
+class Spread:
+    """A median of repeats, or a ratio of two medians, with the least and the largest value of the repeats."""
 
     value: float
     least: float
     most: float
-
-    def verdict(self, metric: Metric) -> str:
-        """Whether it meets the aim, the bar, or neither."""
-        for limit, words in ((metric.aim, "aim met"), (metric.bar, "bar met")):
-            if self.value >= limit if metric.higher_is_better else self.value <= limit:
-                return words
-        return "bar missed"
 
 
 @dataclass(slots=True)
@@ -68,10 +48,10 @@ class Entry:
     heats: dict[str, Figures] = field(default_factory=dict)
     repeats: list[Figures | None] = field(default_factory=list)
 
-    def summary(self, figure: str) -> Summary | None:
+    def summary(self, figure: str) -> Spread | None:
         """One figure over the repeats; ``None`` without any."""
         values = [repeat[figure] for repeat in self.repeats if repeat is not None and figure in repeat]
-        return Summary.of(values) if values else None
+        return Spread(statistics.median(values), min(values), max(values)) if values else None
 
 
 @dataclass(slots=True)
@@ -81,21 +61,21 @@ class Comparison:
     workload: Workload
     entries: dict[System, Entry] = field(default_factory=dict)
 
-    def summary(self, system: System, figure: str) -> Summary | None:
+    def summary(self, system: System, figure: str) -> Spread | None:
         """One figure of one system; ``None`` if it was not measured."""
         entry = self.entries.get(system)
         return entry.summary(figure) if entry is not None else None
 
-    def ratio(self, metric: Metric, of: System = System.OURS) -> Ratio | None:
+    def ratio(self, metric: Metric, of: System = System.OURS) -> Spread | None:
         """A system's figure over the one that the metric compares with; ``None`` if either is missing."""
         one, other = self.summary(of, metric.figure), self.summary(metric.against, metric.divisor)
         if one is None or other is None:
             return None
-        value = one.median / other.median
+        value = one.value / other.value
         repeats = zip(self.entries[of].repeats, self.entries[metric.against].repeats, strict=True)
         # Repeats that ran next to each other: other load of the machine hit both.
         pairs = [a[metric.figure] / b[metric.divisor] for a, b in repeats if a is not None and b is not None]
-        return Ratio(value, min(pairs, default=value), max(pairs, default=value))
+        return Spread(value, min(pairs, default=value), max(pairs, default=value))
 
 
 def best_transport(heats: dict[str, Figures], figure: str) -> str:
@@ -194,7 +174,7 @@ _NUMERIC = range(2, 8)
 
 def text(results: Results) -> str:
     """The table and its notes, for a terminal."""
-    rows = [_HEADINGS, *_rows(results)]
+    rows = [_HEADINGS, *starmap(_row, _judged(results))]
     parts = ["", _aligned(rows)] if len(rows) > 1 else []
     return "\n".join([*parts, "", *_notes(results)])
 
@@ -203,7 +183,7 @@ def markdown(results: Results) -> str:
     """The table and its notes as Markdown, for the documentation."""
     headings = [heading or "figure" for heading in _HEADINGS]
     rules = ["---:" if column in _NUMERIC else "---" for column in range(len(headings))]
-    rows = [headings, rules, *_rows(results)]
+    rows = [headings, rules, *starmap(_row, _judged(results))]
     table = ["| " + " | ".join(row) + " |" for row in rows] if len(rows) > 2 else []
     return "\n".join([*table, "", *(f"- {note}" for note in _notes(results)), ""])
 
@@ -217,9 +197,7 @@ def to_json(results: Results) -> str:
             "repeats": results.repeats,
             "max_batch_size": MAX_BATCH_SIZE,
             "torchrl_collate": results.torchrl_collate,
-            "workloads": {
-                comparison.workload.name: _comparison_to_dict(comparison) for comparison in results.comparisons
-            },
+            "workloads": {each.workload.name: _comparison_to_dict(each) for each in results.comparisons},
             "crashes": results.crashes,
         },
         indent=2,
@@ -230,14 +208,10 @@ def _comparison_to_dict(comparison: Comparison) -> dict[str, object]:
     ratios: list[dict[str, object]] = []
     for metric in comparison.workload.metrics:
         ratio = comparison.ratio(metric)
-        measured = {**asdict(ratio), "verdict": ratio.verdict(metric)} if ratio is not None else {"value": None}
+        measured = {**asdict(ratio), "verdict": metric.verdict(ratio.value)} if ratio is not None else {"value": None}
         ratios.append({**asdict(metric), **measured})
     entries = {str(system): asdict(entry) for system, entry in comparison.entries.items()}
     return {"summary": comparison.workload.summary, "systems": entries, "ratios": ratios}
-
-
-def _rows(results: Results) -> list[tuple[str, ...]]:
-    return [_row(comparison, metric) for comparison, metric in _judged(results)]
 
 
 def _judged(results: Results) -> list[tuple[Comparison, Metric]]:
@@ -251,7 +225,7 @@ def _row(comparison: Comparison, metric: Metric) -> tuple[str, ...]:
     judged = ("-", "-", *limits, "-")
     if ratio is not None:
         spread = f"{_short(ratio.least)} to {_short(ratio.most)}"
-        judged = (_short(ratio.value), spread, *limits, ratio.verdict(metric))
+        judged = (_short(ratio.value), spread, *limits, metric.verdict(ratio.value))
     ours = _figure(comparison, System.OURS, metric.figure)
     return comparison.workload.name, metric.figure, ours, _against(comparison, metric), *judged
 
@@ -264,7 +238,7 @@ def _against(comparison: Comparison, metric: Metric) -> str:
 
 def _figure(comparison: Comparison, system: System, figure: str) -> str:
     summary = comparison.summary(system, figure)
-    return "-" if summary is None else format_figure(figure, summary.median)
+    return "-" if summary is None else format_figure(figure, summary.value)
 
 
 def _short(value: float) -> str:
@@ -314,7 +288,7 @@ def _quiet(comparison: Comparison) -> str:
 
 def _bare(comparison: Comparison) -> str:
     summary = comparison.summary(System.BARE, "rate")
-    return "-" if summary is None else f"{summary.median:,.0f} rows/s ({summary.least:,.0f} to {summary.most:,.0f})"
+    return "-" if summary is None else f"{summary.value:,.0f} rows/s ({summary.least:,.0f} to {summary.most:,.0f})"
 
 
 def _share(comparison: Comparison, metric: Metric) -> str | None:

@@ -77,6 +77,13 @@ class Metric:
         """Whether a high ratio is a good one."""
         return is_rate(self.figure)
 
+    def verdict(self, ratio: float) -> str:
+        """Whether a ratio meets the aim, the bar, or neither."""
+        for limit, verdict in ((self.aim, "aim met"), (self.bar, "bar met")):
+            if ratio >= limit if self.higher_is_better else ratio <= limit:
+                return verdict
+        return "bar missed"
+
 
 @dataclass(frozen=True, slots=True)
 class WeightSet:

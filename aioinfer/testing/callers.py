@@ -6,10 +6,11 @@ import asyncio
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any, Self, TypeVar
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, Self, TypeAlias, TypeVar
 
 import torch
 from anyio.from_thread import start_blocking_portal
@@ -21,23 +22,10 @@ from aioinfer.errors import InferenceError
 from aioinfer.server import InferenceServer
 from aioinfer.transports.polling import InferenceTransport
 
-__all__ = [
-    "HANG_TIMEOUT",
-    "AwaitingCallers",
-    "BlockingCallers",
-    "Callers",
-    "GatedModel",
-    "TransportHarness",
-    "double",
-    "eventually",
-    "expect_error",
-    "is_double",
-    "raises",
-    "request",
-]
-
 T = TypeVar("T")
 E = TypeVar("E", bound=BaseException)
+Reply: TypeAlias = Future[TensorDictBase]
+Context: TypeAlias = AbstractContextManager[Any]
 
 HANG_TIMEOUT = 20.0
 """Seconds after which a call counts as hanging."""
@@ -84,7 +72,13 @@ def raises(kind: type[E], action: Callable[[], Any]) -> E:
     raise AssertionError(f"expected the call to raise {kind.__name__}, but {how}: {outcome!r}")
 
 
-def expect_error(kind: type[E], reply: Future[TensorDictBase]) -> E:
+def expect_doubles(replies: Iterable[Reply], values: Iterable[float]) -> None:
+    """Check that calls end with the replies of :func:`double` to ``request(value)``, one for each value."""
+    for reply, value in zip(replies, values, strict=True):
+        assert is_double(reply.result(HANG_TIMEOUT), value)
+
+
+def expect_error(kind: type[E], reply: Reply) -> E:
     """Return the error that a call ends with."""
     return raises(kind, lambda: reply.result(HANG_TIMEOUT))
 
@@ -177,21 +171,13 @@ class Callers(ABC):
         return False
 
     def call(
-        self,
-        index: int,
-        td: Any,
-        *,
-        timeout: float | None = None,
-        wait: bool = False,
-        around: AbstractContextManager[Any] | None = None,
-    ) -> Future[TensorDictBase]:
+        self, index: int, td: Any, *, timeout: float | None = None, wait: bool = False, around: Context | None = None
+    ) -> Reply:
         """Let caller ``index`` call its client, inside ``around``; the future ends as the call does."""
         return self._start(self.client(index), td, timeout, wait, around or nullcontext())
 
     @abstractmethod
-    def _start(
-        self, client: Any, td: Any, timeout: float | None, wait: bool, around: AbstractContextManager[Any]
-    ) -> Future[TensorDictBase]: ...
+    def _start(self, client: Any, td: Any, timeout: float | None, wait: bool, around: Context) -> Reply: ...
 
     @abstractmethod
     def submit(self, index: int, td: Any) -> Callable[[], None]:
@@ -208,9 +194,7 @@ class BlockingCallers(Callers):
     def _make_client(self) -> Any:
         return self._server.client()
 
-    def _start(
-        self, client: Any, td: Any, timeout: float | None, wait: bool, around: AbstractContextManager[Any]
-    ) -> Future[TensorDictBase]:
+    def _start(self, client: Any, td: Any, timeout: float | None, wait: bool, around: Context) -> Reply:
         def call() -> TensorDictBase:
             with around:
                 reply: TensorDictBase = client(td, timeout, wait=wait)
@@ -233,9 +217,7 @@ class AwaitingCallers(Callers):
     def _make_client(self) -> Any:
         return self._server.async_client()
 
-    def _start(
-        self, client: Any, td: Any, timeout: float | None, wait: bool, around: AbstractContextManager[Any]
-    ) -> Future[TensorDictBase]:
+    def _start(self, client: Any, td: Any, timeout: float | None, wait: bool, around: Context) -> Reply:
         async def call() -> TensorDictBase:
             async with asyncio.timeout(timeout):
                 with around:
@@ -258,6 +240,7 @@ class AwaitingCallers(Callers):
         return lambda: self._portal.call(cancel)
 
 
+@dataclass(frozen=True)
 class TransportHarness:
     """Serves a model to callers, for the checks of the contract: over one transport, with one kind of caller.
 
@@ -269,20 +252,12 @@ class TransportHarness:
         remote: whether replies travel to other processes, so that a caller gets copies of the exceptions of the model.
     """
 
-    def __init__(
-        self,
-        transport: Callable[..., InferenceTransport],
-        callers: Callable[[InferenceServer], Callers],
-        *,
-        drops_cancelled: bool = True,
-        fixed_layout: bool = False,
-        remote: bool = False,
-    ) -> None:
-        self.transport = transport
-        self.callers = callers
-        self.drops_cancelled = drops_cancelled
-        self.fixed_layout = fixed_layout
-        self.remote = remote
+    transport: Callable[..., InferenceTransport]
+    callers: Callable[[InferenceServer], Callers]
+    _: KW_ONLY
+    drops_cancelled: bool = True
+    fixed_layout: bool = False
+    remote: bool = False
 
     @contextmanager
     def serve(

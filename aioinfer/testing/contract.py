@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import isfunction
 
 from aioinfer.testing import lifecycle_checks, reply_checks
 from aioinfer.testing.callers import AwaitingCallers, BlockingCallers, TransportHarness
@@ -10,7 +11,13 @@ from aioinfer.transports.polling import InferenceTransport
 
 __all__ = ["CHECKS", "check_transport"]
 
-CHECKS: tuple[Callable[[TransportHarness], None], ...] = (*reply_checks.CHECKS, *lifecycle_checks.CHECKS)
+CHECKS: tuple[Callable[[TransportHarness], None], ...] = tuple(
+    check
+    for module in (reply_checks, lifecycle_checks)
+    for check in vars(module).values()
+    if isfunction(check) and check.__module__ == module.__name__
+)
+"""Every function of the two modules, in the order of their definitions."""
 
 
 def check_transport(transport: Callable[[], InferenceTransport], *, drops_cancelled: bool = False) -> None:

@@ -9,13 +9,12 @@ from aioinfer.testing.callers import (
     TransportHarness,
     double,
     eventually,
+    expect_doubles,
     expect_error,
     is_double,
     raises,
     request,
 )
-
-__all__ = ["CHECKS"]
 
 # -- callers that go away ----------------------------------------------------------------------------------
 
@@ -33,8 +32,7 @@ def a_cancelled_request_changes_nobody_elses(harness: TransportHarness) -> None:
             cancel()
         model.open()
         assert is_double(first.result(HANG_TIMEOUT), 0)
-        for index, reply in enumerate(others, 5):
-            assert is_double(reply.result(HANG_TIMEOUT), index)
+        expect_doubles(others, range(5, 9))
         for index in range(1, 5):  # their clients are usable again
             assert is_double(callers.call(index, request(10 + index)).result(HANG_TIMEOUT), 10 + index)
         if harness.drops_cancelled:
@@ -51,8 +49,7 @@ def a_request_cancelled_in_its_forward_pass_changes_nobody_elses(harness: Transp
         cancel()
         replies = [callers.call(index, request(10 + index)) for index in range(3)]
         model.open()
-        for index, reply in enumerate(replies):
-            assert is_double(reply.result(HANG_TIMEOUT), 10 + index)
+        expect_doubles(replies, (10, 11, 12))
 
 
 def a_call_that_times_out_leaves_its_client_usable(harness: TransportHarness) -> None:
@@ -84,8 +81,7 @@ def a_full_queue_refuses_at_once(harness: TransportHarness) -> None:
         assert server.stats().rejected == 1
         waiting = [callers.call(index, request(index), wait=True) for index in range(4, 9)]
         model.open()
-        for index, reply in zip((0, 1, 2, 4, 5, 6, 7, 8), (*replies, *waiting), strict=True):
-            assert is_double(reply.result(HANG_TIMEOUT), index)
+        expect_doubles([*replies, *waiting], (0, 1, 2, 4, 5, 6, 7, 8))
 
 
 def waiting_for_room_ends_with_its_deadline(harness: TransportHarness) -> None:
@@ -99,8 +95,7 @@ def waiting_for_room_ends_with_its_deadline(harness: TransportHarness) -> None:
         expect_error(TimeoutError, callers.call(2, request(2), timeout=0.01, wait=True))
         replies.append(callers.call(3, request(3), wait=True))
         model.open()
-        for index, reply in zip((0, 1, 3), replies, strict=True):
-            assert is_double(reply.result(HANG_TIMEOUT), index)
+        expect_doubles(replies, (0, 1, 3))
     assert 2 not in model.seen
 
 
@@ -138,8 +133,7 @@ def shutdown_can_serve_what_is_pending_first(harness: TransportHarness) -> None:
         closing = callers.in_background(lambda: server.shutdown(HANG_TIMEOUT, drain=True))
         eventually(lambda: callers.refused(5, request(5)))
         model.open()
-        for index, reply in enumerate(replies):
-            assert is_double(reply.result(HANG_TIMEOUT), index)
+        expect_doubles(replies, range(5))
         closing.result(HANG_TIMEOUT)
         assert not server.is_alive
 
@@ -168,16 +162,3 @@ def a_server_serves_again_after_a_restart(harness: TransportHarness) -> None:
             server.shutdown()
             expect_error(ServerClosedError, callers.call(0, request(value)))
             server.start()
-
-
-CHECKS = (
-    a_cancelled_request_changes_nobody_elses,
-    a_request_cancelled_in_its_forward_pass_changes_nobody_elses,
-    a_call_that_times_out_leaves_its_client_usable,
-    a_full_queue_refuses_at_once,
-    waiting_for_room_ends_with_its_deadline,
-    shutdown_fails_what_is_pending_and_refuses_what_comes,
-    shutdown_can_serve_what_is_pending_first,
-    shutdown_does_not_wait_for_a_model_that_hangs,
-    a_server_serves_again_after_a_restart,
-)

@@ -16,12 +16,11 @@ from aioinfer.testing.callers import (
     TransportHarness,
     double,
     eventually,
+    expect_doubles,
     expect_error,
     is_double,
     request,
 )
-
-__all__ = ["CHECKS"]
 
 # -- replies -----------------------------------------------------------------------------------------------
 
@@ -32,8 +31,7 @@ def every_caller_gets_its_own_reply(harness: TransportHarness) -> None:
         for turn in range(20):
             values = [100 * turn + index for index in range(16)]
             replies = [callers.call(index, request(value)) for index, value in enumerate(values)]
-            for value, reply in zip(values, replies, strict=True):
-                assert is_double(reply.result(HANG_TIMEOUT), value)
+            expect_doubles(replies, values)
         assert server.stats().ok == 320
 
 
@@ -46,8 +44,7 @@ def requests_that_wait_meet_in_one_batch(harness: TransportHarness) -> None:
         replies += [callers.call(index, request(index)) for index in range(1, 9)]
         eventually(lambda: server.stats().pending == 8)
         model.open()
-        for value, reply in enumerate(replies):
-            assert is_double(reply.result(HANG_TIMEOUT), value)
+        expect_doubles(replies, range(9))
     assert sorted(map(len, model.batches)) == [1, 8]
 
 
@@ -215,8 +212,7 @@ def a_request_that_the_model_cannot_serve_fails_alone(harness: TransportHarness)
         errors = [expect_error(ArithmeticError, replies.pop(index)) for index in (8, 3)]
         assert errors[0] is not errors[1]
         assert all(str(error) == "negative" and isinstance(error.__cause__, ArithmeticError) for error in errors)
-        for index, reply in zip([i for i in range(12) if i not in (3, 8)], replies, strict=True):
-            assert is_double(reply.result(HANG_TIMEOUT), index)
+        expect_doubles(replies, (0, 1, 2, 4, 5, 6, 7, 9, 10, 11))
         assert (server.stats().ok, server.stats().failed) == (10, 2)
 
 
@@ -249,20 +245,3 @@ def wrong_output_fails_its_batch_and_says_what_it_was(harness: TransportHarness)
         for word in ("NoneType", "Tensor", "[7]"):
             assert word in str(expect_error(ModelError, callers.call(0, request(1))))
         assert is_double(callers.call(0, request(2)).result(HANG_TIMEOUT), 2)
-
-
-CHECKS = (
-    every_caller_gets_its_own_reply,
-    requests_that_wait_meet_in_one_batch,
-    a_batch_holds_max_batch_size_at_most,
-    requests_made_before_the_start_are_served,
-    a_reply_shares_no_memory,
-    a_reply_keeps_little_more_than_itself_alive,
-    a_lone_caller_waits_for_nobody,
-    unlike_requests_are_batched_apart,
-    exploration_modes_are_batched_apart,
-    invalid_requests_are_refused_at_once,
-    a_request_that_the_model_cannot_serve_fails_alone,
-    any_exception_out_of_the_model_ends_its_requests,
-    wrong_output_fails_its_batch_and_says_what_it_was,
-)

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from aioinfer.bench import report
-from aioinfer.bench.report import Ratio, Summary, best_transport
+from aioinfer.bench.report import Spread, best_transport
 from aioinfer.bench.workloads import Metric, System
 from tests.bench.parts import ABOUT, alone, comparison, results
 
@@ -14,19 +14,20 @@ from tests.bench.parts import ABOUT, alone, comparison, results
 
 
 def test_a_summary_is_the_median_and_the_spread() -> None:
-    assert Summary.of([3.0, 1.0, 2.0, 10.0]) == Summary(2.5, 1.0, 10.0)
+    figures = comparison("tasks-tiny", aioinfer=[3.0, 1.0, 2.0, 10.0])
+    assert figures.summary(System.OURS, "rate") == Spread(2.5, 1.0, 10.0)
 
 
 def test_a_ratio_divides_medians_and_spreads_over_neighbouring_repeats() -> None:
     rates = comparison("tasks-tiny", aioinfer=[100.0, 90.0, 110.0], torchrl=[10.0, 5.0, 20.0])
     ratio = rates.ratio(rates.workload.metrics[0])
-    assert ratio == Ratio(10.0, 5.5, 18.0)
+    assert ratio == Spread(10.0, 5.5, 18.0)
 
 
 def test_a_crashed_repeat_is_left_out() -> None:
     rates = comparison("tasks-tiny", aioinfer=[100.0, None, 120.0], torchrl=[10.0, 5.0, None])
-    assert rates.summary(System.OURS, "rate") == Summary(110.0, 100.0, 120.0)
-    assert rates.ratio(rates.workload.metrics[0]) == Ratio(110.0 / 7.5, 10.0, 10.0)
+    assert rates.summary(System.OURS, "rate") == Spread(110.0, 100.0, 120.0)
+    assert rates.ratio(rates.workload.metrics[0]) == Spread(110.0 / 7.5, 10.0, 10.0)
 
 
 @pytest.mark.parametrize("theirs", [{}, {"torchrl": [None, None]}])
@@ -37,7 +38,7 @@ def test_without_the_other_system_there_is_no_ratio(theirs: dict[str, list[float
 
 def test_a_figure_can_be_divided_by_another_one_of_the_same_repeats() -> None:
     times = alone("weights-420mb", {"p50": 0.2, "memcpy": 0.1}, None, {"p50": 0.4, "memcpy": 0.1})
-    assert times.ratio(times.workload.metrics[0]) == Ratio(pytest.approx(3.0), 2.0, 4.0)  # type: ignore[arg-type]
+    assert times.ratio(times.workload.metrics[0]) == Spread(pytest.approx(3.0), 2.0, 4.0)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -55,7 +56,7 @@ def test_a_verdict_reads_limits_as_at_least_for_rates_and_at_most_for_latencies(
     figure: str, value: float, verdict: str
 ) -> None:
     metric = Metric("rate", 8, 12) if figure == "rate" else Metric("p50", 0.7, 0.5)
-    assert Ratio(value, value, value).verdict(metric) == verdict
+    assert metric.verdict(value) == verdict
 
 
 def test_the_better_transport_has_the_higher_rate_or_the_lower_latency() -> None:
