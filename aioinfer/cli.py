@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-_OUTPUT_CLOSED = 128 + 13  # what a shell reports for a program that SIGPIPE ended
+_OUTPUT_CLOSED = 128 + 13  # the exit status that a shell reports after SIGPIPE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        if not _nobody_reads_the_output():
+        if not _output_is_closed():
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes it once more
         return _OUTPUT_CLOSED
@@ -58,7 +58,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         sys.stdout.flush()  # the help; a closed output is noticed here
 
 
-def _nobody_reads_the_output() -> bool:
+def _output_is_closed() -> bool:
     import select
 
     poll = select.poll()

@@ -1,4 +1,4 @@
-"""Ctrl-C while a command has nothing to clean up yet, or nothing any more."""
+"""Ctrl-C while a command imports its libraries, and after its work. Main thread only."""
 
 from __future__ import annotations
 

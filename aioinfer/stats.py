@@ -48,7 +48,7 @@ class ServerStats:
         cancelled: requests whose caller cancelled them, or whose deadline passed, before the answer.
         rejected: requests refused at ``submit``: invalid, or the queue was full; or by a pause.
         pending: requests that wait for a batch now.
-        batches: forward passes by the reason they left, those that failed included.
+        batches: forward passes by the reason of their dispatch, failed ones included.
         failed_passes: forward passes that raised. Where the model raises on several requests, their halves run again: a
             model that can't batch takes ``2n - 1`` passes for ``n`` requests, of which ``n - 1`` fail.
         mean_batch_size: requests answered per forward pass; 0 without one.

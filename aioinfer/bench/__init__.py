@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 from aioinfer.bench.workloads import COLLATES, WORKLOADS
@@ -21,9 +22,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"measure this workload alone; may be given several times. One of {', '.join(names)}",
     )
-    parser.add_argument("--repeats", type=_count, default=5, help="measurements per system and workload (%(default)s)")
     parser.add_argument(
-        "--seconds", type=_duration, default=1.5, help="length of one measurement, warm-up not counted (%(default)s)"
+        "--repeats", type=_positive(int), default=5, help="measurements per system and workload (%(default)s)"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=_positive(float),
+        default=1.5,
+        help="length of one measurement, warm-up not counted (%(default)s)",
     )
     parser.add_argument(
         "--torchrl-collate",
@@ -63,15 +69,11 @@ def run(options: argparse.Namespace) -> int:
     return 1 if results.crashes else 0
 
 
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
+def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is no number above 0")
+        return value
 
-
-def _duration(text: str) -> float:
-    value = float(text)
-    if not (math.isfinite(value) and value > 0):
-        raise argparse.ArgumentTypeError(f"{text} is no number of seconds above 0")
-    return value
+    return parse

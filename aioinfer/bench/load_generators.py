@@ -173,7 +173,7 @@ def forward_rate(forward: Call, batch: Any, warm_up: float, seconds: float) -> f
 
 # -- beside a trainer --------------------------------------------------------------------------------------
 
-_SETTLE = 0.05  # seconds for tasks to get into step, and for what an update may leave to be done
+_SETTLE = 0.05  # seconds for tasks to get into step, and for the work that may follow an update
 
 
 def copy_of(nbytes: int) -> Callable[[], object]:
@@ -233,7 +233,7 @@ async def update_gaps(
 
 
 def longest_gap(passes: Sequence[float], begun: float, ended: float) -> float:
-    """The longest time from one pass to the next, of those that lie at least partly between two times."""
+    """The longest time from one pass to the next, if it lies at least partly between ``begun`` and ``ended``."""
     return max(later - earlier for earlier, later in pairwise(passes) if later >= begun and earlier <= ended)
 
 

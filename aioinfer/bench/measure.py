@@ -36,7 +36,7 @@ from aioinfer.bench.workloads import Job, Pattern, System, Workload, named
 
 def main(arguments: Sequence[str]) -> None:
     """Run the job in ``arguments``, a JSON object with the fields of :class:`Job`."""
-    # What libraries may print must not get between the two lines that the parent reads.
+    # The output of libraries must not get between the two lines that the parent reads.
     answers, sys.stdout = sys.stdout, sys.stderr
     job = Job(**json.loads(arguments[0]))
     torch.set_num_threads(1)
@@ -51,7 +51,7 @@ def measure(job: Job) -> Figures:
 
     Returns:
         ``rate`` in requests/s; or ``p50`` and ``p99`` in seconds over ``count`` requests or updates; or ``gap`` in
-        seconds. Beside them, what they are compared with: ``quiet rate``, ``memcpy``.
+        seconds. Beside them, the figures that they are compared with: ``quiet rate``, ``memcpy``.
     """
     torch.manual_seed(job.seed)
     workload = named(job.workload)

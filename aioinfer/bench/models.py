@@ -20,11 +20,11 @@ _IMAGE = (3, 84, 84)
 
 
 class Policy:
-    """One of the models ``tiny``, ``mlp``, ``big`` and ``cnn``, with what is needed to ask it.
+    """One of the models ``tiny``, ``mlp``, ``big`` and ``cnn``, with requests for it.
 
     Args:
         name: the model's name.
-        weights: how many parameters it has in all; those that are added take no part in a forward pass.
+        weights: the size of all its parameters; the added ones take no part in a forward pass.
     """
 
     def __init__(self, name: str, weights: WeightSet | None = None) -> None:
@@ -47,7 +47,7 @@ class Policy:
         return TensorDict({"observation": observation}, batch_size=rows)
 
     def reply(self) -> TensorDict:
-        """What a reply looks like."""
+        """An example of a reply."""
         return TensorDict({"action": torch.zeros(self._outputs)}, batch_size=())
 
     def check(self, reply: TensorDict) -> None:
@@ -85,7 +85,7 @@ class _Brightness(nn.Module):
 
 
 def _ballast(module: nn.Module, weights: WeightSet) -> nn.ParameterList:
-    """Parameters that make up what ``module`` lacks. Every page of them is written, so that it exists."""
+    """Parameters that bring ``module`` up to its size. Each of their pages is written, so that it exists."""
     own = [parameter.numel() for parameter in module.parameters()]
     lacking, tensors = weights.nbytes // 4 - sum(own), weights.tensors - len(own)
     cuts = [lacking * index // tensors for index in range(tensors + 1)]

@@ -246,73 +246,62 @@ def _short(value: float) -> str:
 
 
 def _notes(results: Results) -> list[str]:
-    notes = [f"{c.workload.summary}: {_bare(c)}" for c in results.comparisons if c.workload.pattern is Pattern.BARE]
-    notes += filter(None, [_share(comparison, metric) for comparison, metric in _judged(results)])
+    comparisons = results.comparisons
+    served = [each for each in comparisons if each.workload.pattern is not Pattern.BARE]
+    notes = [f"{each.workload.summary}: {_bare_rate(each)}" for each in comparisons if each not in served]
+    notes += [_torchrl_share(each, metric) for each, metric in _judged(results) if metric.against is System.BARE]
     kept = [
-        f"{c.workload.name} {' / '.join(entry.way for system, entry in c.entries.items() if system != System.BARE)}"
-        for c in results.comparisons
-        if c.workload.pattern is not Pattern.BARE
+        f"{each.workload.name} {' / '.join(entry.way for name, entry in each.entries.items() if name != System.BARE)}"
+        for each in served
     ]
     if kept:
         notes.append(f"transports or schemes kept (aioinfer / torchrl): {', '.join(kept)}")
-    patterns = {comparison.workload.pattern for comparison in results.comparisons}
-    notes += [note for pattern, note in _ABOUT.items() if pattern in patterns]
-    if any(comparison.workload.processes for comparison in results.comparisons):
-        notes.append(
-            "in other processes torchrl's clients block: where ours are awaited, one thread of a process has the "
-            "requests of all its callers under way and waits for the replies in turn or in rounds"
-        )
+    patterns = {each.workload.pattern for each in comparisons}
+    notes += [note for pattern, note in _PATTERN_NOTES.items() if pattern in patterns]
+    if any(each.workload.processes for each in comparisons):
+        notes.append(_PROCESSES_NOTE)
     if any(metric.over == "memcpy" for _, metric in _judged(results)):
-        notes.append(
-            "memcpy is one copy of as many bytes, warm, in the process that is measured, by turns with updates"
-        )
-    notes += [_quiet(comparison) for comparison in results.comparisons if comparison.workload.pattern is Pattern.GAP]
+        notes.append(_MEMCPY_NOTE)
+    for each in comparisons:
+        if each.workload.pattern is Pattern.GAP:
+            quiet = _figure(each, System.OURS, "quiet gap")
+            notes.append(f"{each.workload.name}: the longest gap in as long a time without an update is {quiet}")
     if results.torchrl_collate == "stack":
         notes.append("torchrl's server was given collate_fn=torch.stack")
-    notes += [_method(results), _machine(results)]
-    return notes + [f"CRASHED: {crash}" for crash in results.crashes]
+    about = results.machine
+    versions = [f"{name} {about[name] or 'not installed'}" for name in ("torch", "tensordict", "torchrl")]
+    return [
+        *filter(None, notes),
+        f"medians over {results.repeats} x {results.seconds:g} s, each in a fresh process, the systems by turns; "
+        f"max_batch_size={MAX_BATCH_SIZE}; with other processes OMP_NUM_THREADS=1",
+        f"{about['cpu']}, {about['cores']} cores, {about['system']}, Python {about['python']}, "
+        f"{', '.join(versions)}, load at the start {about['load']}, {about['date']}",
+        *(f"CRASHED: {crash}" for crash in results.crashes),
+    ]
 
 
-_ABOUT = {
+_PATTERN_NOTES = {
     Pattern.OPEN_LOOP: "open-loop latency counts from the actual submit; every system gets the same schedule",
     Pattern.SEND: "send(sync=True) counts in the trainer, until a server in another process has applied the weights",
     Pattern.PUBLISHING: "updates come by send(sync=True); the quiet rate is that of the same server without them",
     Pattern.GAP: "gaps are between the beginnings of two forward passes, medians over updates, after gc.freeze()",
 }
+_PROCESSES_NOTE = (
+    "in other processes torchrl's clients block: where ours are awaited, one thread of a process has the "
+    "requests of all its callers under way and waits for the replies in turn or in rounds"
+)
+_MEMCPY_NOTE = "memcpy is one copy of as many bytes, warm, in the process that is measured, by turns with updates"
 
 
-def _quiet(comparison: Comparison) -> str:
-    figure = _figure(comparison, System.OURS, "quiet gap")
-    return f"{comparison.workload.name}: the longest gap in as long a time without an update is {figure}"
+def _bare_rate(comparison: Comparison) -> str:
+    rate = comparison.summary(System.BARE, "rate")
+    return "-" if rate is None else f"{rate.value:,.0f} rows/s ({rate.least:,.0f} to {rate.most:,.0f})"
 
 
-def _bare(comparison: Comparison) -> str:
-    summary = comparison.summary(System.BARE, "rate")
-    return "-" if summary is None else f"{summary.value:,.0f} rows/s ({summary.least:,.0f} to {summary.most:,.0f})"
-
-
-def _share(comparison: Comparison, metric: Metric) -> str | None:
-    torchrl = comparison.ratio(metric, System.TORCHRL) if metric.against is System.BARE else None
-    if torchrl is None:
-        return None
+def _torchrl_share(comparison: Comparison, metric: Metric) -> str:
+    share = comparison.ratio(metric, System.TORCHRL)
     rate = _figure(comparison, System.TORCHRL, metric.figure)
-    return f"{comparison.workload.name}: torchrl's share is {_short(torchrl.value)}, {rate}"
-
-
-def _method(results: Results) -> str:
-    return (
-        f"medians over {results.repeats} x {results.seconds:g} s, each in a fresh process, the systems by turns; "
-        f"max_batch_size={MAX_BATCH_SIZE}; with other processes OMP_NUM_THREADS=1"
-    )
-
-
-def _machine(results: Results) -> str:
-    about = results.machine
-    versions = [f"{name} {about[name] or 'not installed'}" for name in ("torch", "tensordict", "torchrl")]
-    return (
-        f"{about['cpu']}, {about['cores']} cores, {about['system']}, Python {about['python']}, "
-        f"{', '.join(versions)}, load at the start {about['load']}, {about['date']}"
-    )
+    return f"{comparison.workload.name}: torchrl's share is {_short(share.value)}, {rate}" if share else ""
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:

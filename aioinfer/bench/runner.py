@@ -1,4 +1,4 @@
-"""Runs the measurements: each in a fresh process, the systems by turns."""
+"""Runs the measurements: each in a fresh process, the systems by turns. The main thread does all of it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, replace
 
 from aioinfer.bench.report import COUNTS, Comparison, Entry, Figures, Results, best_transport, format_figure
@@ -37,7 +37,7 @@ class Runner:
     """Fills ``results``, one workload at a time.
 
     Where a system has several transports or schemes, a short heat of each chooses the one that is then measured:
-    measuring all of them in full would double the time, and taking the best of the figures that count would
+    to measure all of them in full would double the time, and to take the best of the figures that count would
     favour the system with more ways.
 
     Args:
@@ -50,7 +50,7 @@ class Runner:
         self._systems = [s for s in System if torchrl or s is not System.TORCHRL]
 
     def measure(self, workload: Workload, label: str) -> None:
-        """Measure all systems on ``workload`` and print what comes out as it comes."""
+        """Measure all systems on ``workload`` and print the figures of each round."""
         comparison = Comparison(workload)
         self._results.comparisons.append(comparison)
         for system, way_figures in self._heats(workload, label).items():
@@ -70,7 +70,7 @@ class Runner:
         heats: dict[System, dict[str, Figures]] = {system: {} for system in self._systems if workload.ways(system)}
         seconds = min(_HEAT, self._results.seconds)
         tried = [(system, way) for system in heats for way in workload.ways(system) if len(workload.ways(system)) > 1]
-        figures = self._run([self._job(workload, *who, seconds) for who in tried], f"{label}, heat")
+        figures = self._run([self._job(workload, *each, seconds) for each in tried], f"{label}, heat")
         for (system, way), found in zip(tried, figures, strict=True):
             if found is not None:
                 heats[system][way] = found
@@ -88,11 +88,11 @@ class Runner:
         words: list[str] = []
         for job, outcome in zip(jobs, measure_in_turn(jobs), strict=True):
             if isinstance(outcome, MeasurementError):
-                self._results.crashes.append(f"{label}, {_who(job)}: {outcome}")
-                words.append(f"{_who(job)} crashed")
+                self._results.crashes.append(f"{label}, {_label(job)}: {outcome}")
+                words.append(f"{_label(job)} crashed")
                 found.append(None)
             else:
-                words.append(f"{_who(job)} {_progress(outcome)}")
+                words.append(f"{_label(job)} {_progress(outcome)}")
                 found.append(outcome)
         print(f"{label}: {', '.join(words)}", file=sys.stderr, flush=True)
         return found
@@ -124,15 +124,18 @@ class _Process:
             text=True,
         )
 
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._stdin, self._stdout = self._process.stdin, self._process.stdout
+
     def wait_until_ready(self) -> MeasurementError | None:
         line, hung = self._read(_IMPORT_LIMIT)
         return None if line == "ready\n" else self._failure(hung)
 
     def measure(self) -> Figures | MeasurementError:
-        assert self._process.stdin is not None
         try:
-            self._process.stdin.write("go\n")
-            self._process.stdin.flush()
+            self._stdin.write("go\n")
+            self._stdin.flush()
         except OSError:  # it died while it waited
             return self._failure(hung=False)
         line, hung = self._read(self._limit)
@@ -149,19 +152,14 @@ class _Process:
     def close(self) -> None:
         """Kill the process if it still runs."""
         self._process.kill()
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        try:
-            self._process.stdin.close()
-        except OSError:  # a line that it never read
-            pass
-        self._process.stdout.close()
+        with suppress(OSError):  # a line that it never read
+            self._stdin.close()
+        self._stdout.close()
         self._process.wait()
         self._errors.close()
 
     def _read(self, limit: float) -> tuple[str, bool]:
         """A line, empty if the process ended without; and whether that was because it hung."""
-        assert self._process.stdout is not None
         fired = threading.Event()
 
         def kill() -> None:
@@ -171,7 +169,7 @@ class _Process:
         guard = threading.Timer(limit, kill)
         guard.start()
         try:
-            return self._process.stdout.readline(), fired.is_set()
+            return self._stdout.readline(), fired.is_set()
         finally:
             guard.cancel()
             guard.join()
@@ -192,7 +190,7 @@ def _figure(workload: Workload) -> str:
     return workload.metrics[0].figure if workload.metrics else "rate"
 
 
-def _who(job: Job) -> str:
+def _label(job: Job) -> str:
     return job.system if job.way == "none" else f"{job.system} ({job.way})"
 
 

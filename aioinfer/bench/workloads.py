@@ -17,31 +17,21 @@ class System(StrEnum):
 
     OURS = "aioinfer"
     TORCHRL = "torchrl"
-    BARE = "bare"
-    """The model called on a ready batch, without any plumbing."""
+    BARE = "bare"  # the model called on a ready batch, without any plumbing
 
 
 class Pattern(StrEnum):
     """How requests are made."""
 
-    TASKS = "tasks"
-    """Closed loop: asyncio tasks, each of which makes its next request at its reply."""
-    THREADS = "threads"
-    """Closed loop: blocking threads."""
-    ONE_THREAD = "one thread"
-    """One blocking caller."""
-    ONE_TASK = "one task"
-    """One awaiting caller on the server's own event loop."""
-    OPEN_LOOP = "open loop"
-    """Requests at random times, whether or not earlier ones were answered."""
-    BARE = "bare"
-    """No requests: forward passes on a ready batch."""
-    SEND = "send"
-    """No requests: a trainer sends weights to a server in another process, again as soon as they are applied."""
-    PUBLISHING = "publishing"
-    """Closed loop of tasks, while a trainer in another process publishes at a steady rate, by turns with pauses."""
-    GAP = "gap"
-    """Closed loop of tasks, and a trainer in another process that publishes once in a while."""
+    TASKS = "tasks"  # closed loop: asyncio tasks, each of which makes its next request at its reply
+    THREADS = "threads"  # closed loop: blocking threads
+    ONE_THREAD = "one thread"  # one blocking caller
+    ONE_TASK = "one task"  # one awaiting caller on the server's own event loop
+    OPEN_LOOP = "open loop"  # requests at random times, whether or not earlier ones were answered
+    BARE = "bare"  # no requests: forward passes on a ready batch
+    SEND = "send"  # no requests: a trainer sends weights to a server in another process until applied, in a loop
+    PUBLISHING = "publishing"  # closed loop of tasks; by turns, a trainer in another process publishes at a rate
+    GAP = "gap"  # closed loop of tasks, and a trainer in another process that publishes once in a while
 
 
 def is_rate(figure: str) -> bool:

@@ -19,6 +19,7 @@ class LearningCurve:
 
     Attributes:
         episodes: for each: seconds since the start, its return, and the average from then on.
+        goal: set when the goal is reached.
         versions: seconds since the start, and the policy version that computed the replies from then on.
     """
 
@@ -27,7 +28,7 @@ class LearningCurve:
         self.episodes: list[tuple[float, float, float]] = []
         self.versions: list[tuple[float, int]] = []
         self._latest: deque[float] = deque(maxlen=WINDOW)
-        self._goal = asyncio.Event()
+        self.goal = asyncio.Event()
 
     @property
     def elapsed(self) -> float:
@@ -42,11 +43,7 @@ class LearningCurve:
     @property
     def learned(self) -> bool:
         """Whether the goal has been reached."""
-        return self._goal.is_set()
-
-    async def wait_for_goal(self) -> None:
-        """Wait until the goal is reached."""
-        await self._goal.wait()
+        return self.goal.is_set()
 
     def add_episode(self, episode_return: float) -> None:
         """Record an episode that has ended."""
@@ -54,7 +51,7 @@ class LearningCurve:
         average = sum(self._latest) / len(self._latest)
         self.episodes.append((self.elapsed, episode_return, average))
         if len(self._latest) == WINDOW and average >= GOAL:
-            self._goal.set()
+            self.goal.set()
 
     def see_version(self, version: int) -> None:
         """Record that a reply came from this version."""

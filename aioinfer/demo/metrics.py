@@ -86,19 +86,15 @@ class MetricsReader:
         return _Sample(at=time.monotonic(), frames=frames, passes=passes, batched=stats.mean_batch_size * passes)
 
     def _between(self, old: _Sample, new: _Sample) -> Metrics:
-        seconds, passes = new.at - old.at, new.passes - old.passes
+        seconds, passes, version = new.at - old.at, new.passes - old.passes, self._server.policy_version
+        # Weights may arrive before the trainer's notice of them: then they are new.
+        age = new.at - self._published.get(version, new.at) if self._published else None
         return Metrics(
             elapsed=new.at - self._curve.started,
             average_return=self._curve.average,
             episodes=len(self._curve.episodes),
             rate=(new.frames - old.frames) / seconds,
             batch_size=(new.batched - old.batched) / passes if passes else 0.0,
-            version=self._server.policy_version,
-            weights_age=self._weights_age(new.at),
+            version=version,
+            weights_age=age,
         )
-
-    def _weights_age(self, now: float) -> float | None:
-        if not self._published:
-            return None
-        # Weights may arrive before the trainer's notice of them: then they are new.
-        return now - self._published.get(self._server.policy_version, now)

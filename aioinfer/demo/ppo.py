@@ -13,7 +13,7 @@ from aioinfer.demo.rollout_workers import Fragment
 
 _DISCOUNT = 0.99  # gamma
 _TRACE_DECAY = 0.95  # lambda
-_CLIP = 0.2  # how far an update moves the probability of an action, as a share of what it was
+_CLIP = 0.2  # how far an update moves the probability of an action, as a share of the old one
 _EPOCHS = 6  # passes over a batch in one update
 _MINIBATCHES = 8  # gradient steps in one pass
 _LEARNING_RATE = 1e-3

@@ -101,7 +101,7 @@ class RolloutWorker:
         self.frames = 0
 
     async def run(self, client: AsyncInferenceClient) -> None:
-        """Play one episode after the other until cancelled; raises what the environment or the client raises."""
+        """Play one episode after the other until cancelled; raises the errors of the environment and of the client."""
         observation, _ = self._env.reset(seed=self._seed)
         while True:
             episode_return, over = 0.0, False

@@ -136,8 +136,8 @@ def _view(options: argparse.Namespace) -> AbstractContextManager[View]:
 async def _watch(
     tasks: Sequence[asyncio.Task[None]], curve: LearningCurve, reader: MetricsReader, *, view: View, seconds: float
 ) -> None:
-    """Show the metrics until the goal is reached or the time is up; raise what a task raises."""
-    goal = asyncio.create_task(curve.wait_for_goal())
+    """Show the metrics until the goal is reached or the time is up; raise the error of a task."""
+    goal = asyncio.create_task(curve.goal.wait())
     try:
         while not goal.done() and (left := seconds - curve.elapsed) > 0:
             timeout = min(view.interval, left)

@@ -69,7 +69,7 @@ def a_call_that_times_out_leaves_its_client_usable(harness: TransportHarness) ->
 
 
 def a_full_queue_refuses_at_once(harness: TransportHarness) -> None:
-    """Past ``max_pending`` a caller is refused, or waits for room if it asked to."""
+    """Past ``max_pending`` a caller is refused, or waits for space if it asked to."""
     model = GatedModel()
     with harness.serve(model, max_pending=2) as (server, callers):
         replies = [callers.call(0, request(0))]
@@ -85,7 +85,7 @@ def a_full_queue_refuses_at_once(harness: TransportHarness) -> None:
 
 
 def waiting_for_room_ends_with_its_deadline(harness: TransportHarness) -> None:
-    """Who waits for room with a timeout gets ``TimeoutError``, and takes nobody's place."""
+    """A caller that waits for space with a timeout gets ``TimeoutError``, and its request leaves no trace."""
     model = GatedModel()
     with harness.serve(model, max_pending=1) as (server, callers):
         replies = [callers.call(0, request(0))]
@@ -123,7 +123,7 @@ def shutdown_fails_what_is_pending_and_refuses_what_comes(harness: TransportHarn
 
 
 def shutdown_can_serve_what_is_pending_first(harness: TransportHarness) -> None:
-    """``drain=True`` answers what is pending, and refuses only what comes."""
+    """``drain=True`` answers pending requests, and refuses only new ones."""
     model = GatedModel()
     with harness.serve(model) as (server, callers):
         replies = [callers.call(0, request(0))]

@@ -178,7 +178,7 @@ def exploration_modes_are_batched_apart(harness: TransportHarness) -> None:
 
 
 def invalid_requests_are_refused_at_once(harness: TransportHarness) -> None:
-    """What is no request, or not of the layout that the server was told, is refused where it is submitted."""
+    """A value that is no request, or not of the layout of ``request_spec``, is refused at ``submit``."""
     bad = (
         "observation",
         {"observation": torch.ones(3)},
