@@ -68,7 +68,8 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         Exception: the error of an environment or of the model.
     """
-    missing = _missing_extra()
+    # Looked for, not imported: matplotlib is not needed before the end, and takes a while.
+    missing = next((name for name in _EXTRA if find_spec(name) is None), None)
     if missing is not None:
         print(f'the demo needs {missing}: pip install "aioinfer[demo]"', file=sys.stderr)
         return 1
@@ -83,8 +84,3 @@ def run(options: argparse.Namespace) -> int:
         return learn(options)
     except KeyboardInterrupt:  # before the first frame, or a second one while the first was obeyed
         return INTERRUPTED
-
-
-def _missing_extra() -> str | None:
-    # Looked for, not imported: matplotlib is not needed before the end, and takes a while.
-    return next((name for name in _EXTRA if find_spec(name) is None), None)

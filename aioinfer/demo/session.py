@@ -11,7 +11,6 @@ import asyncio
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
-from dataclasses import dataclass
 
 import torch
 from tensordict.nn import TensorDictModule
@@ -37,12 +36,12 @@ def learn(options: argparse.Namespace) -> int:
     torch.manual_seed(options.seed)
     policy, scheme = make_policy(Actor()), MultiProcessWeightSyncScheme(sync=False, num_workers=1)
     with _one_torch_thread(), closing(TrainerProcess(scheme, options.seed)) as trainer:
-        end = asyncio.run(_run(options, policy, scheme, trainer))
-    print(f"summary of {end.metrics.elapsed:.1f} s: {_TITLE}", summary(end.metrics), sep="\n", flush=True)
-    if end.status != INTERRUPTED:
-        _save(policy, end.curve, options)
-        _print_result(end)
-    return end.status
+        status, metrics, curve = asyncio.run(_run(options, policy, scheme, trainer))
+    print(f"summary of {metrics.elapsed:.1f} s: {_TITLE}", summary(metrics), sep="\n", flush=True)
+    if status != INTERRUPTED:
+        _save(policy, curve, options)
+        _print_result(metrics, learned=status == 0)
+    return status
 
 
 @contextmanager
@@ -64,23 +63,14 @@ def _save(policy: TensorDictModule, curve: LearningCurve, options: argparse.Name
     print(f"learning curve: {picture}", f"weights: {weights}", sep="\n", flush=True)
 
 
-def _print_result(end: _End) -> None:
-    episodes, average = min(end.metrics.episodes, WINDOW), end.metrics.average_return
-    returns = (
-        f"the latest {episodes} episodes returned {average:.1f} on average" if episodes else "no episode has ended"
-    )
-    result = f"in {end.metrics.elapsed:.1f} s: {returns}"
-    if end.status == 0:
+def _print_result(metrics: Metrics, *, learned: bool) -> None:
+    episodes, average = min(metrics.episodes, WINDOW), metrics.average_return
+    found = f"the latest {episodes} episodes returned {average:.1f} on average" if episodes else "no episode has ended"
+    result = f"in {metrics.elapsed:.1f} s: {found}"
+    if learned:
         print(f"learned {result}", flush=True)
     else:
         print(f"not learned {result}, the goal is {GOAL:g}", file=sys.stderr)
-
-
-@dataclass(frozen=True, slots=True)
-class _End:
-    status: int
-    metrics: Metrics
-    curve: LearningCurve
 
 
 async def _run(
@@ -88,7 +78,7 @@ async def _run(
     policy: TensorDictModule,
     scheme: MultiProcessWeightSyncScheme,
     trainer: TrainerProcess,
-) -> _End:
+) -> tuple[int, Metrics, LearningCurve]:
     import gymnasium
 
     curve, buffer = LearningCurve(), RolloutBuffer()
@@ -124,7 +114,7 @@ async def _run(
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
-            return _End(status, reader.whole(), curve)
+            return status, reader.whole(), curve
 
 
 def _view(options: argparse.Namespace) -> AbstractContextManager[View]:

@@ -41,20 +41,15 @@ def suits_live_view() -> bool:
 
 def summary(metrics: Metrics) -> str:
     """The metrics of the whole run, one to a line."""
-    return "\n".join([f"  {label:<{_LABEL_WIDTH}}  {text}" for label, text in _rows(metrics)])
-
-
-def _rows(metrics: Metrics) -> list[tuple[str, str]]:
-    return [
-        (
-            "episode return",
-            f"{_average(metrics)} over the latest {min(metrics.episodes, WINDOW)} of {metrics.episodes:,}",
-        ),
+    latest = f"{min(metrics.episodes, WINDOW)} of {metrics.episodes:,}"
+    rows = (
+        ("episode return", f"{_average(metrics)} over the latest {latest}"),
         ("frames/s", f"{metrics.rate:,.0f}"),
         ("policy version", f"{metrics.version}"),
         ("weights' age", _age(metrics)),
         ("batch size", f"{metrics.batch_size:.1f} on average"),
-    ]
+    )
+    return "\n".join([f"  {label:<{_LABEL_WIDTH}}  {text}" for label, text in rows])
 
 
 def _average(metrics: Metrics) -> str:
