@@ -145,7 +145,7 @@ class CudaPlacement:
     def update(self, write: Callable[[], None]) -> None:
         with self._cuda.stream(self._stream):
             write()
-            self._synchronize()  # whoever lent the new weights gets them back now
+            self._synchronize()  # the lender of the new weights may write to them again from now on
 
     def _synchronize(self) -> None:
         event = self._cuda.Event()

@@ -51,7 +51,7 @@ class Future(concurrent.futures.Future[T]):
         self._done_callbacks: list[Any]
 
     def settle(self, result: T | None, error: BaseException | None) -> None:
-        """Set the outcome, unless the future was cancelled, or settled by whoever holds it."""
+        """Set the outcome, unless the future was cancelled, or settled by its holder."""
         try:
             if error is None:
                 self.set_result(result)  # type: ignore[arg-type]
@@ -81,10 +81,10 @@ class Future(concurrent.futures.Future[T]):
     def _wait(self, timeout: float | None) -> None:
         if self.done():
             return
-        bell = LockWaker()
-        callback = _Guarded(lambda _: bell.notify())
+        waker = LockWaker()
+        callback = _Guarded(lambda _: waker.notify())
         super().add_done_callback(callback)
-        if not bell.wait(timeout):
+        if not waker.wait(timeout):
             with self._condition:
                 if callback in self._done_callbacks:
                     self._done_callbacks.remove(callback)
@@ -120,7 +120,7 @@ def run_in_thread(action: Callable[[], T], name: str) -> Future[T]:
     def run() -> None:
         try:
             result = action()
-        except BaseException as error:  # for whoever waits
+        except BaseException as error:  # for the thread that waits
             future.set_exception(error)
         else:
             future.set_result(result)

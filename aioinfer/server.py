@@ -80,7 +80,7 @@ class InferenceServer:
         swap_weights: fill new weights into a spare copy beside the forward passes, and let the parameters take over its
             memory between two of them: no pass waits for a copy, unless :meth:`update_weights` is given weights
             of another device or dtype. By default new weights are copied into the
-            memory that the parameters have, which CUDA graphs and whoever else knows its address rely on.
+            memory that the parameters have, as CUDA graphs and other code that knows its address need it.
         request_spec: an example of a request. Others are refused with :class:`InvalidRequestError`
             where they are submitted. Without it, requests of any layout are taken that have no batch dimension.
         max_pending: most requests that may wait; beyond, :class:`ServerOverloadedError`.

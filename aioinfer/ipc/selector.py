@@ -17,7 +17,7 @@ __all__ = ["Selector", "Source", "await_readable", "wait_readable"]
 Handler = Callable[[], None]
 
 # Seconds after which a thread that waits for the lock returns, to see whether it is to end.
-_LOCK_PATIENCE = 0.05
+_LOCK_TIMEOUT = 0.05
 
 
 class Source(Protocol):
@@ -29,10 +29,10 @@ class Source(Protocol):
 
 
 class Selector:
-    """Rings for the thread that waits, and calls the handlers of descriptors that are readable.
+    """Wakes the thread that waits, and calls the handlers of descriptors that are readable.
 
     One thread at a time may ``wait``; any thread may do the rest. Handlers run under ``lock``, one at a time, on
-    whatever thread waits or looks.
+    the thread that waits or polls.
 
     Args:
         lock: shared with other pollers.
@@ -41,23 +41,27 @@ class Selector:
     def __init__(self, lock: threading.RLock | None = None) -> None:
         self.lock = threading.RLock() if lock is None else lock
         self._selector = selectors.DefaultSelector()
-        self._sources = selectors.DefaultSelector()  # the same, but for the bell
+        self._sources = selectors.DefaultSelector()  # the same, without the wake-up descriptor
         self._reader, self._writer = _waker_descriptors()
         self.notify_in_c: Callable[[], object] = partial(os.write, self._writer, _ONE)
         self._selector.register(self._reader, selectors.EVENT_READ)
 
     def fileno(self) -> int:
-        """What is readable while a handler waits to be called."""
+        """A descriptor that is readable while a handler waits to be called."""
         return self._sources.fileno()
 
     def notify(self) -> None:
-        with suppress(BlockingIOError):  # it is ringing already
+        with suppress(BlockingIOError):  # it has a notification already
             os.write(self._writer, _ONE)
 
     def wait(self, timeout: float | None) -> bool:
-        """Block until the bell rings, or handlers were called, or ``timeout`` seconds passed; say whether it rang."""
+        """Block until a notification, or until handlers were called, or for ``timeout`` seconds.
+
+        Returns:
+            Whether there was a notification.
+        """
         events = self._selector.select(timeout)
-        if not self.lock.acquire(timeout=_LOCK_PATIENCE):  # whoever holds it may wait for this very thread to end
+        if not self.lock.acquire(timeout=_LOCK_TIMEOUT):  # its holder may wait for this very thread to end
             return True
         try:
             return self._handle(events)
@@ -110,7 +114,7 @@ _ONE = (1).to_bytes(8, "little")
 
 
 def _waker_descriptors() -> tuple[int, int]:
-    """Where a bell is read and rung: an ``eventfd``, or a pipe where there is none."""
+    """The descriptors by which a thread is woken: of an ``eventfd``, or of a pipe where there is none."""
     if hasattr(os, "eventfd"):
         fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         return fd, fd

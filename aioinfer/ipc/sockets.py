@@ -56,7 +56,7 @@ Frame: TypeAlias = tuple[int, bytes | None]
 """A word, and its payload if it has one."""
 
 Rest: TypeAlias = tuple[list[Any], bytearray, int]
-"""What a wire has received and not handed out; see :attr:`FramedSocket.inbox`."""
+"""Received data that was not handed out; see :attr:`FramedSocket.inbox`."""
 
 NUMBER = (1 << 56) - 1
 """The bits of a word that are the request's number."""
@@ -79,17 +79,17 @@ def frame(header: int, payload: bytes) -> bytes:
 
 
 class FramedSocket:
-    """One end. Sending never blocks, and receiving only where that is asked for.
+    """One end of a connection that carries frames. Sending never blocks, and receiving only where that is asked for.
 
-    Any thread may send; one at a time may receive. What a system call handed to the kernel before ``send`` returns is
-    there for whoever has received it: so memory that was written before is read as it was written, on any processor.
+    Any thread may send; one at a time may receive. The kernel has the data when ``send`` returns, and hands it to the
+    receiver later: so memory that was written before a frame is read as it was written, on any processor.
 
-    A thread may be interrupted anywhere by an exception of a signal's handler. So what a system call has done is noted
-    by the same call of C code (``list.extend`` over ``map``), and nothing is done twice or forgotten afterwards.
+    A thread may be interrupted anywhere by an exception of a signal handler. So the effect of a system call is noted
+    by the same call of C code (``list.extend`` over ``map``), and nothing is done twice or lost afterwards.
 
     Args:
-        sock: a stream socket, which belongs to the wire from now on; forked children don't have it. It is connected
-            before anything is sent.
+        sock: a stream socket, which belongs to this object from now on; forked children don't have it. It is
+            connected before anything is sent.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -97,7 +97,7 @@ class FramedSocket:
         self._sock = sock
         self._lock = threading.Lock()  # guards what is unsent
         self.outbox: deque[tuple[bytes, list[int]]] = deque()
-        """What waits until the other end has read more, see :meth:`flush`: frames, and how many bytes left when."""
+        """Frames that wait until the other end has read more, see :meth:`flush`; and what was sent of each, in bytes."""
         self._words = array("Q", bytes(_BUFFER_BYTES))
         self._buffer = memoryview(self._words).cast("B")
         self.inbox: Rest = [], bytearray(), 0
@@ -123,17 +123,17 @@ class FramedSocket:
         return bool(self.outbox)
 
     def send(self, data: bytes) -> bool:
-        """Send frames, or keep them until there is room; say whether all have left.
+        """Send frames, or keep them until there is room; return whether all were sent.
 
-        Where the other end is gone, they are dropped.
+        If the other end is gone, they are dropped.
         """
         with self._lock:
-            if not self.outbox and len(data) <= _WHOLE_BYTES:  # such a frame leaves whole, or not at all
+            if not self.outbox and len(data) <= _WHOLE_BYTES:  # so much is sent whole, or not at all
                 try:
                     sent = self._sock.send(data, _DONT_WAIT)
                 except BlockingIOError:
                     sent = 0
-                except OSError:  # the other end is gone: so much for the data; who receives is told
+                except OSError:  # the other end is gone: the thread that receives is told
                     return True
                 if sent == len(data):
                     return True
@@ -204,7 +204,7 @@ class FramedSocket:
         return words, frames
 
     def peek(self, block: bool = False) -> tuple[Sequence[int], Sequence[Frame], Rest | None]:
-        """Do as :meth:`receive`, but return the same again until it is confirmed, by a change of ``inbox``.
+        """Do as :meth:`receive`, but return the same again until it is confirmed by a change of ``inbox``.
 
         Args:
             block: wait until something has arrived, or for as long as :meth:`set_receive_timeout` says.
@@ -293,26 +293,26 @@ class FramedSocket:
         return frames, ([], left, len(left))
 
     def shutdown(self) -> None:
-        """Hang up, but keep the descriptor: whoever waits for something to arrive sees the end of it."""
+        """Disconnect, but keep the descriptor: a thread that waits for data finds EOF."""
         try:
             self._sock.shutdown(socket.SHUT_RDWR)
         except OSError:  # it is not connected, or was closed
             pass
 
     def close(self) -> None:
-        """Hang up. Idempotent."""
+        """Disconnect. Idempotent."""
         self._sock.close()
 
 
-def wait_for_any(wires: Sequence[FramedSocket], timeout: float | None) -> bool:
+def wait_for_any(sockets: Sequence[FramedSocket], timeout: float | None) -> bool:
     """Do as :meth:`FramedSocket.wait`, for several of them."""
-    return _poll([(wire, select.POLLIN | (select.POLLOUT if wire.unsent else 0)) for wire in wires], timeout)
+    return _poll([(sock, select.POLLIN | (select.POLLOUT if sock.unsent else 0)) for sock in sockets], timeout)
 
 
-def _poll(wires: Sequence[tuple[FramedSocket, int]], timeout: float | None) -> bool:
+def _poll(sockets: Sequence[tuple[FramedSocket, int]], timeout: float | None) -> bool:
     poll = select.poll()
-    for wire, events in wires:
-        if (descriptor := wire.fileno()) < 0:  # closed: there is nothing to wait for
+    for sock, events in sockets:
+        if (descriptor := sock.fileno()) < 0:  # closed: there is nothing to wait for
             return True
         poll.register(descriptor, events)
     return bool(poll.poll(None if timeout is None else min(math.ceil(timeout * 1000), 2**31 - 1)))
@@ -358,8 +358,8 @@ os.register_at_fork(before=_forking.acquire, after_in_parent=_forking.release, a
 _BACKLOG = 4096
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 # Seconds until a server whose backlog is full is tried again: at first, and at most.
-_DIAL_AGAIN = 0.01
-_DIAL_SELDOM = 0.5
+_FIRST_DELAY = 0.01
+_LONGEST_DELAY = 0.5
 
 
 class Listener:
@@ -412,7 +412,7 @@ class Listener:
         self._adopt(sock)
 
     def detach(self) -> int:
-        """Listen no more, and return a descriptor by which another process can go on."""
+        """Stop listening, and return a descriptor by which another process can go on."""
         descriptor = os.dup(self.fileno())
         self._closing.detach()
         if self._socket is not None:
@@ -449,7 +449,7 @@ class Listener:
         return self._socket is not None
 
     def accept(self) -> socket.socket | None:
-        """Take the next process in, of this user, that has dialled; ``None`` if there is none.
+        """Accept the next connection of a process of this user; ``None`` if there is none.
 
         Raises:
             OSError: no descriptor is left for it.
@@ -468,7 +468,7 @@ class Listener:
         return None
 
     def close(self) -> None:
-        """Listen no more, until ``open``. Idempotent."""
+        """Stop listening, until ``open``. Idempotent."""
         if self._socket is not None:
             self._socket = None
             self._closing()
@@ -487,7 +487,7 @@ def _close(
 
 
 def _identity(address: str) -> tuple[int, int] | None:
-    """What tells a socket's path from another one of the same name."""
+    """The device and inode of a path, which tell a socket from another one of the same name."""
     try:
         found = os.stat(address)
     except (OSError, ValueError):  # no path, or nothing there
@@ -497,7 +497,7 @@ def _identity(address: str) -> tuple[int, int] | None:
 
 @contextmanager
 def _nobody_else_binds(address: str) -> Iterator[None]:
-    """Take turns with others that want the same path: who finds a socket there must know whether anybody listens."""
+    """Lock a path against other processes that bind it: a process that finds a socket there must know its state."""
     path = f"{address}.lock"
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -544,7 +544,7 @@ def connect_unix(address: str, timeout: float | None = None) -> socket.socket:
             if try_connect(sock, address):
                 break
             if deadline is not None and time.monotonic() >= deadline:
-                raise TimeoutError(f"the server at {address} takes nobody in within {timeout} seconds")
+                raise TimeoutError(f"the server at {address} accepts no connection within {timeout} seconds")
             time.sleep(delay)
         check_same_user(sock)
     except BaseException:
@@ -555,7 +555,7 @@ def connect_unix(address: str, timeout: float | None = None) -> socket.socket:
 
 
 def try_connect(sock: socket.socket, address: str) -> bool:
-    """Connect to a listener without blocking; say whether it had room for us.
+    """Connect to a listener without blocking; return whether its backlog had room.
 
     Raises:
         ServerClosedError: nobody listens there.
@@ -573,10 +573,10 @@ def try_connect(sock: socket.socket, address: str) -> bool:
 
 def connect_delays() -> Iterator[float]:
     """Seconds to wait, for ever, between attempts to connect to a server whose backlog is full."""
-    delay = _DIAL_AGAIN
+    delay = _FIRST_DELAY
     while True:
         yield delay
-        delay = min(2 * delay, _DIAL_SELDOM)
+        delay = min(2 * delay, _LONGEST_DELAY)
 
 
 def check_same_user(sock: socket.socket) -> None:
@@ -585,11 +585,11 @@ def check_same_user(sock: socket.socket) -> None:
         return
     _, uid, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
     if uid != os.getuid():
-        raise PermissionError("who is at the other end is another user")
+        raise PermissionError("the process at the other end is of another user")
 
 
 def send_once(address: str, data: bytes) -> None:
-    """Connect, send ``data`` and hang up; nobody is told if that can't be. It does not block."""
+    """Connect, send ``data`` and disconnect, without blocking; no error is reported."""
     try:
         sock = unix_socket()
     except OSError:

@@ -655,7 +655,7 @@ class RequestQueue:
             self._linger(_MOST_LINGER if timeout is None else min(timeout, _MOST_LINGER))
         elif pending < at_least:
             self._wake_threads()  # no woken thread is on the way that would
-            self._enough = 0  # no caller is waited for now, whoever is settled beside this thread
+            self._enough = 0  # no caller is waited for now, even if another thread settles requests
             if len(self._requests) < at_least:
                 self.waker.wait(timeout)
         self._to_be_woken.clear()
