@@ -129,13 +129,19 @@ class ModelThread:
         if self.ended.done():
             return
         self._stop()
-        self._queue.close(error)
+        try:
+            self._queue.close(error)
+        except BaseException:
+            _log.exception("the transports could not be closed")
         with self._lock:
             self._terminated = error
             requests, self._unsettled = self._unsettled, ()
         self._stats.fail(len(requests))
         self._fail(requests, error)
-        self._queue.detach(error)  # last: it sees to it that the errors leave
+        try:
+            self._queue.detach(error)  # last: it sees to it that the errors leave
+        except BaseException:
+            _log.exception("the transports could not be detached")
 
     @torch.no_grad()
     def _run(self) -> None:

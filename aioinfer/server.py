@@ -27,6 +27,7 @@ from aioinfer.devices import Model, place
 from aioinfer.errors import ServerClosedError, ServerNotRunningError, clone_exception
 from aioinfer.forward import CollateFn, ForwardPass
 from aioinfer.futures import Future, run_in_thread
+from aioinfer.ipc.selector import Selector
 from aioinfer.model_thread import ModelThread, Pause, PendingPolicy, check_policy
 from aioinfer.stats import Health, ServerStats, StatsRecorder
 from aioinfer.transports.base import Transport
@@ -371,6 +372,7 @@ class InferenceServer:
             create_task(_keep_running("a transport's task", transport.serve), name="aioinfer-transport")
             for transport in self._attached
         ]
+        running.append(create_task(_keep_running("reading requests", self._queue.serve), name="aioinfer-queue"))
         receive = partial(self._updates.follow, thread.submit)
         running.append(create_task(_keep_running("receiving weights", receive), name="aioinfer-weights"))
         try:
@@ -440,7 +442,8 @@ class InferenceServer:
 
     def _attach(self) -> RequestQueue:
         admission = Admission(self._request_spec, self._max_pending, self._stats, self.policy_version_key)
-        queue = RequestQueue(admission, self.max_batch_size)
+        several = sum(isinstance(transport, ProcessTransport) for transport in self._attached) > 1
+        queue = RequestQueue(admission, self.max_batch_size, Selector() if several else None)
         queue.attach(self._attached)
         return queue
 

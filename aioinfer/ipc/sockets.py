@@ -97,7 +97,7 @@ class FramedSocket:
         self._sock = sock
         self._lock = threading.Lock()  # guards what is unsent
         self.outbox: deque[tuple[bytes, list[int]]] = deque()
-        """Frames that wait until the other end has read more, see :meth:`flush`; and what was sent of each, in bytes."""
+        """Frames that wait until the other end has read more, see :meth:`flush`, and the sent bytes of each."""
         self._words = array("Q", bytes(_BUFFER_BYTES))
         self._buffer = memoryview(self._words).cast("B")
         self.inbox: Rest = [], bytearray(), 0

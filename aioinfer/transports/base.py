@@ -45,10 +45,8 @@ class Transport:
     def attach(self, queue: RequestQueue) -> None:
         """Put requests into a server's queue from now on; pending ones follow.
 
-        Raises:
-            RuntimeError: another server runs on this transport.
+        The queue has checked all of its transports before.
         """
-        self.check_attach(queue)
         released, self.queue = self.queue, queue
         queue.transports.append(self)
         released.release(self)
@@ -71,6 +69,9 @@ class Transport:
 
     def read(self, *, wait: bool = False) -> None:
         """Put into the queue what callers have sent until now; with ``wait``, also what takes a moment to be had."""
+
+    def forget_parent(self) -> None:
+        """In a forked child: the requests are the parent's."""
 
     def on_wait(self) -> None:
         """The model thread waits for requests now (model thread)."""

@@ -45,7 +45,6 @@ class _LocalTransport(Transport, InferenceTransport):
         self._loop_sinks: weakref.WeakValueDictionary[int, LoopReplySink] = weakref.WeakValueDictionary()
 
     def attach(self, queue: RequestQueue) -> None:
-        self.check_attach(queue)
         queue.thread_sinks.append(self.thread_sink)
         super().attach(queue)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import logging
-import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
@@ -141,7 +140,7 @@ class PollingTransport(Transport):
         self._drained: deque[None] = deque()  # an element for each; a count could not be changed in one step
         self._error: ServerClosedError | None = None
         self._pump: Future[None] | None = None
-        self._pump_thread = 0
+        self._pump_is_ready = False  # it has waited for work, and does not drain yet
         self._turn = LockWaker()  # wakes the pump: the model thread waits, or a reader does
         self._readers: deque[LockWaker] = deque()
 
@@ -188,7 +187,6 @@ class PollingTransport(Transport):
     # -- hooks for the server --------------------------------------------------------------------------
 
     def attach(self, queue: RequestQueue) -> None:
-        self.check_attach(queue)
         self._error = None
         super().attach(queue)
 
@@ -196,29 +194,39 @@ class PollingTransport(Transport):
         self._pump = run_in_thread(partial(self._run, self.queue), "aioinfer-pump")
 
     def held(self) -> int:
-        """A request that its caller gave up in its forward pass counts for one less."""
+        # Too low by the drained requests whose callers have cancelled them since.
         return max(0, len(self._futures) - len(self._drained))
 
     def read(self, *, wait: bool = False) -> None:
-        pump = self._pump
-        if not wait or pump is None or pump.done() or not self.held() or threading.get_ident() == self._pump_thread:
-            return
+        if wait and self.held() and self._pump is not None and not self._pump.done():
+            self._wait_for_pump()
+
+    def on_wait(self) -> None:
+        self._turn.notify()
+        if self._pump_is_ready:  # else it may be a while until there is work, and the pump wakes the model thread then
+            self._wait_for_pump()
+
+    def _wait_for_pump(self) -> None:
         late = bool(self._readers)  # then the transport blocks for longer than it was told
         self._readers.append(done := LockWaker())
         self._turn.notify()
         if not late:
             done.wait(_PUMP_LIMIT)
 
-    def on_wait(self) -> None:
-        self._turn.notify()
-        self.read(wait=True)
+    def forget_parent(self) -> None:
+        self._futures.clear()
+        self._drained.clear()
+        self._readers.clear()
+        self._pump, self._pump_is_ready, self._turn = None, False, LockWaker()
 
     def detach(self, error: ServerClosedError) -> None:
-        pump = self._pump
-        if pump is not None and threading.get_ident() != self._pump_thread:
+        if self._pump is not None:
             self._turn.notify()
             with suppress(TimeoutError):  # where the transport blocks for longer than it was told
-                pump.exception(4 * _POLL_INTERVAL)
+                self._pump.exception(4 * _POLL_INTERVAL)
+        self._fail_all(error)
+
+    def _fail_all(self, error: ServerClosedError) -> None:
         try:
             while callbacks := self._verbs.drain(1024)[1]:
                 for callback in callbacks:
@@ -232,14 +240,17 @@ class PollingTransport(Transport):
     # -- the pump --------------------------------------------------------------------------------------
 
     def _run(self, queue: RequestQueue) -> None:
-        self._pump_thread = threading.get_ident()
+        readers: list[LockWaker] = []
         try:
             while not queue.closed:
                 self._verbs.wait_for_work(_POLL_INTERVAL)
-                while not (queue.is_waited_for or self._readers or queue.closed) and self._turn.wait(_POLL_INTERVAL):
-                    pass
+                self._pump_is_ready = True
+                while not (queue.is_waited_for or self._readers or queue.closed):
+                    self._turn.wait(_POLL_INTERVAL)
+                self._pump_is_ready = False
                 readers = [self._readers.popleft() for _ in range(len(self._readers))]
-                while self._drain(queue) and readers:
+                left = self.held() if readers else 0  # callers may go on submitting meanwhile
+                while (count := self._drain(queue)) and (left := left - count) > 0:
                     pass
                 for reader in readers:
                     reader.notify()
@@ -248,7 +259,10 @@ class PollingTransport(Transport):
             died.__cause__ = error
             if not queue.fail(self, error):
                 _log.exception("a %s is served no more", type(self._verbs).__qualname__)
-                self.detach(died)
+                self._fail_all(died)
+        finally:
+            for reader in (*readers, *self._readers):
+                reader.notify()
 
     def _drain(self, queue: RequestQueue) -> int:
         """Move pending requests into the queue; return how many there were."""

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence, Set
 from itertools import repeat, starmap
 from typing import TYPE_CHECKING, Any, Protocol
 
+import anyio
 import torch
 from tensordict import TensorDict, TensorDictBase
 
@@ -354,9 +355,12 @@ class RequestQueue:
     Args:
         admission: the server's terms; by default those of a transport that has no server yet.
         max_batch_size: most requests that a batch takes.
+        selector: where the model thread waits, if several transports need one.
     """
 
-    def __init__(self, admission: Admission | None = None, max_batch_size: int = 64) -> None:
+    def __init__(
+        self, admission: Admission | None = None, max_batch_size: int = 64, selector: Selector | None = None
+    ) -> None:
         self.admission = Admission() if admission is None else admission
         self.max_batch_size = max_batch_size
         self.transports: list[Transport] = []
@@ -365,7 +369,7 @@ class RequestQueue:
         """Whether a model thread serves it, or is about to."""
         self.released = False
         """Whether a transport was attached to another queue: then this one serves no more until all come back."""
-        self.waker: Waker = LockWaker()
+        self.waker: Waker = selector or LockWaker()
         """Wakes the model thread."""
         self.wakeups_in_flight: list[bool] = []
         """An element for each wake-up that the last batch has caused, until its tasks or its thread have run."""
@@ -404,6 +408,8 @@ class RequestQueue:
         self._lock = threading.RLock()
         if isinstance(self.waker, LockWaker):
             self._use(LockWaker())
+        for transport in self.transports:
+            transport.forget_parent()
 
     def __len__(self) -> int:
         """How many requests wait, cancelled ones left out."""
@@ -412,30 +418,29 @@ class RequestQueue:
 
     def pending(self) -> int:
         """How many requests wait now; what other processes have sent is read first."""
-        if not isinstance(self.waker, Selector):
-            pass
-        elif threading.current_thread() is threading.main_thread():
-            run_in_thread(self.read, "aioinfer-read").result()  # no signal handler interrupts it there
-        else:
-            self.read()
+        if isinstance(self.waker, Selector):
+            _uninterrupted(self.read, "aioinfer-read")
         return len(self)
 
     # -- transports ------------------------------------------------------------------------------------
 
     def attach(self, transports: Sequence[Transport]) -> None:
-        """Serve these transports from now on: all of them or none.
+        """Serve these transports from now on: all of them or none. A signal handler does not interrupt it halfway.
 
         Raises:
             RuntimeError: one of them has a running server.
             OSError: one of them can't listen at its address.
         """
+        _uninterrupted(lambda: self._attach(transports), "aioinfer-attach")
+
+    def _attach(self, transports: Sequence[Transport]) -> None:
         for transport in transports:
             transport.check_attach(self)
         try:
             for transport in transports:
                 transport.attach(self)
         except BaseException:  # its address is taken, say
-            self.close(ServerClosedError("the server could not open all of its transports"))
+            self.detach(ServerClosedError("the server could not open all of its transports"))
             raise
 
     def release(self, transport: Transport) -> None:
@@ -461,14 +466,22 @@ class RequestQueue:
 
     def _redirect(self) -> None:
         """Hand over the requests of transports that are attached to another queue, and fail the others if closed."""
-        for requests in (self._requests, self._waiting_remote):
-            for request in tuple(requests):
-                queue = request.sink.transport.queue
-                if queue is not self and _remove(requests, request):
-                    queue.put_remote(request, checked=True)
-                    queue.notify()
+        for request in (*self._requests, *self._waiting_remote):
+            self._redirect_one(request)
         if self._closed is not None:
             self._fail_all(self._closed)
+
+    def _redirect_one(self, request: Request) -> None:
+        queue = request.sink.transport.queue
+        if queue is self:
+            if self._closed is not None:
+                self._fail_all(self._closed)
+        elif _remove(self._requests, request):
+            queue.put_remote(request, checked=True)
+            queue.notify()
+        elif _remove(self._waiting_remote, request):
+            queue.put_remote(request, wait=True)
+            queue.notify()
 
     # -- callers ---------------------------------------------------------------------------------------
 
@@ -493,7 +506,7 @@ class RequestQueue:
             if not self._put_bounded(request):
                 raise admission.reject_overloaded()
         if self._stray:  # since the check: the thread that removes the request settles it
-            self._redirect()
+            self._redirect_one(request)
 
     def put_remote_all(self, requests: Sequence[Request]) -> None:
         """Do as :meth:`put_remote` with several."""
@@ -524,7 +537,7 @@ class RequestQueue:
         elif not self._put_bounded(request, wait=wait):
             set_exceptions([request], [admission.reject_overloaded()])
         if self._stray:
-            self._redirect()
+            self._redirect_one(request)
 
     def _put_bounded(self, request: Request, *, wait: bool = False) -> bool:
         """Append a request if there is space, or let it ``wait`` for space; return whether it was one of both."""
@@ -532,13 +545,13 @@ class RequestQueue:
             self._requests.append(request)
             return True
         with self._lock:
-            if self.full():
-                self._remove_cancelled()
+            cancelled = self._remove_cancelled() if self.full() else []
             full = self.full()
             if not full:
                 self._requests.append(request)
             elif wait:
                 self._waiting_remote.append(request)
+        self._drop(cancelled)  # which may call the code of a custom transport
         if self._waiting_remote and not self.full():  # the model thread may have made space, and not got the lock
             with self._lock:
                 self._move_waiting()
@@ -547,10 +560,14 @@ class RequestQueue:
     def reserve(self, place: object) -> bool:
         """Reserve space for a request on its way into a transport, if there is any; return whether there was."""
         with self._lock:
-            if self.full():
-                return False
-            self.reserved.add(place)
-            return True
+            if not self.full():
+                self.reserved.add(place)
+                return True
+            cancelled = self._remove_cancelled()
+            if reserved := not self.full():
+                self.reserved.add(place)
+        self._drop(cancelled)
+        return reserved
 
     def put_reserved(self, requests: Sequence[Request], note: Callable[[], object]) -> None:
         """Append requests that their transport has counted as pending, and ``note`` that it need not do so any more."""
@@ -561,10 +578,10 @@ class RequestQueue:
             self._redirect()
         self.notify()
 
-    def _remove_cancelled(self) -> None:
-        for request in tuple(self._requests):
-            if request.receiver.done() and _remove(self._requests, request):
-                self._drop([request])
+    def _remove_cancelled(self) -> list[Request]:
+        """Take cancelled requests out, which must be dropped then. Under the lock."""
+        cancelled = [request for request in tuple(self._requests) if request.receiver.done()]
+        return [request for request in cancelled if _remove(self._requests, request)]
 
     def _move_waiting(self) -> None:
         """Let requests become pending that have waited for space. Under the lock."""
@@ -577,7 +594,7 @@ class RequestQueue:
                 else:
                     self._requests.append(request)
                     if self._stray:
-                        self._redirect()
+                        self._redirect_one(request)
 
     def full(self) -> bool:
         """Whether the queue has no space now."""
@@ -716,6 +733,14 @@ class RequestQueue:
             request.sink.discard(request.receiver)
             self.admission.stats.cancel(1)
 
+    async def serve(self) -> None:
+        """Read what other processes send where requests must be refused while the model is busy."""
+        selector = self.waker
+        while isinstance(selector, Selector) and self.admission.max_pending is not None:
+            await anyio.wait_readable(selector.fileno())
+            selector.poll()
+            self.notify()  # the model thread does not hear of what another thread has read
+
     # -- pausing and closing ---------------------------------------------------------------------------
 
     def pause(self, pause: object) -> None:
@@ -737,7 +762,7 @@ class RequestQueue:
         """Refuse every request from now on, and fail what is pending. Idempotent."""
         self.refuse(error)
         if self._closed is None:  # after the refusal: what is sent later finds the queue closed
-            self._each(lambda transport: transport.read(wait=True))
+            self._each(lambda transport: transport.read())
         self._closed = error
         self._stray = True
         self._redirect()
@@ -765,11 +790,16 @@ class RequestQueue:
 
     def _each(self, do: Callable[[Transport], None]) -> None:
         """Have each transport do something; what one raises is logged, and keeps no other from it."""
+        interrupted: BaseException | None = None
         for transport in tuple(self.transports):
             try:
                 do(transport)
-            except BaseException:
-                _log.exception("a %s could not be told of the end, or of a pause", type(transport).__qualname__)
+            except Exception:
+                _log.exception("a %s could not be read, paused or closed", type(transport).__qualname__)
+            except BaseException as error:  # of a signal handler, mostly
+                interrupted = error
+        if interrupted is not None:
+            raise interrupted
 
     def _fail_all(self, error: ServerClosedError) -> None:
         for queue in (self._requests, self._waiting_remote):
@@ -777,6 +807,14 @@ class RequestQueue:
             self._drop(cancelled)
             self.admission.stats.fail(len(live))
             set_exceptions(live, [clone_exception(error) for _ in live])
+
+
+def _uninterrupted(action: Callable[[], None], name: str) -> None:
+    """Do something where no signal handler interrupts it: handlers run on the main thread."""
+    if threading.current_thread() is threading.main_thread():
+        run_in_thread(action, name).result()
+    else:
+        action()
 
 
 def _pop(queue: deque[Request], count: int) -> list[Request]:

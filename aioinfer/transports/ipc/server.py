@@ -348,7 +348,9 @@ class ConnectionManager:
         sock = FramedSocket(raw)
         try:
             transport = self._transport()
-            assert transport is not None  # it holds this manager
+            if transport is None:  # it is gone, and so will be this manager
+                sock.close()
+                return
             connection = ServerConnection(sock, transport, self)
             with self._lock:
                 self.connections[connection] = False
@@ -574,10 +576,12 @@ class ProcessTransport(Transport, InferenceTransport):
 
     # -- hooks for the server --------------------------------------------------------------------------
 
-    def attach(self, queue: RequestQueue) -> None:
+    def check_attach(self, queue: RequestQueue) -> None:
         if self._handed_off:
             raise RuntimeError("the transport was given to a server in another process")
-        self.check_attach(queue)
+        super().check_attach(queue)
+
+    def attach(self, queue: RequestQueue) -> None:
         self.connections.open()
         self.connections.move_to(queue.selector(self._selector))
         self.status.set_version_key(queue.admission.version_key)
@@ -599,16 +603,8 @@ class ProcessTransport(Transport, InferenceTransport):
         return State.PAUSED if admission.pauses else State.OPEN
 
     async def serve(self) -> None:
-        selectors = [self.connections.handshake_selector]
-        if self.queue.admission.max_pending is not None:  # requests must be refused while the model is busy
-            selectors.append(self.connections.selector)
-        async with anyio.create_task_group() as tasks:
-            for selector in selectors:
-                tasks.start_soon(self._poll_when_readable, selector)
-
-    async def _poll_when_readable(self, selector: Selector) -> None:
         while True:
-            await anyio.wait_readable(selector.fileno())
+            await anyio.wait_readable(self.connections.handshake_selector.fileno())
             self.connections.poll()
             self.queue.notify()  # the model thread does not hear of what another thread has read
 
