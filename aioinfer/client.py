@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABCMeta, abstractmethod
+from abc import ABC, ABCMeta, abstractmethod
 from asyncio import Future as AsyncFuture
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, NoReturn, Self
@@ -12,7 +12,7 @@ from aioinfer.errors import ClientClosedError
 if TYPE_CHECKING:
     from tensordict import TensorDictBase
 
-__all__ = ["CLOSED", "AsyncInferenceClient", "InferenceClient", "check_count"]
+__all__ = ["CLOSED", "AsyncInferenceClient", "ClientMaker", "InferenceClient", "check_count"]
 
 
 class _Closed:
@@ -162,6 +162,42 @@ class AsyncInferenceClient(_Handle):
 
         Raises:
             Exception: as for :meth:`InferenceClient.__call__`.
+        """
+
+
+class ClientMaker(ABC):
+    """Makes clients: a transport, a server, or the way to one."""
+
+    def client(self, *, copy: bool = True) -> InferenceClient:
+        """Make a client for a plain thread; see :meth:`clients`."""
+        return self.clients(1, copy=copy)[0]
+
+    def async_client(self, *, copy: bool = True) -> AsyncInferenceClient:
+        """Make a client for coroutines; see :meth:`clients`."""
+        return self.async_clients(1, copy=copy)[0]
+
+    @abstractmethod
+    def clients(self, count: int, *, copy: bool = True) -> list[InferenceClient]:
+        """Make clients for the threads of one process: all, or none where something is lacking.
+
+        Clients of a transport between processes may be handed to another process, together, as one object: they have
+        one connection, and the first process to use them has their slots.
+
+        Args:
+            count: how many.
+            copy: where replies lie in shared memory, ``False`` lends the caller a view of each, valid until this
+                client's next request. Elsewhere replies are the caller's own in either case.
+
+        Raises:
+            NoFreeSlotError: the transport has slots, and fewer are free.
+            ClientClosedError: the way to the server was closed.
+        """
+
+    @abstractmethod
+    def async_clients(self, count: int, *, copy: bool = True) -> list[AsyncInferenceClient]:
+        """Make clients for the tasks of one process; see :meth:`clients`.
+
+        Requests that are made in one tick of an event loop leave together.
         """
 
 

@@ -7,11 +7,11 @@ import atexit
 import logging
 import os
 import threading
+from abc import abstractmethod
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import CancelledError
 from contextlib import ExitStack
 from functools import partial
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -22,7 +22,7 @@ from tensordict.utils import NestedKey
 from torch import nn
 
 from aioinfer.batching import BatchRule
-from aioinfer.client import AsyncInferenceClient, InferenceClient
+from aioinfer.client import AsyncInferenceClient, ClientMaker, InferenceClient
 from aioinfer.devices import Model, place
 from aioinfer.errors import ServerClosedError, ServerNotRunningError, clone_exception
 from aioinfer.forward import CollateFn, ForwardPass
@@ -38,7 +38,7 @@ from aioinfer.weight_sync.scheme import WeightSyncScheme
 from aioinfer.weight_sync.weights import WeightsLike, check_version
 from aioinfer.weight_updates import WeightUpdates
 
-__all__ = ["InferenceServer"]
+__all__ = ["BaseServer", "InferenceServer"]
 
 # Seconds until a background task that has failed runs again, the first time and at most.
 _FIRST_RETRY = 0.1
@@ -47,7 +47,52 @@ _LAST_RETRY = 5.0
 _log = logging.getLogger("aioinfer")
 
 
-class InferenceServer:
+class BaseServer(ClientMaker):
+    """What both kinds of server have in common: clients of the first transport, and context managers."""
+
+    transports: Sequence[InferenceTransport]
+
+    @property
+    def transport(self) -> InferenceTransport:
+        """How requests and replies travel; the first one, if there are several."""
+        return self.transports[0]
+
+    def clients(self, count: int, *, copy: bool = True) -> list[InferenceClient]:
+        return self.transport.clients(count, copy=copy)
+
+    def async_clients(self, count: int, *, copy: bool = True) -> list[AsyncInferenceClient]:
+        return self.transport.async_clients(count, copy=copy)
+
+    @abstractmethod
+    def start(self) -> Self:
+        """Start the server."""
+
+    @abstractmethod
+    async def _astart(self) -> Self:
+        """Do as :meth:`start`, on the running event loop."""
+
+    @abstractmethod
+    def shutdown(self, timeout: float | None = 5.0, *, drain: bool = False) -> None:
+        """Shut the server down."""
+
+    @abstractmethod
+    async def aclose(self, timeout: float | None = 5.0, *, drain: bool = False) -> None:  # noqa: ASYNC109
+        """Do as :meth:`shutdown`, without blocking the event loop."""
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+
+    async def __aenter__(self) -> Self:
+        return await self._astart()
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+
+class InferenceServer(BaseServer):
     """Serves one model to many callers at once, in batches.
 
     Embed it in a running event loop with ``async with server:`` (and ``await server.aclose()``), or host
@@ -173,11 +218,6 @@ class InferenceServer:
     # -- clients and figures ---------------------------------------------------------------------------
 
     @property
-    def transport(self) -> InferenceTransport:
-        """How requests and replies travel; the first one, if there are several."""
-        return self.transports[0]
-
-    @property
     def max_batch_size(self) -> int:
         """Most requests in one forward pass."""
         return self._rule.max_batch_size
@@ -196,22 +236,6 @@ class InferenceServer:
             "the server has no address, since its callers live in this process; give it an MPTransport or a "
             "ProcessSlotTransport"
         )
-
-    def client(self, *, copy: bool = True) -> InferenceClient:
-        """Make a client for a plain thread: ``transport.client()``."""
-        return self.transport.client() if copy else self.transport.client(copy=False)
-
-    def async_client(self, *, copy: bool = True) -> AsyncInferenceClient:
-        """Make a client for coroutines: ``transport.async_client()``."""
-        return self.transport.async_client() if copy else self.transport.async_client(copy=False)
-
-    def clients(self, count: int, *, copy: bool = True) -> list[InferenceClient]:
-        """Make clients for the threads of one process: ``transport.clients(count)``."""
-        return self.transport.clients(count, copy=copy)
-
-    def async_clients(self, count: int, *, copy: bool = True) -> list[AsyncInferenceClient]:
-        """Make clients for the tasks of one process: ``transport.async_clients(count)``."""
-        return self.transport.async_clients(count, copy=copy)
 
     def stats(self, *, reset: bool = False) -> ServerStats:
         """What the server did since it was made; ``reset=True`` starts anew afterwards."""
@@ -324,15 +348,6 @@ class InferenceServer:
         thread = self._model_thread
         return thread is not None and thread.is_alive() and self._process == os.getpid()
 
-    async def __aenter__(self) -> Self:
-        await self._open()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        await self.aclose()
-
     async def aclose(self, timeout: float | None = 5.0, *, drain: bool = False) -> None:  # noqa: ASYNC109 - as shutdown
         """Shut down without blocking the event loop; see :meth:`shutdown`.
 
@@ -354,7 +369,7 @@ class InferenceServer:
         if task is not None and task.get_loop() is asyncio.get_running_loop() and not self.is_alive:
             await asyncio.wait([task])
 
-    async def _open(self) -> None:
+    async def _astart(self) -> Self:
         thread, ready = self._start_thread()
         self._task = asyncio.get_running_loop().create_task(self._supervise(thread), name="aioinfer-server")
         try:
@@ -364,6 +379,7 @@ class InferenceServer:
         except BaseException:
             await self.aclose()
             raise
+        return self
 
     async def _supervise(self, thread: ModelThread) -> None:
         """The server's task: it ends with the model thread, or ends it when its event loop goes down first."""
@@ -394,7 +410,7 @@ class InferenceServer:
         """
         with ExitStack() as host:
             portal = host.enter_context(start_blocking_portal(name="aioinfer-loop"))
-            portal.call(self._open)
+            portal.call(self._astart)
             self._portal = host.pop_all()
         atexit.register(self.shutdown, 1.0)
         return self
@@ -429,14 +445,6 @@ class InferenceServer:
         if portal is not None:
             portal.close()
         atexit.unregister(self.shutdown)
-
-    def __enter__(self) -> Self:
-        return self.start()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.shutdown()
 
     # -- the model thread ------------------------------------------------------------------------------
 

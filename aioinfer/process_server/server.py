@@ -12,14 +12,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from multiprocessing.context import BaseContext
-from types import TracebackType
 from typing import Any, Self
 
 import anyio
 from tensordict import TensorDictBase
 from torch import nn
 
-from aioinfer.client import AsyncInferenceClient, InferenceClient
 from aioinfer.devices import Model
 from aioinfer.errors import InferenceError, PeerDiedError, ServerClosedError
 from aioinfer.futures import LockFreeFuture
@@ -37,7 +35,7 @@ from aioinfer.process_server.parent import (
     inherited_fds,
 )
 from aioinfer.process_server.protocol import Command, ServerConfig, SharedVersion
-from aioinfer.server import InferenceServer
+from aioinfer.server import BaseServer, InferenceServer
 from aioinfer.stats import Health, ServerStats
 from aioinfer.transports.ipc.server import ProcessTransport, TransportHandoff
 from aioinfer.transports.local import ThreadingTransport
@@ -51,7 +49,7 @@ _EXIT_TIMEOUT = EXIT_GRACE + 1.0
 _log = logging.getLogger("aioinfer")
 
 
-class ProcessInferenceServer:
+class ProcessInferenceServer(BaseServer):
     """An :class:`InferenceServer` in a process of its own: it shares neither the GIL nor an event loop with you.
 
     ``with server:`` or ``start()`` / ``shutdown()`` run it from code that has no event loop, ``async with server:``
@@ -75,7 +73,6 @@ class ProcessInferenceServer:
         options: the keyword arguments of :class:`InferenceServer`. Those that need no model are checked here.
 
     Attributes:
-        transport: the first transport.
         transports: all of them.
 
     Raises:
@@ -119,8 +116,7 @@ class ProcessInferenceServer:
             raise ValueError(f"startup_timeout must be above 0, or None, got {startup_timeout}")
         arguments = _check_options(options)
         self.max_batch_size: int = arguments["max_batch_size"]
-        self.transports = transports
-        self.transport = transports[0]
+        self.transports: list[ProcessTransport] = transports
         self.startup_timeout = startup_timeout
         self._factory = policy_factory
         self._options = options
@@ -187,6 +183,9 @@ class ProcessInferenceServer:
         atexit.register(self.shutdown, 1.0)
         self._connection.start()
 
+    async def _astart(self) -> Self:
+        return await self.astart()
+
     def _is_started_by(self, starter: object) -> bool:
         return bool(self._starters) and self._starters[0] is starter
 
@@ -234,22 +233,6 @@ class ProcessInferenceServer:
         if not self._connection.started and not self._connection.exited.done:
             threading.Thread(target=self._connection.close_unstarted, name="aioinfer-end", daemon=True).start()
         await self._connection.exited.async_wait(None if timeout is None else timeout + _EXIT_TIMEOUT)
-
-    def __enter__(self) -> Self:
-        return self.start()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.shutdown()
-
-    async def __aenter__(self) -> Self:
-        return await self.astart()
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        await self.aclose()
 
     # -- on the connection's thread --------------------------------------------------------------------
 
@@ -300,23 +283,7 @@ class ProcessInferenceServer:
     @property
     def address(self) -> str:
         """The address of the first transport, for :func:`connect` in processes that were handed no client."""
-        return self.transport.address
-
-    def client(self, *, copy: bool = True) -> InferenceClient:
-        """Make a client for a plain thread: ``transport.client()``."""
-        return self.transport.client(copy=copy)
-
-    def async_client(self, *, copy: bool = True) -> AsyncInferenceClient:
-        """Make a client for coroutines: ``transport.async_client()``."""
-        return self.transport.async_client(copy=copy)
-
-    def clients(self, count: int, *, copy: bool = True) -> list[InferenceClient]:
-        """Make clients for the threads of one process: ``transport.clients(count)``."""
-        return self.transport.clients(count, copy=copy)
-
-    def async_clients(self, count: int, *, copy: bool = True) -> list[AsyncInferenceClient]:
-        """Make clients for the tasks of one process: ``transport.async_clients(count)``."""
-        return self.transport.async_clients(count, copy=copy)
+        return self.transports[0].address
 
     # -- state -----------------------------------------------------------------------------------------
 

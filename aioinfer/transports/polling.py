@@ -6,7 +6,7 @@ import asyncio
 import concurrent.futures
 import logging
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import CancelledError
@@ -16,7 +16,7 @@ from typing import Any
 
 from tensordict import TensorDictBase
 
-from aioinfer.client import CLOSED, AsyncInferenceClient, InferenceClient, check_count
+from aioinfer.client import CLOSED, AsyncInferenceClient, ClientMaker, InferenceClient, check_count
 from aioinfer.errors import ServerClosedError, clone_exception, describe
 from aioinfer.futures import Future, run_in_thread
 from aioinfer.interaction_type import attach_mode, caller_mode, detach_mode
@@ -35,7 +35,7 @@ _PUMP_LIMIT = 5.0
 _log = logging.getLogger("aioinfer")
 
 
-class InferenceTransport(ABC):
+class InferenceTransport(ClientMaker):
     """Carries requests to a server and replies back.
 
     To write a transport, subclass this and implement its five verbs; nothing else is needed, not even
@@ -79,24 +79,15 @@ class InferenceTransport(ABC):
     # -- clients ---------------------------------------------------------------------------------------
 
     def client(self, *, copy: bool = True) -> InferenceClient:
-        """Make a client for a plain thread.
-
-        Args:
-            copy: ``False`` lends the caller a view of each reply, valid until this client's next request, where the
-                transport has replies in shared memory. Elsewhere replies are the caller's own in either case.
-        """
         return _Client(self._aioinfer_transport)
 
     def async_client(self, *, copy: bool = True) -> AsyncInferenceClient:
-        """Make a client for coroutines; see :meth:`client`."""
         return _AsyncClient(self._aioinfer_transport)
 
     def clients(self, count: int, *, copy: bool = True) -> list[InferenceClient]:
-        """Make ``count`` clients for the threads of one process: all, or none where something is lacking."""
         return _make(count, self.client if copy else lambda: self.client(copy=False))
 
     def async_clients(self, count: int, *, copy: bool = True) -> list[AsyncInferenceClient]:
-        """Make ``count`` clients for the tasks of one process: all, or none where something is lacking."""
         return _make(count, self.async_client if copy else lambda: self.async_client(copy=False))
 
     # Made when it is first asked for, since a subclass need not call __init__.

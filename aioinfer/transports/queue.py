@@ -799,7 +799,10 @@ class RequestQueue:
             except BaseException as error:  # of a signal handler, mostly
                 interrupted = error
         if interrupted is not None:
-            raise interrupted
+            try:
+                raise interrupted
+            finally:
+                del interrupted  # its traceback leads here: it must not lead back
 
     def _fail_all(self, error: ServerClosedError) -> None:
         for queue in (self._requests, self._waiting_remote):

@@ -62,7 +62,7 @@ class ReplySink(Protocol):
 
     def discard(self, receiver: Any) -> None:
         """Note that a cancelled request was taken out of the queue."""
-        ...
+        return
 
 
 class TransportSink(ReplySink, Protocol):
@@ -74,7 +74,7 @@ class TransportSink(ReplySink, Protocol):
         ...
 
 
-class FutureReplySink:
+class FutureReplySink(ReplySink):
     """Settles futures, for ``client.submit`` from threads."""
 
     __slots__ = ("transport",)
@@ -90,11 +90,8 @@ class FutureReplySink:
         for future, error in zip(receivers, errors, strict=True):
             future.settle(None, error)
 
-    def discard(self, receiver: Future[TensorDictBase]) -> None:
-        pass
 
-
-class LoopReplySink:
+class LoopReplySink(ReplySink):
     """Settles the futures of one event loop's tasks: one wake-up per batch, however many replies.
 
     It also notifies the queue of its loop's requests, once per tick and at its end, so that all of them get into the
@@ -142,9 +139,6 @@ class LoopReplySink:
 
     def set_exceptions(self, receivers: Sequence[asyncio.Future[TensorDictBase]], errors: Sequence[Exception]) -> None:
         self._call_soon(asyncio.Future.set_exception, receivers, errors)
-
-    def discard(self, receiver: asyncio.Future[TensorDictBase]) -> None:
-        pass
 
     def _call_soon(self, *args: Any) -> None:
         wakeups = self.transport.queue.wakeups_in_flight
@@ -276,7 +270,7 @@ def unwrap(reply: TensorDictBase | None, error: Exception | None) -> TensorDictB
     return reply
 
 
-class ThreadReplySink:
+class ThreadReplySink(ReplySink):
     """Wakes blocked threads, without a fight for the GIL.
 
     The threads that a batch answers wake one after the other, each waking the next; while some have not run yet, the
@@ -303,9 +297,6 @@ class ThreadReplySink:
     def set_exceptions(self, receivers: Sequence[Waiter], errors: Sequence[Exception]) -> None:
         self._forget_awake()
         self._wake([waiter for waiter, error in zip(receivers, errors, strict=True) if waiter.settle(None, error)])
-
-    def discard(self, receiver: Waiter) -> None:
-        pass
 
     def _forget_awake(self) -> None:
         """Before others are settled: a waiter is used again."""

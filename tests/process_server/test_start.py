@@ -135,7 +135,7 @@ def test_a_server_starts_once_and_only_with_a_transport_that_can_be_given_away()
     with pytest.raises(RuntimeError, match="make another server"):
         server.start()
     with pytest.raises(RuntimeError, match="in use already"):
-        ProcessInferenceServer(make_double, server.transport).start()
+        ProcessInferenceServer(make_double, server.transports[0]).start()
     for wrong in (ThreadingTransport(), [MPTransport(), ThreadingTransport()]):
         with pytest.raises(TypeError, match="whose callers may be in other processes"):
             ProcessInferenceServer(make_double, wrong)  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from tensordict import TensorDictBase
 
-from aioinfer.client import AsyncInferenceClient, InferenceClient, check_count
+from aioinfer.client import AsyncInferenceClient, ClientMaker, InferenceClient, check_count
 from aioinfer.errors import (
     ClientBusyError,
     ClientClosedError,
@@ -389,7 +389,7 @@ def connect(address: str, *, timeout: float | None = 10.0) -> RemoteServer:
         sock.close()
 
 
-class RemoteServer:
+class RemoteServer(ClientMaker):
     """A server elsewhere, as :func:`connect` finds it. It makes clients; each connects when it is first used.
 
     Where the transport has slots and too few are free then, the client's requests fail with :class:`NoFreeSlotError`.
@@ -423,28 +423,10 @@ class RemoteServer:
     async def __aexit__(self, *_: object) -> None:
         self.close()
 
-    def client(self, *, copy: bool = True) -> InferenceClient:
-        """Make a blocking client.
-
-        Args:
-            copy: ``False`` lends the caller a view of each reply, valid until this client's next request, where the
-                transport has slots.
-
-        Raises:
-            ClientClosedError: the connection was closed.
-        """
-        return self.clients(1, copy=copy)[0]
-
-    def async_client(self, *, copy: bool = True) -> AsyncInferenceClient:
-        """Make an awaitable client; see :meth:`client`."""
-        return self.async_clients(1, copy=copy)[0]
-
     def clients(self, count: int, *, copy: bool = True) -> list[InferenceClient]:
-        """Make blocking clients for the threads of one process, which has one connection for all of them."""
         return self._replace(count, copy).clients()
 
     def async_clients(self, count: int, *, copy: bool = True) -> list[AsyncInferenceClient]:
-        """Make awaitable clients for the tasks of one process, which has one connection for all of them."""
         return self._replace(count, copy).async_clients()
 
     def _replace(self, count: int, copy: bool) -> Endpoint:

@@ -230,7 +230,7 @@ class BlockingCall:
         return self.reply
 
 
-class _BlockingCallSink:
+class _BlockingCallSink(ReplySink):
     """The way back to blocked threads, and to threads that read for others."""
 
     def set_results(self, receivers: Sequence[BlockingCall], replies: Sequence[TensorDictBase]) -> None:
@@ -240,9 +240,6 @@ class _BlockingCallSink:
     def set_exceptions(self, receivers: Sequence[BlockingCall], errors: Sequence[Exception]) -> None:
         for call, error in zip(receivers, errors, strict=True):
             call.settle(None, error)
-
-    def discard(self, receiver: BlockingCall) -> None:
-        pass
 
 
 BLOCKING_CALLS = _BlockingCallSink()
@@ -289,7 +286,7 @@ class LeaderFollowers:
 # -- futures of threads -------------------------------------------------------------------------------------------
 
 
-class FutureReader:
+class FutureReader(ReplySink):
     """The way back to futures of threads, and a thread that reads while there are any.
 
     Whichever thread reads the answer, this one settles the future: so a callback of it blocks no thread that others
@@ -316,9 +313,6 @@ class FutureReader:
         self._answers.extend([(future, None, error) for future, error in zip(receivers, errors, strict=True)])
         self._call.settle(None, None)
         self.ensure_reading()
-
-    def discard(self, receiver: Future[TensorDictBase]) -> None:
-        pass
 
     def ensure_reading(self) -> None:
         """Start the thread unless it runs; it ends a while after the last future has its answer."""
@@ -549,6 +543,7 @@ class ClientConnection:
         self._hello = frame(header(FromClient.HELLO), dumps((endpoint_id, count, codec.layouts)))
         self._descriptors: dict[int, None] = {}
         self._early: list[OutgoingRequest] | None = []  # requests that wait until this process is accepted
+        self._sent_early = False  # and their refusal, if the server was closed meanwhile, is to come
         self._lock = threading.Lock()
         self._lead = LeaderFollowers()
         self._loop_readers: dict[asyncio.AbstractEventLoop, LoopReader] = {}
@@ -812,6 +807,8 @@ class ClientConnection:
             sock.inbox[0].clear()
         else:
             sock.inbox = rest
+        if self._sent_early:
+            self._refuse_early()
 
     def _settle_again(self, headers: Sequence[int], frames: Sequence[Frame]) -> None:
         try:
@@ -856,10 +853,20 @@ class ClientConnection:
             if early := [request for request in self._early or () if request[0] in self.calls]:
                 self._encode_and_send(early)
             self._early = None
+        self._sent_early = True
+
+    def _refuse_early(self) -> None:
+        """Fail early requests that the server does not look at any more; it may have answered some before (leader)."""
+        self._sent_early = False
         status = self.status
         if status is not None and (state := status.view[0]) not in (State.OPEN, State.CLOSED):
-            for number in list(self.calls):  # as if it had been seen when they were sent
-                self._refuse(number, status, state)
+            try:
+                self._receive(-1, None)
+                for number in list(self.calls):
+                    self._refuse(number, status, state)
+            except BaseException:  # of a signal handler: the next leader does it
+                self._sent_early = True
+                raise
 
     # -- the end ---------------------------------------------------------------------------------------
 

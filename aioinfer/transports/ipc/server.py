@@ -537,41 +537,15 @@ class ProcessTransport(Transport, InferenceTransport):
         )
 
     def client(self, *, copy: bool = True) -> InferenceClient:
-        """Make a blocking client. Hand it to a process, or use it in this one; the first to use it has its slot.
-
-        Args:
-            copy: where replies lie in shared memory, ``False`` lends the caller a view of each, valid until this
-                client's next request. Others are the caller's own in any case.
-
-        Raises:
-            NoFreeSlotError: the transport has slots, and all are taken.
-        """
         return self.clients(1, copy=copy)[0]
 
     def async_client(self, *, copy: bool = True) -> AsyncInferenceClient:
-        """Make an awaitable client; see :meth:`client`."""
         return self.async_clients(1, copy=copy)[0]
 
     def clients(self, count: int, *, copy: bool = True) -> list[InferenceClient]:
-        """Make blocking clients for the threads of one process, which has one connection for all of them.
-
-        Hand them over together, as one object.
-
-        Args:
-            count: how many.
-            copy: see :meth:`client`.
-
-        Raises:
-            NoFreeSlotError: fewer slots are free.
-        """
         return self._new_endpoint(count, copy).clients()
 
     def async_clients(self, count: int, *, copy: bool = True) -> list[AsyncInferenceClient]:
-        """Make awaitable clients for the tasks of one process, which has one connection for all of them.
-
-        Hand them over together, as one object. Requests that are made in one tick of an event loop leave
-        together. See :meth:`clients`.
-        """
         return self._new_endpoint(count, copy).async_clients()
 
     # -- hooks for the server --------------------------------------------------------------------------

@@ -185,11 +185,6 @@ class ProcessSlotTransport(ProcessTransport):
         return True
 
 
-def _signature(request: RowLayout, reply: RowLayout, num_slots: int) -> str:
-    """What both ends must agree about, to read the shared memory alike."""
-    return f"{num_slots} slots, {request.signature()}, {reply.signature()}"
-
-
 # -- shared memory ------------------------------------------------------------------------------------------------
 
 
@@ -415,7 +410,7 @@ class _SlotClientCodec(ClientCodec):
         self._request = request
         self._reply = reply
         self._num_slots = num_slots
-        self.layouts = _signature(request, reply, num_slots)
+        self.layouts = f"{num_slots} slots, {request.signature()}, {reply.signature()}"
         self._reply_size = reply.batch_size
         self._table: SlotTable | None = None
         self._slots: Sequence[int] = ()
