@@ -18,7 +18,8 @@ from aioinfer.devices import Model, Placement
 from aioinfer.errors import InvalidRequestError, ModelError, describe
 from aioinfer.interaction_type import use_mode
 from aioinfer.tensors import UnlikeRequestsError, check_output, group_by_layout, rows, stack
-from aioinfer.transports.queue import WRITTEN_IN_PLACE, BatchStore, Request
+from aioinfer.transports.ipc.slots import SlotTable
+from aioinfer.transports.queue import WRITTEN_IN_PLACE, Request
 from aioinfer.versions import VersionTensorCache
 
 __all__ = ["CollateFn", "ForwardPass", "Outcome"]
@@ -185,13 +186,13 @@ class ForwardPass:
         tensors = self._version_tensors.make(self._version(), output.batch_size, output.device)
         return rows(output, self._keys, {self._version_key: tensors})
 
-    def _gather(self, store: BatchStore, requests: Sequence[Request]) -> TensorDictBase:
+    def _gather(self, store: SlotTable, requests: Sequence[Request]) -> TensorDictBase:
         if self._collate_fn is not None:
             return self._collate_fn([request.td for request in requests])
         return self._placement.build(lambda allocate: store.gather(requests, allocate))
 
     def _scatter(
-        self, store: BatchStore, requests: Sequence[Request], output: TensorDictBase
+        self, store: SlotTable, requests: Sequence[Request], output: TensorDictBase
     ) -> Sequence[TensorDictBase]:
         store.scatter(requests, output, self._keys, self._version())
         return [WRITTEN_IN_PLACE] * len(requests)

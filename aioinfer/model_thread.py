@@ -354,8 +354,6 @@ def _nothing() -> None:
     """A job that tells when the thread has come this far."""
 
 
-# -- pauses -------------------------------------------------------------------------------------------------------
-
 PendingPolicy: TypeAlias = Literal["keep", "wait", "reject"]
 
 

@@ -171,8 +171,6 @@ def forward_rate(forward: Call, batch: Any, warm_up: float, seconds: float) -> f
         return float(passes * batch.batch_size[0] / (time.perf_counter() - started))
 
 
-# -- beside a trainer --------------------------------------------------------------------------------------
-
 _SETTLE = 0.05  # seconds for tasks to get into step, and for the work that may follow an update
 
 

@@ -92,8 +92,6 @@ async def _measure_tasks(job: Job, workload: Workload, policy: Policy) -> Figure
         return {"rate": await load.task_rate(callers, requests, job.warm_up, job.seconds)}
 
 
-# -- callers in other processes ----------------------------------------------------------------------------
-
 _Count: TypeAlias = tuple[float, int]
 """The time, and the number of replies until then."""
 

@@ -117,8 +117,6 @@ class Results:
     crashes: list[str] = field(default_factory=list)
 
 
-# -- the machine -------------------------------------------------------------------------------------------
-
 _PACKAGES = ("aioinfer", "torch", "tensordict", "torchrl")
 
 
@@ -165,8 +163,6 @@ def _version(package: str) -> str | None:
     except metadata.PackageNotFoundError:
         return None
 
-
-# -- the report --------------------------------------------------------------------------------------------
 
 _HEADINGS = ("workload", "", "aioinfer", "against", "ratio", "spread", "bar", "aim", "verdict")
 _NUMERIC = range(2, 8)

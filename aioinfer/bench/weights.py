@@ -102,8 +102,6 @@ def _garbage_frozen() -> Iterator[None]:
         gc.unfreeze()
 
 
-# -- the trainer here, the server in another process --------------------------------------------------------
-
 _BUSY = 0.05  # seconds
 
 
@@ -144,9 +142,6 @@ def check_served_weights(policy: Policy, send: Callable[[], object], server: Pee
     action = torch.tensor(server.ask(request["observation"].tolist()))
     if not torch.allclose(action, expected, rtol=1e-4):
         raise RuntimeError(f"the server answered {action.tolist()} after send(), the model {expected.tolist()}")
-
-
-# -- the functions of the other process --------------------------------------------------------------------
 
 
 def _serve(pipe: Pipe, job: Job, workload: Workload, scheme: Any) -> None:

@@ -60,9 +60,6 @@ def _age(metrics: Metrics) -> str:
     return "untrained" if metrics.weights_age is None else f"{metrics.weights_age * 1e3:.0f} ms"
 
 
-# -- one line a second -----------------------------------------------------------------------------
-
-
 class _PlainView:
     interval = 1.0
 
@@ -80,9 +77,6 @@ def plain_view(title: str) -> Iterator[View]:
     """Show one line a second, for logs and pipes."""
     print(title, flush=True)
     yield _PlainView()
-
-
-# -- the live view ---------------------------------------------------------------------------------
 
 
 class _LiveView:

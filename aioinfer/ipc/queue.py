@@ -8,12 +8,9 @@ import os
 import pickle
 import queue
 import socket
-import time
 from array import array
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
-
-from aioinfer.ipc.selector import wait_readable
 
 __all__ = ["Descriptor", "DescriptorQueue"]
 
@@ -29,7 +26,7 @@ class Descriptor(int):
 
 
 class DescriptorQueue:
-    """A queue for small messages, one process puts and one gets. Its methods are those of ``multiprocessing.Queue``.
+    """A queue for small messages: one process puts, one gets. It never blocks.
 
     It is a pair of connected datagram sockets. Against ``multiprocessing.Queue``: a message is written whole or not
     at all, so there is no lock that a killed process could keep; it is written by ``put`` itself, so there is no
@@ -117,22 +114,6 @@ class DescriptorQueue:
             raise
         self._first, self._datagrams = None, []
         return message
-
-    def get(self, block: bool = True, timeout: float | None = None) -> Any:
-        """Take the first message, waiting ``timeout`` seconds, or for ever, where there is none.
-
-        Raises:
-            queue.Empty: none came.
-        """
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while True:
-            try:
-                return self.get_nowait()
-            except queue.Empty:
-                left = None if deadline is None else deadline - time.monotonic()
-                if not block or (left is not None and left <= 0):
-                    raise
-                wait_readable([self], left)
 
     def unread(self, *, take: bool) -> Any:
         """Look at, or ``take`` back, the first message that nobody has got. It comes without its descriptors (-1).

@@ -148,9 +148,6 @@ def _sigint_blocked(method: str) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
-# -- the connection ----------------------------------------------------------------------------------------
-
-
 class PendingCommand(LockFreeFuture[Any]):
     """A command that waits for its response.
 
@@ -467,9 +464,6 @@ def _describe_exit(code: int | None) -> str:
     return f"killed by signal {-code}"
 
 
-# -- weights -----------------------------------------------------------------------------------------------
-
-
 class _Update(NamedTuple):
     ref: SnapshotRef
     buffer: SnapshotBuffer
@@ -551,9 +545,6 @@ class WeightSender:
             update.done.set_result(None)
         else:
             update.done.set_exception(error)
-
-
-# -- pauses ------------------------------------------------------------------------------------------------
 
 
 class ProcessPause:

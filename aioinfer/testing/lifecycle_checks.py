@@ -65,9 +65,6 @@ def a_call_that_times_out_leaves_its_client_usable(harness: TransportHarness) ->
             assert is_double(callers.call(0, request(turn)).result(HANG_TIMEOUT), turn)
 
 
-# -- a bounded queue ---------------------------------------------------------------------------------------
-
-
 def a_full_queue_refuses_at_once(harness: TransportHarness) -> None:
     """Past ``max_pending`` a caller is refused, or waits for space if it asked to."""
     model = GatedModel()
@@ -97,9 +94,6 @@ def waiting_for_room_ends_with_its_deadline(harness: TransportHarness) -> None:
         model.open()
         expect_doubles(replies, (0, 1, 3))
     assert 2 not in model.seen
-
-
-# -- the end -----------------------------------------------------------------------------------------------
 
 
 def shutdown_fails_what_is_pending_and_refuses_what_comes(harness: TransportHarness) -> None:

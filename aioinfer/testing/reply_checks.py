@@ -123,9 +123,6 @@ def a_lone_caller_waits_for_nobody(harness: TransportHarness) -> None:
                 assert is_double(callers.call(0, request(value)).result(HANG_TIMEOUT), value)
 
 
-# -- unlike requests ---------------------------------------------------------------------------------------
-
-
 def unlike_requests_are_batched_apart(harness: TransportHarness) -> None:
     """Requests of unlike keys, shapes or dtypes never meet, and each group takes one pass; or they are refused."""
     batches: list[int] = []
@@ -192,9 +189,6 @@ def invalid_requests_are_refused_at_once(harness: TransportHarness) -> None:
             expect_error(InvalidRequestError, callers.call(0, td))
         assert is_double(callers.call(0, request(2)).result(HANG_TIMEOUT), 2)
         assert server.stats().rejected == len(bad)
-
-
-# -- errors of the model -----------------------------------------------------------------------------------
 
 
 def a_request_that_the_model_cannot_serve_fails_alone(harness: TransportHarness) -> None:

@@ -78,9 +78,6 @@ def _does_not_pickle() -> TypeError:
     )
 
 
-# -- any number of callers ----------------------------------------------------------------------------------------
-
-
 class ThreadingTransport(_LocalTransport):
     """Callers of this process: any number of threads, and of tasks on any event loops, all at once.
 
@@ -156,9 +153,6 @@ class _TaskClient(_LocalAsyncClient):
         self._transport.queue.put(td, future, sink)
         sink.notify_at_end_of_tick()
         return future
-
-
-# -- one fixed slot for each caller -------------------------------------------------------------------------------
 
 
 class SlotTransport(_LocalTransport):

@@ -15,9 +15,9 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Sequence
 from itertools import repeat, starmap
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import torch
@@ -34,18 +34,18 @@ from aioinfer.futures import run_in_thread
 from aioinfer.interaction_type import Mode, caller_mode
 from aioinfer.ipc.selector import Selector
 from aioinfer.stats import StatsRecorder
-from aioinfer.tensors import Allocate, RequestSpec
+from aioinfer.tensors import RequestSpec
 from aioinfer.transports.replies import ThreadReplySink, TransportSink
 from aioinfer.wakers import ALREADY_NOTIFIED, LockWaker, Waker
 
 if TYPE_CHECKING:
     from aioinfer.transports.base import Transport
+    from aioinfer.transports.ipc.slots import SlotTable
 
 __all__ = [
     "REFUSALS",
     "WRITTEN_IN_PLACE",
     "Admission",
-    "BatchStore",
     "NotFull",
     "Request",
     "RequestQueue",
@@ -65,31 +65,6 @@ _MOST_LINGER = 0.005
 _log = logging.getLogger("aioinfer")
 
 
-# -- one request --------------------------------------------------------------------------------------------------
-
-
-class BatchStore(Protocol):
-    """Memory in which requests lie as rows, and which takes replies as rows. Model thread only."""
-
-    def gather(self, requests: Sequence[Any], allocate: Allocate | None) -> TensorDict:
-        """Copy the rows of requests into a batch ``[B, ...]``."""
-        ...
-
-    def scatter(self, requests: Sequence[Any], output: TensorDictBase, keys: Set[str] | None, version: int) -> None:
-        """Copy the rows of an output ``[B, ...]`` to the rows of the replies.
-
-        Args:
-            requests: the requests that the rows answer.
-            output: what the model returned.
-            keys: the entries that replies have; ``None``: all.
-            version: of the weights that computed it.
-
-        Raises:
-            ModelError: they are not of the layout that replies have.
-        """
-        ...
-
-
 WRITTEN_IN_PLACE = TensorDict({}, batch_size=[])
 """Stands for a reply that lies in a store."""
 
@@ -100,7 +75,7 @@ class Request:
     ``store`` is the shared memory in which the request lies and the reply is expected, if there is one.
     """
 
-    store: BatchStore | None = None
+    store: SlotTable | None = None
 
     __slots__ = ("mode", "receiver", "sink", "submitted_at", "td")
 
@@ -154,9 +129,6 @@ def _try_to_fail(sink: TransportSink, receivers: Sequence[Any], error: BaseExcep
             sink.set_exceptions([receiver], [clone_exception(error)])
         except BaseException:
             _log.exception("a request could not be failed")
-
-
-# -- who is admitted ----------------------------------------------------------------------------------------------
 
 
 class Admission:
@@ -245,9 +217,6 @@ class Admission:
         )
 
 
-# -- callers that wait for space ----------------------------------------------------------------------------------
-
-
 def seconds_left(deadline: float | None) -> float | None:
     """Seconds until a time on the clock of ``time.monotonic``; ``None`` if there is none."""
     return None if deadline is None else max(0.0, deadline - time.monotonic())
@@ -333,9 +302,6 @@ class NotFull:
             self._waiters.remove(wake)
         except ValueError:  # it was woken already
             self.notify(1)
-
-
-# -- the queue ----------------------------------------------------------------------------------------------------
 
 
 class RequestQueue:

@@ -77,8 +77,6 @@ class TransportSink(ReplySink, Protocol):
 class FutureReplySink(ReplySink):
     """Settles futures, for ``client.submit`` from threads."""
 
-    __slots__ = ("transport",)
-
     def __init__(self, transport: Transport) -> None:
         self.transport = transport
 
@@ -105,8 +103,6 @@ class LoopReplySink(ReplySink):
         loop: whose tasks.
         transport: the transport of their requests.
     """
-
-    __slots__ = ("__weakref__", "_notifying", "_thread", "loop", "transport")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, transport: Transport) -> None:
         self.loop = loop

@@ -72,9 +72,6 @@ def parse_message(message: Any) -> tuple[str, Any]:
     raise ValueError(f'expected ((model_id, weights), "{_UPDATE}") on the weight queue, got {message!r:.200}')
 
 
-# -- acknowledgements --------------------------------------------------------------------------------------
-
-
 class AckKind(StrEnum):
     """The kinds of messages on an :class:`AckConnection`."""
 
@@ -197,9 +194,6 @@ def _close_in_child() -> None:
 
 
 os.register_at_fork(before=fork_lock.acquire, after_in_parent=fork_lock.release, after_in_child=_close_in_child)
-
-
-# -- the handshake -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,9 +44,6 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-# -- who gets which weights --------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class Shard:
     """Weights, and the workers that get them.
@@ -141,9 +138,6 @@ class DistributionPlan:
         base = as_tensordict(extract_weights(source, self._strategy).detached())
         for worker in workers:
             yield Shard(extract_weights(self._device_map_fn(worker, base), self._strategy), [worker])
-
-
-# -- one worker --------------------------------------------------------------------------------------------
 
 
 class Work:
@@ -385,9 +379,6 @@ class WorkerHandle:
         if buffer is not None:
             buffer.refcount -= 1
             del self._reading[number]
-
-
-# -- all workers -------------------------------------------------------------------------------------------
 
 
 def _exclusive(

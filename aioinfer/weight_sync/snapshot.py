@@ -33,9 +33,6 @@ _PAGE = 65536  # bytes; buffers are multiples of it, so that extra states may gr
 _MAX_MAPPED = 4  # buffers that a reader keeps mapped; a trainer alternates between three at most
 
 
-# -- layouts -----------------------------------------------------------------------------------------------
-
-
 Description = tuple[tuple[str, ...], tuple[torch.dtype, ...], tuple[torch.Size, ...], tuple[int, ...]]
 
 
@@ -99,9 +96,6 @@ def _aligned(nbytes: int) -> int:
     return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
-# -- copies ------------------------------------------------------------------------------------------------
-
-
 def copy_tensors(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None:
     """Copy ``sources`` over the ``targets`` of the same names, in place, on any devices."""
     # A tensor that is the target of several names, such as a tied parameter, is written once.
@@ -118,9 +112,6 @@ def clone_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     with long_lived(), torch._C.DisableTorchFunction():
         copies = {names[owner]: tensors[names[owner]].detach().clone() for owner in set(owners)}
     return {name: copies[names[owner]] for name, owner in zip(names, owners, strict=True)}
-
-
-# -- snapshots in shared memory ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)

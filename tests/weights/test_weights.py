@@ -49,7 +49,7 @@ def travelled(weights: Weights) -> Weights:
     ref, buffer = SnapshotPool().take(weights, None)
     queue = DescriptorQueue()
     queue.put(ref)
-    arrived = SnapshotReader().read(queue.get(timeout=5))
+    arrived = SnapshotReader().read(queue.get_nowait())
     queue.close()
     del buffer
     return arrived

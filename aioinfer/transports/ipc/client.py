@@ -193,9 +193,6 @@ def _forget_parent() -> None:
 os.register_at_fork(after_in_child=_forget_parent)
 
 
-# -- clients ------------------------------------------------------------------------------------------------------
-
-
 class _ClosedEndpoint:
     """The endpoint of a client that was closed."""
 
@@ -354,9 +351,6 @@ class _AsyncClient(ClientBase, AsyncInferenceClient):
 def _cancel(connection: ClientConnection, number: int, future: Any) -> None:
     if future.cancelled():
         connection.cancel(number)
-
-
-# -- separately started processes ---------------------------------------------------------------------------------
 
 
 def connect(address: str, *, timeout: float | None = 10.0) -> RemoteServer:

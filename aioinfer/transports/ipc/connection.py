@@ -129,8 +129,6 @@ class ClientCodec(ABC):
         """Let go of what the server shares; views of it stay valid."""
 
 
-# -- calls without an answer --------------------------------------------------------------------------------------
-
 Call: TypeAlias = tuple[Any, ReplySink]
 
 
@@ -191,9 +189,6 @@ class PendingCalls(dict[int, Call]):
         """Settle all calls, each with an error of its own."""
         for number in list(self):
             self.fail(number, clone_exception(error))
-
-
-# -- threads that block -------------------------------------------------------------------------------------------
 
 
 class BlockingCall:
@@ -283,9 +278,6 @@ class LeaderFollowers:
                 waker.notify()
 
 
-# -- futures of threads -------------------------------------------------------------------------------------------
-
-
 class FutureReader(ReplySink):
     """The way back to futures of threads, and a thread that reads while there are any.
 
@@ -352,9 +344,6 @@ class FutureReader(ReplySink):
             future.settle(reply, error)
             del future, reply, error
         return some
-
-
-# -- tasks of event loops -----------------------------------------------------------------------------------------
 
 
 class LoopReader:
@@ -505,9 +494,6 @@ class LoopReader:
         connection = self._connection()
         if connection is not None:
             connection.receive()  # which lets go of the socket, if this was the last loop
-
-
-# -- the connection -----------------------------------------------------------------------------------------------
 
 
 class ClientConnection:

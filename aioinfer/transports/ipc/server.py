@@ -17,7 +17,7 @@ from typing import Any, NoReturn, Self
 import anyio
 from tensordict import TensorDictBase
 
-from aioinfer.client import AsyncInferenceClient, InferenceClient
+from aioinfer.client import AsyncInferenceClient, ClientMaker, InferenceClient
 from aioinfer.errors import InvalidRequestError, ServerClosedError, clone_exception
 from aioinfer.interaction_type import Mode
 from aioinfer.ipc.pickling import dump_exception, dumps, loads
@@ -103,9 +103,6 @@ class ServerCodec(ABC):
     @abstractmethod
     def close(self) -> None:
         """The process is gone: cancel its requests, and free what was its own."""
-
-
-# -- one process --------------------------------------------------------------------------------------------------
 
 
 class ServerConnection:
@@ -248,9 +245,6 @@ class ServerConnection:
 
     def discard(self, receiver: RemoteRequest) -> None:
         self.codec.forget(receiver)
-
-
-# -- all processes of a transport ---------------------------------------------------------------------------------
 
 
 class ConnectionManager:
@@ -406,9 +400,6 @@ class ConnectionManager:
         return self.selector if connection.accepted else self.handshake_selector
 
 
-# -- the transport ------------------------------------------------------------------------------------------------
-
-
 class ProcessTransport(Transport, InferenceTransport):
     """Base of the transports whose callers live in other processes.
 
@@ -536,11 +527,8 @@ class ProcessTransport(Transport, InferenceTransport):
             f"a {type(self).__qualname__} takes requests through its clients only; make one with client()"
         )
 
-    def client(self, *, copy: bool = True) -> InferenceClient:
-        return self.clients(1, copy=copy)[0]
-
-    def async_client(self, *, copy: bool = True) -> AsyncInferenceClient:
-        return self.async_clients(1, copy=copy)[0]
+    client = ClientMaker.client
+    async_client = ClientMaker.async_client
 
     def clients(self, count: int, *, copy: bool = True) -> list[InferenceClient]:
         return self._new_endpoint(count, copy).clients()

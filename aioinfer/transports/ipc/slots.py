@@ -9,6 +9,7 @@ import time
 import weakref
 from array import array
 from collections.abc import Iterable, Sequence, Set
+from functools import lru_cache
 from multiprocessing.context import BaseContext
 from typing import Any
 
@@ -185,29 +186,17 @@ class ProcessSlotTransport(ProcessTransport):
         return True
 
 
-# -- shared memory ------------------------------------------------------------------------------------------------
+def _index(slots: Sequence[int]) -> Tensor:
+    return _index_of(tuple(slots))
 
 
-class _Indices:
-    """Tensors of the numbers of slots, of which the latest are kept."""
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[int, ...], Tensor] = {}
-
-    def __call__(self, slots: Sequence[int]) -> Tensor:
-        wanted = tuple(slots)
-        index = self._known.get(wanted)
-        if index is None:
-            if len(self._known) >= _KEPT_INDICES:
-                self._known.clear()
-            index = self._known[wanted] = self._make(wanted)
-        return index
-
-    def _make(self, slots: tuple[int, ...]) -> Tensor:
-        if torch.is_inference_mode_enabled():  # asked first, since the rest takes as long as the tensor
-            with long_lived():
-                return torch.tensor(slots, dtype=torch.int64, device="cpu")
-        return torch.tensor(slots, dtype=torch.int64, device="cpu")
+@lru_cache(_KEPT_INDICES)
+def _index_of(slots: tuple[int, ...]) -> Tensor:
+    """The numbers of slots as a tensor, which is read only."""
+    if torch.is_inference_mode_enabled():  # asked first, since the rest takes as long as the tensor
+        with long_lived():
+            return torch.tensor(slots, dtype=torch.int64, device="cpu")
+    return torch.tensor(slots, dtype=torch.int64, device="cpu")
 
 
 class SlotTable:
@@ -244,10 +233,9 @@ class SlotTable:
         self._time_column = self.memory.memory[pieces[0]].view(torch.float64)
         self._version_column = self.memory.memory[pieces[1]].view(torch.int64)
         self._version_rows = self._version_column.unbind(0)
-        self._index = _Indices()
-        self.requests = RowTable(request, count, self.memory.memory[pieces[2]], self._index)
-        self.replies = RowTable(reply, count, self.memory.memory[pieces[3]], self._index)
-        self._gathered: tuple[Sequence[_SlotRequest], Tensor] = (), self._index(())
+        self.requests = RowTable(request, count, self.memory.memory[pieces[2]], _index)
+        self.replies = RowTable(reply, count, self.memory.memory[pieces[3]], _index)
+        self._gathered: tuple[Sequence[_SlotRequest], Tensor] = (), _index(())
         self._written = self.replies
 
     def leave_out(self, key: str | None) -> None:
@@ -260,7 +248,7 @@ class SlotTable:
     def write_times(self, slots: Sequence[int], now: float) -> None:
         """Write when the requests of these slots were submitted."""
         if len(slots) > _FEW:
-            self._time_column.index_fill_(0, self._index(slots), now)
+            self._time_column.index_fill_(0, _index(slots), now)
         else:
             for slot in slots:
                 self.times[slot] = now
@@ -274,15 +262,25 @@ class SlotTable:
 
     def _slots(self, requests: Sequence[_SlotRequest]) -> Tensor:
         if self._gathered[0] is not requests:
-            self._gathered = requests, self._index([request.slot for request in requests])
+            self._gathered = requests, _index([request.slot for request in requests])
         return self._gathered[1]
 
-    def gather(self, requests: Sequence[_SlotRequest], allocate: Allocate | None) -> TensorDict:
+    def gather(self, requests: Sequence[Any], allocate: Allocate | None) -> TensorDict:
+        """Copy the rows of requests into a batch ``[B, ...]``."""
         return self.requests.gather(self._slots(requests), allocate)
 
-    def scatter(
-        self, requests: Sequence[_SlotRequest], output: TensorDictBase, keys: Set[str] | None, version: int
-    ) -> None:
+    def scatter(self, requests: Sequence[Any], output: TensorDictBase, keys: Set[str] | None, version: int) -> None:
+        """Copy the rows of an output ``[B, ...]`` to the rows of the replies, and the version beside.
+
+        Args:
+            requests: the requests that the rows answer.
+            output: what the model returned.
+            keys: the entries that replies have; ``None``: all.
+            version: of the weights that computed it.
+
+        Raises:
+            ModelError: they are not of the layout that replies have.
+        """
         slots = self._slots(requests)
         self._written.scatter(slots, self._written.layout.batch_values(output, keys))
         if len(requests) > _FEW:
@@ -306,9 +304,6 @@ class SlotTable:
         except InvalidRequestError as error:
             raise ModelError(str(error)) from None
         self._written.write_one(slot, values)
-
-
-# -- the server's side --------------------------------------------------------------------------------------------
 
 
 class _SlotRequest(RemoteRequest):
@@ -398,9 +393,6 @@ class _SlotServerCodec(ServerCodec):
         for request in self._requests:
             request.cancelled = True
         self._transport.release_slots(self._slots)
-
-
-# -- the client's side --------------------------------------------------------------------------------------------
 
 
 class _SlotClientCodec(ClientCodec):
