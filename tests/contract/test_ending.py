@@ -140,7 +140,7 @@ def test_a_copy_that_an_ended_server_still_fills_is_not_that_of_the_next_one(mon
     scheme.shutdown()
 
 
-@pytest.mark.parametrize("moment", ["opening the weights", "_open"])
+@pytest.mark.parametrize("moment", ["opening the weights", "_astart"])
 @pytest.mark.parametrize("by_another_thread", [False, True], ids=["in a signal handler", "by another thread"])
 def test_a_start_in_which_the_server_is_shut_down_says_so(
     moment: str, by_another_thread: bool, monkeypatch: pytest.MonkeyPatch
