@@ -32,6 +32,13 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def examples(session: nox.Session) -> None:
+    """Run every example of the documentation as a program."""
+    install(session, "test", package=".[demo,web]")
+    session.run("pytest", *IN_PARALLEL, "-m", "examples", *session.posargs)
+
+
+@nox.session
 def stress(session: nox.Session) -> None:
     """Try hundreds of times what goes wrong at random moments; all of it 20 times with ``-- --stress-count 20``."""
     install(session, "test", package=".[demo,web]")

@@ -29,6 +29,7 @@ def test_there_are_examples() -> None:
     assert EXAMPLES
 
 
+@pytest.mark.examples
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
 def test_an_example_ends_by_itself_and_tells_what_it_did(example: Path) -> None:
     assert run(example)
