@@ -17,10 +17,9 @@ from torch import nn
 from aioinfer.devices import Model, Placement
 from aioinfer.errors import InvalidRequestError, ModelError, describe
 from aioinfer.interaction_type import use_mode
-from aioinfer.tensors import UnlikeRequestsError, check_output, group_by_layout, rows, stack
+from aioinfer.tensors import UnlikeRequestsError, VersionTensorCache, check_output, group_by_layout, rows, stack
 from aioinfer.transports.ipc.slots import SlotTable
 from aioinfer.transports.queue import WRITTEN_IN_PLACE, Request
-from aioinfer.versions import VersionTensorCache
 
 __all__ = ["CollateFn", "ForwardPass", "Outcome"]
 

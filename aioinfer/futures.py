@@ -13,8 +13,6 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, Generic, TypeVar
 
-from aioinfer.wakers import LockWaker
-
 __all__ = ["Future", "LockFreeFuture", "run_in_thread"]
 
 T = TypeVar("T")
@@ -81,16 +79,21 @@ class Future(concurrent.futures.Future[T]):
     def _wait(self, timeout: float | None) -> None:
         if self.done():
             return
-        waker = LockWaker()
-        callback = _Guarded(lambda _: waker.notify())
+        lock = threading.Lock()
+        lock.acquire()
+        callback = _Guarded(lambda _: lock.release())
         super().add_done_callback(callback)
-        if not waker.wait(timeout):
+        if not lock.acquire(timeout=_lock_timeout(timeout)):
             with self._condition:
                 if callback in self._done_callbacks:
                     self._done_callbacks.remove(callback)
 
     def add_done_callback(self, fn: Callable[[concurrent.futures.Future[T]], object]) -> None:
         super().add_done_callback(_Guarded(fn))
+
+
+def _lock_timeout(timeout: float | None) -> float:
+    return -1 if timeout is None else min(max(timeout, 0), threading.TIMEOUT_MAX)
 
 
 class _Guarded:
@@ -168,10 +171,11 @@ class LockFreeFuture(Generic[T]):
     def wait(self, timeout: float | None = None) -> bool:
         """Block until the future is done, or ``timeout`` seconds passed; return whether it is done."""
         if not self.done:
-            waker = LockWaker()
-            self._waiters.append(waker.notify)  # if this is too late to be called, `done` is set
+            lock = threading.Lock()
+            lock.acquire()
+            self._waiters.append(lock.release)  # if this is too late to be called, `done` is set
             if not self.done:
-                waker.wait(timeout)
+                lock.acquire(timeout=_lock_timeout(timeout))
         return self.done
 
     async def async_wait(self, timeout: float | None = None) -> bool:  # noqa: ASYNC109 - as wait

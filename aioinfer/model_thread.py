@@ -275,7 +275,8 @@ class ModelThread:
             if self._draining:
                 self._stop()
             return
-        callers, waited = queue.callers(), queue.waited()
+        callers = None if pending >= rule.min_batch_size else queue.callers()  # else it doesn't matter
+        waited = queue.waited()
         reason = rule.decide(pending=pending, waited=waited, callers=callers, draining=self._draining)
         if reason is None:
             queue.wait(rule.wanted(callers), linger_limit, rule.timeout - waited)

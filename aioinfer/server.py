@@ -200,7 +200,7 @@ class InferenceServer(BaseServer):
             collate_fn=collate_fn,
             out_keys=out_keys,
             version_key=policy_version_key,
-            version=lambda: self._updates.version,
+            version=partial(getattr, self._updates, "version"),
             split_failed_batches=split_failed_batches,
             look=lambda: self._queue.read(),
         )

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from abc import abstractmethod
 from collections.abc import Callable
-from functools import partial
 from typing import Any, TypeVar
 
 from tensordict import TensorDictBase
 
-from aioinfer.client import AsyncInferenceClient
 from aioinfer.errors import ServerClosedError, ServerOverloadedError, clone_exception
-from aioinfer.transports.queue import REFUSALS, Request, RequestQueue, set_exceptions, set_results
+from aioinfer.transports.queue import Request, RequestQueue, set_exceptions, set_results
 
-__all__ = ["RefusableAsyncClient", "Transport"]
+__all__ = ["Transport"]
 
 T = TypeVar("T")
 
@@ -72,9 +68,6 @@ class Transport:
 
     def forget_parent(self) -> None:
         """In a forked child: the requests are the parent's."""
-
-    def on_wait(self) -> None:
-        """The model thread waits for requests now (model thread)."""
 
     def on_admission(self) -> None:
         """The queue begins to refuse requests, or takes them again."""
@@ -145,29 +138,3 @@ class Transport:
             if turn:
                 self.queue.not_full.notify(1)
             raise
-
-
-class RefusableAsyncClient(AsyncInferenceClient):
-    """Base of awaitable clients whose requests are refused where they are put: all but how they are put."""
-
-    _transport: Transport
-
-    @abstractmethod
-    def _put(self, td: TensorDictBase) -> asyncio.Future[TensorDictBase]:
-        """Do as ``submit``; raise what the server refuses."""
-
-    def submit(self, td: TensorDictBase) -> asyncio.Future[TensorDictBase]:
-        try:
-            return self._put(td)
-        except REFUSALS as error:
-            refused: asyncio.Future[TensorDictBase] = asyncio.get_running_loop().create_future()
-            refused.set_exception(error.with_traceback(None))
-            return refused
-
-    async def __call__(self, td: TensorDictBase, timeout: float | None = None, *, wait: bool = False) -> TensorDictBase:  # noqa: ASYNC109
-        if timeout is not None:
-            async with asyncio.timeout(timeout):
-                return await self(td, wait=wait)
-        if wait:
-            return await (await self._transport.aput_when_not_full(partial(self._put, td)))
-        return await self._put(td)

@@ -18,19 +18,20 @@ from aioinfer.errors import ClientBusyError, ClientClosedError, NoFreeSlotError
 from aioinfer.futures import Future
 from aioinfer.modes import long_lived
 from aioinfer.tensors import layout
-from aioinfer.transports.base import RefusableAsyncClient, Transport
+from aioinfer.transports.base import Transport
 from aioinfer.transports.polling import InferenceTransport
-from aioinfer.transports.queue import REFUSALS, RequestQueue, seconds_left
+from aioinfer.transports.queue import REFUSALS, RefusableAsyncClient, RequestQueue, seconds_left
 from aioinfer.transports.replies import (
     FutureReplySink,
+    LockWaker,
     LoopReplySink,
     Receiver,
     ThreadReplySink,
     TransportSink,
     Waiter,
+    make_waker,
     unwrap,
 )
-from aioinfer.wakers import LockWaker, make_waker
 
 __all__ = ["SlotTransport", "ThreadingTransport"]
 

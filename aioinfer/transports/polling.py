@@ -20,9 +20,9 @@ from aioinfer.client import CLOSED, AsyncInferenceClient, ClientMaker, Inference
 from aioinfer.errors import ServerClosedError, clone_exception, describe
 from aioinfer.futures import Future, run_in_thread
 from aioinfer.interaction_type import attach_mode, caller_mode, detach_mode
-from aioinfer.transports.base import RefusableAsyncClient, Transport
-from aioinfer.transports.queue import REFUSALS, Request, RequestQueue, seconds_left
-from aioinfer.wakers import LockWaker
+from aioinfer.transports.base import Transport
+from aioinfer.transports.queue import REFUSALS, RefusableAsyncClient, Request, RequestQueue, seconds_left
+from aioinfer.transports.replies import LockWaker
 
 __all__ = ["InferenceTransport", "PollingTransport"]
 
@@ -179,6 +179,7 @@ class PollingTransport(Transport):
 
     def attach(self, queue: RequestQueue) -> None:
         self._error = None
+        queue.pumps.append(self)
         super().attach(queue)
 
     def start(self) -> None:
@@ -193,6 +194,7 @@ class PollingTransport(Transport):
             self._wait_for_pump()
 
     def on_wait(self) -> None:
+        """The model thread waits for requests now (model thread)."""
         self._turn.notify()
         if self._pump_is_ready:  # else it may be a while until there is work, and the pump wakes the model thread then
             self._wait_for_pump()

@@ -14,8 +14,10 @@ import sys
 import threading
 import time
 import weakref
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import repeat, starmap
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,7 @@ import anyio
 import torch
 from tensordict import TensorDict, TensorDictBase
 
+from aioinfer.client import AsyncInferenceClient
 from aioinfer.errors import (
     InvalidRequestError,
     ServerClosedError,
@@ -35,18 +38,19 @@ from aioinfer.interaction_type import Mode, caller_mode
 from aioinfer.ipc.selector import Selector
 from aioinfer.stats import StatsRecorder
 from aioinfer.tensors import RequestSpec
-from aioinfer.transports.replies import ThreadReplySink, TransportSink
-from aioinfer.wakers import ALREADY_NOTIFIED, LockWaker, Waker
+from aioinfer.transports.replies import ALREADY_NOTIFIED, LockWaker, ThreadReplySink, TransportSink, Waker
 
 if TYPE_CHECKING:
     from aioinfer.transports.base import Transport
     from aioinfer.transports.ipc.slots import SlotTable
+    from aioinfer.transports.polling import PollingTransport
 
 __all__ = [
     "REFUSALS",
     "WRITTEN_IN_PLACE",
     "Admission",
     "NotFull",
+    "RefusableAsyncClient",
     "Request",
     "RequestQueue",
     "seconds_left",
@@ -304,6 +308,32 @@ class NotFull:
             self.notify(1)
 
 
+class RefusableAsyncClient(AsyncInferenceClient):
+    """Base of awaitable clients whose requests are refused where they are put: all but how they are put."""
+
+    _transport: Transport
+
+    @abstractmethod
+    def _put(self, td: TensorDictBase) -> asyncio.Future[TensorDictBase]:
+        """Do as ``submit``; raise what the server refuses."""
+
+    def submit(self, td: TensorDictBase) -> asyncio.Future[TensorDictBase]:
+        try:
+            return self._put(td)
+        except REFUSALS as error:
+            refused: asyncio.Future[TensorDictBase] = asyncio.get_running_loop().create_future()
+            refused.set_exception(error.with_traceback(None))
+            return refused
+
+    async def __call__(self, td: TensorDictBase, timeout: float | None = None, *, wait: bool = False) -> TensorDictBase:  # noqa: ASYNC109
+        if timeout is not None:
+            async with asyncio.timeout(timeout):
+                return await self(td, wait=wait)
+        if wait:
+            return await (await self._transport.aput_when_not_full(partial(self._put, td)))
+        return await self._put(td)
+
+
 class RequestQueue:
     """Requests in order of arrival, of all transports of one server.
 
@@ -331,6 +361,7 @@ class RequestQueue:
         self.max_batch_size = max_batch_size
         self.transports: list[Transport] = []
         self.thread_sinks: list[ThreadReplySink] = []
+        self.pumps: list[PollingTransport] = []
         self.serving = False
         """Whether a model thread serves it, or is about to."""
         self.released = False
@@ -631,8 +662,8 @@ class RequestQueue:
         self._wanted, self._enough = at_least, enough
         self._to_be_woken.append(True)
         if timeout != 0:
-            for transport in self.transports:
-                transport.on_wait()
+            for pump in self.pumps:
+                pump.on_wait()
         pending = len(self._requests)
         if timeout != 0 and pending < enough and self.wakeups_in_flight:
             self._linger(_MOST_LINGER if timeout is None else min(timeout, _MOST_LINGER))

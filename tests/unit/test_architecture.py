@@ -16,7 +16,7 @@ ROOT = Path(aioinfer.__file__).parent
 # Packages, and modules of the top, in their order: each imports from those above it only, or from its own package.
 LAYERS = (
     {"errors", "interaction_type", "interrupts", "batching", "modes", "tensors", "stats", "client", "rows"}
-    | {"versions", "devices", "wakers", "futures", "ipc"},
+    | {"devices", "futures", "ipc"},
     {"transports", "weight_sync"},
     {"forward", "policy", "model_thread", "weight_updates", "server"},
     {"process_server"},

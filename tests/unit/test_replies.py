@@ -8,8 +8,7 @@ from tensordict import TensorDict, TensorDictBase
 
 from aioinfer import InferenceServer, ThreadingTransport
 from aioinfer.testing import double, eventually, request
-from aioinfer.transports.replies import ThreadReplySink, Waiter, unwrap
-from aioinfer.wakers import LockWaker, Waker, make_waker
+from aioinfer.transports.replies import LockWaker, ThreadReplySink, Waiter, Waker, make_waker, unwrap
 
 HANG = 20.0
 

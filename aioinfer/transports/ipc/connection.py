@@ -45,8 +45,7 @@ from aioinfer.ipc.sockets import (
 )
 from aioinfer.modes import long_lived
 from aioinfer.transports.ipc.protocol import CLIENT_INDEX, FromClient, FromServer, State, StatusPage
-from aioinfer.transports.replies import ReplySink
-from aioinfer.wakers import LockWaker
+from aioinfer.transports.replies import LockWaker, ReplySink
 
 if TYPE_CHECKING:
     from aioinfer.transports.ipc.client import ClientBase

@@ -23,13 +23,12 @@ from aioinfer.ipc.memory import AnonymousSharedMemory
 from aioinfer.ipc.sockets import NUMBER, Listener
 from aioinfer.modes import long_lived
 from aioinfer.rows import RowLayout, RowTable
-from aioinfer.tensors import Allocate, build
+from aioinfer.tensors import Allocate, VersionTensorCache, build
 from aioinfer.transports.ipc.client import Endpoint
 from aioinfer.transports.ipc.connection import ClientCodec, OutgoingRequest
 from aioinfer.transports.ipc.protocol import CLIENT_INDEX, StatusPage
 from aioinfer.transports.ipc.server import ProcessTransport, RemoteRequest, ServerCodec, ServerConnection
 from aioinfer.transports.queue import WRITTEN_IN_PLACE, RequestQueue
-from aioinfer.versions import VersionTensorCache
 
 __all__ = ["ProcessSlotTransport"]
 

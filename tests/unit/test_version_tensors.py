@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from aioinfer.versions import VersionTensorCache
+from aioinfer.tensors import VersionTensorCache
 
 SIZE = torch.Size([3])
 
