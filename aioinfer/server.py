@@ -208,6 +208,7 @@ class InferenceServer(BaseServer):
             transport if isinstance(transport, Transport) else transport._aioinfer_transport
             for transport in self.transports
         ]
+        # Any thread may call the public methods; the lock guards the model thread, the queue and the portal.
         self._lock = threading.RLock()
         self._model_thread: ModelThread | None = None
         self._task: asyncio.Task[None] | None = None

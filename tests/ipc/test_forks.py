@@ -277,5 +277,5 @@ def test_a_forked_child_sees_the_servers_process_die(make: str, kind: str, tmp_p
     before, at_its_death, afterwards = said.splitlines()
     assert before == "4.0"
     assert at_its_death == "PeerDiedError: the server's process is gone"
-    # Whoever dials while the process is being taken down may still find it.
+    # A process that connects while the server is being taken down may still find it.
     assert afterwards.startswith(("PeerDiedError: ", "ServerClosedError: "))

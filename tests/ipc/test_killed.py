@@ -237,7 +237,7 @@ def test_a_server_that_is_killed_ends_every_call_at_once(
                 record_property("seconds", latest)
                 print(f"the last call ended {1000 * latest:.1f} ms after the kill")
                 assert latest < HANG / 2
-                # Whoever dials while the process is being taken down may still find it; a refused call came before.
+                # A process that connects while the server is taken down may still find it; a refused call came before.
                 gone = {PeerDiedError.__name__, ServerClosedError.__name__}
                 assert {name for name, _ in child.hear()} <= gone | ({ServerPausedError.__name__} & set(names))
 

@@ -49,20 +49,20 @@ def futures_are_read_for() -> bool:
 # -- ends ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("end", ["hung up", "closed", "closed while it dials"])
+@pytest.mark.parametrize("end", ["hung up", "closed", "closed while it connects"])
 def test_every_future_of_a_connection_that_ends_is_settled_though_their_thread_looks_between_two_of_them(
     end: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     futures: list[Any] = []
     fail = FutureReader.set_exceptions
 
-    def fail_and_wait(desk: FutureReader, receivers: Sequence[Any], errors: Sequence[Exception]) -> None:
-        fail(desk, receivers, errors)
+    def fail_and_wait(reader: FutureReader, receivers: Sequence[Any], errors: Sequence[Exception]) -> None:
+        fail(reader, receivers, errors)
         if threading.current_thread().name != "aioinfer-replies":
             eventually(lambda: all(future.done() for future in futures) or not futures_are_read_for())
 
     monkeypatch.setattr(FutureReader, "set_exceptions", fail_and_wait)
-    if end == "closed while it dials":
+    if end == "closed while it connects":
         monkeypatch.setattr(connection_module, "try_connect", lambda *_: False)
     transport, model = MPTransport(), GatedModel()
     with InferenceServer(model, transport), ThreadPoolExecutor(1) as threads:
@@ -360,8 +360,8 @@ async def test_a_large_request_leaves_though_its_event_loop_reads_only_after_it_
                 await asyncio.sleep(0.001)
                 connection.receive()  # as another event loop does
             assert connection._socket.unsent
-            for desk in late:
-                attach(desk)
+            for reader in late:
+                attach(reader)
         finally:
             model.open()
         assert is_double(await first, 0)

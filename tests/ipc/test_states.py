@@ -271,17 +271,17 @@ def close_not_taken_in(transport: ProcessSlotTransport, monkeypatch: pytest.Monk
 
 def close_before_it_connects(transport: ProcessSlotTransport, monkeypatch: pytest.MonkeyPatch) -> None:
     """It waits for a server that does not run, and whose backlog is full."""
-    dialled = threading.Event()
+    connecting = threading.Event()
 
     def connect_to_a_full_backlog(*_: object) -> bool:
-        dialled.set()
+        connecting.set()
         return False
 
     with monkeypatch.context() as patched, ThreadPoolExecutor(1) as threads:
         patched.setattr(connection_module, "try_connect", connect_to_a_full_backlog)
         client = transport.client()
         asked = threads.submit(client, request(1), HANG)
-        assert dialled.wait(HANG)
+        assert connecting.wait(HANG)
         eventually(lambda: client._endpoint.connection is not None)  # type: ignore[attr-defined]
         client.close()
         assert isinstance(asked.exception(HANG), ClientClosedError)

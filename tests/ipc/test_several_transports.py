@@ -81,16 +81,16 @@ def test_callers_of_all_three_at_once_get_their_own_replies() -> None:
 @pytest.mark.parametrize("blocking", [True, False], ids=["blocking", "awaiting"])
 def test_a_batch_holds_requests_of_all_three(blocking: bool, worker: Worker) -> None:
     model = GatedModel()
-    with Family(worker) as family, InferenceServer(model, family.transports) as server:
-        slot, parcel = family.elsewhere(blocking=blocking)
-        first = family.here().submit(request(0))
+    with Family(worker) as served, InferenceServer(model, served.transports) as server:
+        slot, pickled = served.elsewhere(blocking=blocking)
+        first = served.here().submit(request(0))
         assert model.entered.wait(HANG)
         replies: list[Any] = []
         for turn in range(2):
-            replies.append(family.here().submit(request(10 * turn + 1)))
+            replies.append(served.here().submit(request(10 * turn + 1)))
             if turn == 0:
                 replies.append(worker.call(slot, request(2)))
-                replies.append(worker.call(parcel, request(3)))
+                replies.append(worker.call(pickled, request(3)))
         eventually(lambda: server.stats().pending == 4)
         model.open()
         assert is_double(first.result(HANG), 0)
@@ -103,13 +103,13 @@ def test_a_batch_holds_requests_of_all_three(blocking: bool, worker: Worker) -> 
 
 def test_a_full_batch_takes_what_has_waited_longest_wherever_it_came_from(worker: Worker) -> None:
     model = GatedModel()
-    with Family(worker) as family, InferenceServer(model, family.transports, max_batch_size=2) as server:
-        slot, parcel = family.elsewhere()
-        replies: list[Any] = [family.here().submit(request(0))]
+    with Family(worker) as served, InferenceServer(model, served.transports, max_batch_size=2) as server:
+        slot, pickled = served.elsewhere()
+        replies: list[Any] = [served.here().submit(request(0))]
         assert model.entered.wait(HANG)
-        here = family.here()
+        here = served.here()
         asks: list[Callable[[], Any]] = [
-            lambda: worker.call(parcel, request(1)),
+            lambda: worker.call(pickled, request(1)),
             lambda: here.submit(request(2)),
             lambda: worker.call(slot, request(3)),
             lambda: here.submit(request(4)),
@@ -129,14 +129,14 @@ def test_replies_say_truly_which_weights_computed_them(worker: Worker) -> None:
     linear = torch.nn.Linear(3, 3, bias=False)
     torch.nn.init.zeros_(linear.weight)
     model = TensorDictModule(linear, in_keys=["observation"], out_keys=["action"])
-    with Family(worker) as family, InferenceServer(model, family.transports) as server:
-        slot, parcel = family.elsewhere()
-        here = family.here()
+    with Family(worker) as served, InferenceServer(model, served.transports) as server:
+        slot, pickled = served.elsewhere()
+        here = served.here()
         for version in range(20):
             replies = [
                 here(request(1), HANG),
                 worker.call(slot, request(1)).result(HANG),
-                worker.call(parcel, request(1)).result(HANG),
+                worker.call(pickled, request(1)).result(HANG),
             ]
             for reply in replies:
                 assert reply["policy_version"] == version
@@ -149,8 +149,8 @@ def test_no_reply_is_stamped_with_another_version_than_computed_it_while_weights
     linear = torch.nn.Linear(3, 3, bias=False)
     torch.nn.init.zeros_(linear.weight)
     model = TensorDictModule(linear, in_keys=["observation"], out_keys=["action"])
-    with Family(worker) as family, InferenceServer(model, family.transports) as server:
-        clients = [*family.elsewhere(), *family.elsewhere(blocking=False)]
+    with Family(worker) as served, InferenceServer(model, served.transports) as server:
+        clients = [*served.elsewhere(), *served.elsewhere(blocking=False)]
         for version in range(1, 60):
             replies = [worker.call(client, request(1)) for client in clients]
             server.update_weights({"module.weight": torch.eye(3) * version})
@@ -167,10 +167,10 @@ def test_the_exploration_mode_of_each_caller_travels(worker: Worker) -> None:
         return TensorDict({"action": torch.full(td.batch_size, codes[interaction_type()])}, td.batch_size)
 
     with (
-        Family(worker, TensorDict({"action": torch.tensor(0)})) as family,
-        InferenceServer(model, family.transports) as server,
+        Family(worker, TensorDict({"action": torch.tensor(0)})) as served,
+        InferenceServer(model, served.transports) as server,
     ):
-        clients = [*family.elsewhere(), *family.elsewhere()]
+        clients = [*served.elsewhere(), *served.elsewhere()]
         for turn in range(12):
             modes = [list(codes)[(turn + index) % 4] for index in range(len(clients))]
             replies = [worker.call(client, request(1), mode=mode) for client, mode in zip(clients, modes, strict=True)]
@@ -181,20 +181,20 @@ def test_the_exploration_mode_of_each_caller_travels(worker: Worker) -> None:
 
 def test_one_bound_holds_for_all_of_them_together(worker: Worker) -> None:
     model = GatedModel()
-    with Family(worker) as family, InferenceServer(model, family.transports, max_pending=3) as server:
-        slot, parcel = family.elsewhere()
-        more = family.elsewhere()
-        replies: list[Any] = [family.here().submit(request(0))]
+    with Family(worker) as served, InferenceServer(model, served.transports, max_pending=3) as server:
+        slot, pickled = served.elsewhere()
+        more = served.elsewhere()
+        replies: list[Any] = [served.here().submit(request(0))]
         assert model.entered.wait(HANG)
         replies += [
-            family.here().submit(request(1)),
+            served.here().submit(request(1)),
             worker.call(slot, request(2)),
-            worker.call(parcel, request(3)),
+            worker.call(pickled, request(3)),
         ]
         eventually(lambda: server.stats().pending == 3)
         for client in more:
             expect_error(ServerOverloadedError, worker.call(client, request(9)))
-        expect_error(ServerOverloadedError, family.here().submit(request(9)))
+        expect_error(ServerOverloadedError, served.here().submit(request(9)))
         assert server.stats().rejected == 3
         patient = [worker.call(client, request(10), wait=True) for client in more]
         model.open()

@@ -37,7 +37,7 @@ def same(found: TensorDictBase, expected: TensorDictBase) -> bool:
     return True
 
 
-PARCELS: dict[str, Callable[[], TensorDictBase]] = {
+REQUESTS: dict[str, Callable[[], TensorDictBase]] = {
     "text": lambda: TensorDict({"x": torch.randn(3), "prompt": "go left"}),
     "data that is no tensor": lambda: TensorDict({"x": torch.randn(3), "who": NonTensorData({"name": "a", "age": 3})}),
     "nested": lambda: TensorDict({"deep": TensorDict({"er": TensorDict({"x": torch.randn(2, 2)}), "text": "a"})}),
@@ -58,10 +58,10 @@ PARCELS: dict[str, Callable[[], TensorDictBase]] = {
 }
 
 
-@pytest.mark.parametrize("parcel", PARCELS)
-def test_a_request_of_any_layout_comes_back_as_it_was(parcel: str) -> None:
+@pytest.mark.parametrize("kind", REQUESTS)
+def test_a_request_of_any_layout_comes_back_as_it_was(kind: str) -> None:
     torch.manual_seed(0)
-    make = PARCELS[parcel]
+    make = REQUESTS[kind]
     with InferenceServer(echo, MPTransport()) as server:
         assert isinstance(server.transport, MPTransport)
         clients = server.transport.clients(4)
@@ -83,7 +83,7 @@ def test_requests_of_unlike_layout_are_batched_apart() -> None:
 
     transport = MPTransport()
     server = InferenceServer(model, transport)
-    kinds = list(PARCELS.values())[:3]
+    kinds = list(REQUESTS.values())[:3]
     asked = [kinds[index % 3]() for index in range(9)]
     replies = [transport.client().submit(td) for td in asked]
     eventually(lambda: server.stats().pending == 9)
