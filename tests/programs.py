@@ -10,7 +10,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -76,7 +76,8 @@ class Program:
     def kill(self) -> None:
         """Kill it, if it runs."""
         if self._status is None and not select.select([self._news], [], [], 0)[0]:
-            os.kill(self.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # the launcher has just reaped it, and is about to say so
+                os.kill(self.pid, signal.SIGKILL)
 
     def _hear(self, timeout: float) -> int:
         self._news.settimeout(timeout)
