@@ -501,6 +501,7 @@ class RequestQueue:
         else:
             admission.check(td)
             if not self._put_bounded(request):
+                self.notify()  # callers that were interrupted may not have done so
                 raise admission.reject_overloaded()
         if self._stray:  # since the check: the thread that removes the request settles it
             self._redirect_one(request)
