@@ -168,6 +168,11 @@ class CommandLoop:
                 self._shutdown(arguments)
             elif command is Command.PAUSE:
                 self._pauses[number] = self._create_task(self._pause(number, *arguments))
+            elif command is Command.RESUME:
+                pausing = self._pauses.pop(*arguments, None)
+                if pausing is not None:
+                    pausing.cancel()  # at once: a command that was sent after this one finds the pause ended
+                self._create_task(self._respond(command, number, (*arguments, pausing)))
             else:
                 self._create_task(self._respond(command, number, arguments))
 
@@ -231,10 +236,8 @@ class CommandLoop:
         except Exception as error:
             self._send_error(number, error)
 
-    async def _resume(self, number: int) -> None:
-        pausing = self._pauses.pop(number, None)
+    async def _resume(self, number: int, pausing: asyncio.Task[None] | None) -> None:
         if pausing is not None:
-            pausing.cancel()
             await asyncio.wait([pausing])
             self._send(Response.RESULT, number, dumps(None))  # if none was sent: the parent reads the first one only
 
