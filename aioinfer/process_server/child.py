@@ -169,7 +169,7 @@ class CommandLoop:
             elif command is Command.PAUSE:
                 self._pauses[number] = self._create_task(self._pause(number, *arguments))
             elif command is Command.RESUME:
-                pausing = self._pauses.pop(*arguments, None)
+                pausing = self._pauses.pop(arguments[0], None)
                 if pausing is not None:
                     pausing.cancel()  # at once: a command that was sent after this one finds the pause ended
                 self._create_task(self._respond(command, number, (*arguments, pausing)))

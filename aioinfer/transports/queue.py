@@ -369,7 +369,8 @@ class RequestQueue:
         self.waker: Waker = selector or LockWaker()
         """Wakes the model thread."""
         self.wakeups_in_flight: list[bool] = []
-        """An element for each wake-up that the last batch has caused, until its tasks or its thread have run."""
+        """An element for each wake-up that the last batch has caused, until its tasks or its thread have run, and for
+        each tick of an event loop in which there were requests, until it ends."""
         self.not_full = NotFull(self.full)
         self.reserved: set[object] = set()
         """Space for requests on their way into a transport."""

@@ -176,8 +176,8 @@ class LoopReplySink(ReplySink):
     """Settles the futures of one event loop's tasks: one wake-up per batch, however many replies.
 
     It also notifies the queue of its loop's requests, once per tick and at its end, so that all of them get into the
-    batch. From the delivery of a batch to the end of the tick in which its tasks run, the next batch is held back for
-    the requests that the tasks are about to make.
+    batch. The next batch is held back for the requests that tasks are about to make: from the delivery of a batch to
+    the end of the tick in which its tasks run, and from the first request of any other tick to its end.
 
     Loop thread only: ``notify_at_end_of_tick``, ``_notifying``. Model thread, or the thread that ends a request in its
     stead: ``set_results``, ``set_exceptions``, ``discard``.
@@ -203,12 +203,15 @@ class LoopReplySink(ReplySink):
             self._end_tick()
 
     def _end_tick(self) -> None:
+        wakeups = self.transport.queue.wakeups_in_flight
         # The flag is lowered in C, and raised last: an interrupted callback must not keep later requests from notice.
         self.loop.call_soon(self._notifying.clear)
-        self.loop.call_soon(self._notify)
+        self.loop.call_soon(self._notify, wakeups)
+        wakeups.append(True)  # the model thread, if it comes to the queue within this tick, waits for the rest of it
         self._notifying.append(True)
 
-    def _notify(self) -> None:
+    def _notify(self, wakeups: list[bool]) -> None:
+        _pop(wakeups)
         self.transport.queue.notify()  # the queue of this moment: a server may have taken the transport meanwhile
 
     def set_results(
@@ -239,8 +242,8 @@ class LoopReplySink(ReplySink):
             for future, outcome in zip(futures, outcomes, strict=True):
                 if not future.done():
                     settle(future, outcome)
-            self.loop.call_soon(_pop, wakeups)
             self._end_tick()  # after the tasks that were woken just now
+            _pop(wakeups)
         except BaseException:
             if not interrupted:  # by a signal handler: the others get their replies all the same
                 self.loop.call_soon(self._settle, wakeups, settle, futures, outcomes, True)

@@ -22,7 +22,7 @@ from aioinfer import (
     SlotTransport,
     ThreadingTransport,
 )
-from aioinfer.testing import GatedModel, double, request
+from aioinfer.testing import GatedModel, double, eventually, request
 from aioinfer.transports import queue
 from tests.transports import TRANSPORTS
 
@@ -74,6 +74,26 @@ def test_tasks_of_an_embedding_loop_meet_in_one_pass(run: Any, transport: str) -
                 assert [reply["action"][0].item() for reply in replies] == [2 * (i + turn) for i in range(16)]
             if transport != "five-verbs":  # its requests are there one by one, not tick by tick
                 assert server.stats().mean_batch_size == 16
+
+    run(main())
+
+
+@pytest.mark.usefixtures("tasks_take_their_time")
+@pytest.mark.parametrize("make", [ThreadingTransport, lambda: SlotTransport(3)], ids=["threading", "slots"])
+def test_a_model_thread_that_comes_in_the_middle_of_a_tick_waits_for_its_end(run: Any, make: Any) -> None:
+    async def main() -> None:
+        model, transport = GatedModel(), make()
+        async with InferenceServer(model, transport) as server:
+            first = server.client().submit(request(0))  # its reply wakes no task
+            await until(model.entered.is_set)
+            clients = [server.async_client() for _ in range(2)]
+            replies = [clients[0].submit(request(1))]
+            model.open()
+            # The loop is blocked, in the middle of a tick.
+            eventually(lambda: first.done() and transport.queue.is_waited_for)
+            replies.append(clients[1].submit(request(2)))
+            await asyncio.gather(*replies)
+            assert sum(server.stats().batches.values()) == 2
 
     run(main())
 
