@@ -28,7 +28,7 @@ from aioinfer.testing import double, eventually, request
 from aioinfer.transports.queue import RequestQueue
 from tests.weight_models import mark_of, policy
 
-HANG = 20.0
+HANG = 60.0
 Model = Callable[[TensorDictBase], TensorDictBase]
 
 

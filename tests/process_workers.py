@@ -24,13 +24,15 @@ from aioinfer.ipc.sockets import Listener
 from aioinfer.testing import eventually, request
 from aioinfer.transports.ipc.connection import ClientConnection
 
-HANG = 20.0
+HANG = 60.0
+IMPORTS = 100.0
+"""Seconds for a process that has to import torch first, beside many others that do."""
 KINDS = ("blocking", "awaiting")
 
 
 def hear(line: Connection[Any, Any]) -> Any:
-    """What a process says, which may have to import everything first, beside many others that do."""
-    assert line.poll(5 * HANG), "the process says nothing"
+    """What a process says, which may have to import everything first."""
+    assert line.poll(IMPORTS), "the process says nothing"
     return line.recv()
 
 

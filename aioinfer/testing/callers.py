@@ -27,7 +27,7 @@ E = TypeVar("E", bound=BaseException)
 Reply: TypeAlias = Future[TensorDictBase]
 Context: TypeAlias = AbstractContextManager[Any]
 
-HANG_TIMEOUT = 20.0
+HANG_TIMEOUT = 60.0
 """Seconds after which a call counts as hanging."""
 
 _SHORT = 0.05  # seconds in which a refusal comes

@@ -32,7 +32,7 @@ from aioinfer.testing.callers import is_double
 from tests.transports import FIXED_LAYOUT, TRANSPORTS
 from tests.weight_models import policy
 
-HANG = 20.0
+HANG = 60.0
 
 
 def linear() -> TensorDictModule:

@@ -33,7 +33,7 @@ from aioinfer.testing import GatedModel, double, eventually, request
 from aioinfer.testing.callers import is_double
 from tests.transports import FIXED_LAYOUT, REMOTE, TRANSPORTS, FiveVerbs
 
-HANG = 20.0
+HANG = 60.0
 
 
 # -- attached after everything was checked ------------------------------------------------------------------

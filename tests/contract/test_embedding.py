@@ -14,7 +14,7 @@ from aioinfer import (
 )
 from aioinfer.testing import GatedModel, double, eventually, request
 
-HANG = 20.0
+HANG = 60.0
 
 
 async def until(condition: Callable[[], bool]) -> None:

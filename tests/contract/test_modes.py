@@ -25,7 +25,7 @@ from aioinfer.testing import (
 from aioinfer.testing.callers import is_double
 from tests.transports import CANNOT_DROP_CANCELLED, FIXED_LAYOUT, REMOTE, TRANSPORTS
 
-HANG = 20.0
+HANG = 60.0
 
 
 @contextmanager

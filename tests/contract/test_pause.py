@@ -24,7 +24,7 @@ from aioinfer.testing.callers import is_double
 from tests.transports import TRANSPORTS
 from tests.weight_models import mark_of, policy
 
-HANG = 20.0
+HANG = 60.0
 
 
 @pytest.fixture(params=TRANSPORTS)

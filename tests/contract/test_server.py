@@ -20,7 +20,7 @@ from aioinfer.testing.callers import is_double
 from aioinfer.transports.queue import Request
 from tests.transports import TRANSPORTS, FiveVerbs
 
-HANG = 20.0
+HANG = 60.0
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from aioinfer.testing import GatedModel, double, eventually, request
 from aioinfer.testing.callers import is_double
 from tests.transports import TRANSPORTS, FiveVerbs
 
-HANG = 20.0
+HANG = 60.0
 
 
 class Abrupt(BaseException):

@@ -27,7 +27,7 @@ from aioinfer.testing.callers import is_double
 from tests.effort import Effort
 from tests.weight_models import mark_of, policy
 
-HANG = 20.0
+HANG = 60.0
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs setitimer"),

@@ -26,7 +26,7 @@ from aioinfer.testing import GatedModel, double, eventually, request
 from aioinfer.transports import queue
 from tests.transports import TRANSPORTS
 
-HANG = 20.0
+HANG = 60.0
 
 
 def loop_factories() -> list[Any]:

@@ -101,7 +101,7 @@ def test_clients_of_a_remote_are_refused_when_used_if_too_few_slots_are_free(kin
             assert outcome(third, 1) == f"NoFreeSlotError: {refusal(0, 2, 1)}"
         assert [outcome(client, 2) for client in (one, other)] == [4, 4]
         del one
-        eventually(lambda: transport.callers() == 1, within=5)
+        eventually(lambda: transport.callers() == 1)
         assert outcome(third, 1) == 2
 
 
@@ -146,7 +146,7 @@ def test_a_slot_is_free_again_when_its_process_ends_or_drops_the_client(end: str
                 else:
                     worker.line.send(end)
                     worker.process.join(HANG)
-                eventually(lambda: transport.callers() == 1, within=5)
+                eventually(lambda: transport.callers() == 1)
         assert outcome(other, 5) == 10
 
 
@@ -180,7 +180,7 @@ async def test_a_slot_is_free_again_when_an_event_loop_drops_a_client_however_it
                 await asyncio.wait([call])
                 model.open()
             del client, call
-            await asyncio.to_thread(eventually, lambda: not transport._reserved and not transport.callers(), within=5)
+            await asyncio.to_thread(eventually, lambda: not transport._reserved and not transport.callers())
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -25,6 +25,7 @@ from aioinfer.weight_sync import NoWeightSyncScheme
 from tests import hosted
 from tests.hosted import HANG, HandsOut, forked, kill, make_double, make_policy, slots
 from tests.methods import SPAWN
+from tests.process_workers import IMPORTS
 from tests.weight_models import mark, mark_of, policy
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
@@ -88,12 +89,14 @@ def test_an_interrupt_while_the_process_starts_does_not_reach_it_nor_do_later_ch
     server = ProcessInferenceServer(factory, slots())  # the children of a fork server that runs do hear it
     with ThreadPoolExecutor(1) as pool:
         starting = pool.submit(server.start)
-        eventually(lambda: server.pid is not None)
-        os.kill(server.pid or 0, signal.SIGINT)
-        assert starting.result(HANG).health(HANG).ready
-    mark(factory.module, 2.0)
-    assert mark_of(server.client()(request(0), HANG)) == 1
-    server.shutdown()
+        try:
+            eventually(lambda: server.pid is not None)
+            os.kill(server.pid or 0, signal.SIGINT)
+            assert starting.result(IMPORTS).health(HANG).ready
+            mark(factory.module, 2.0)
+            assert mark_of(server.client()(request(0), HANG)) == 1
+        finally:
+            server.shutdown()
 
 
 async def test_a_start_that_takes_too_long_or_is_cancelled_leaves_no_process(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from aioinfer.interrupts import ending_at_interrupt
 
-HANG = 50.0
+HANG = 60.0
 
 # Stands in for torch: it is there as soon as it is being imported, and takes no notice of a KeyboardInterrupt.
 _SLOW_TORCH = """

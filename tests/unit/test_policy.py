@@ -14,7 +14,7 @@ from aioinfer import InferenceServer, PolicyClientModule, ThreadingTransport
 from aioinfer.interaction_type import attach_mode, detach_mode, requests_carry
 from aioinfer.testing import GatedModel, double, eventually, request
 
-HANG = 20.0
+HANG = 60.0
 
 
 def policy() -> TensorDictModule:

@@ -10,7 +10,7 @@ from aioinfer import InferenceServer, ThreadingTransport
 from aioinfer.testing import double, eventually, request
 from aioinfer.transports.replies import LockWaker, ThreadReplySink, Waiter, Waker, make_waker, unwrap
 
-HANG = 20.0
+HANG = 60.0
 
 
 @pytest.fixture(params=[LockWaker, make_waker])

@@ -38,7 +38,7 @@ from tests.weight_models import (
     train,
 )
 
-HANG = 40.0
+HANG = 60.0
 Scheme = MultiProcessWeightSyncScheme | SharedMemWeightSyncScheme
 
 pytestmark = pytest.mark.timeout(120)

@@ -23,7 +23,7 @@ from tests.effort import Effort
 from tests.transports import FiveVerbs
 from tests.weight_models import SCHEMES, Counter, channel_of, mark, mark_of, policy, sender_of
 
-HANG = 20.0
+HANG = 60.0
 Scheme = MultiProcessWeightSyncScheme | SharedMemWeightSyncScheme
 
 

@@ -19,7 +19,7 @@ from aioinfer.weight_sync import (
 )
 from tests.weight_models import SCHEMES
 
-HANG = 20.0
+HANG = 60.0
 Scheme = MultiProcessWeightSyncScheme | SharedMemWeightSyncScheme
 
 
