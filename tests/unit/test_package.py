@@ -43,7 +43,7 @@ def test_a_name_that_does_not_exist_is_an_attribute_error() -> None:
 
 def _loads_torch(code: str) -> bool:
     program = f"import sys\n{code}\nprint('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50, check=True)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100, check=True)
     return done.stdout.strip() == "True"
 
 
