@@ -6,9 +6,9 @@ import asyncio
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Self, TypeAlias, TypeVar
 
@@ -131,10 +131,17 @@ class GatedModel:
 
 
 class Callers(ABC):
-    """Callers of one kind, each with a client of its own, driven from the test's thread."""
+    """Callers of one kind, each with a client of its own, driven from the test's thread.
 
-    def __init__(self, server: InferenceServer) -> None:
+    Args:
+        server: whom they call.
+        mode: makes a context in which every call is made, such as a torch mode: of each call where callers are threads,
+            of their event loop where they are tasks.
+    """
+
+    def __init__(self, server: InferenceServer, mode: Callable[[], Context] = nullcontext) -> None:
         self._server = server
+        self._mode = mode
         self._clients: dict[int, Any] = {}
         self._stack = ExitStack()
         self._background: ThreadPoolExecutor | None = None
@@ -187,8 +194,8 @@ class Callers(ABC):
 class BlockingCallers(Callers):
     """Plain threads."""
 
-    def __init__(self, server: InferenceServer) -> None:
-        super().__init__(server)
+    def __init__(self, server: InferenceServer, mode: Callable[[], Context] = nullcontext) -> None:
+        super().__init__(server, mode)
         self._threads = self._stack.enter_context(ThreadPoolExecutor(64, thread_name_prefix="caller"))
 
     def _make_client(self) -> Any:
@@ -196,7 +203,7 @@ class BlockingCallers(Callers):
 
     def _start(self, client: Any, td: Any, timeout: float | None, wait: bool, around: Context) -> Reply:
         def call() -> TensorDictBase:
-            with around:
+            with self._mode(), around:
                 reply: TensorDictBase = client(td, timeout, wait=wait)
                 return reply
 
@@ -207,12 +214,19 @@ class BlockingCallers(Callers):
         return lambda: future.cancel() and None
 
 
+@asynccontextmanager
+async def _in_event_loop(context: Context) -> AsyncIterator[None]:
+    with context:
+        yield
+
+
 class AwaitingCallers(Callers):
     """Tasks on an event loop in a thread of its own."""
 
-    def __init__(self, server: InferenceServer) -> None:
-        super().__init__(server)
+    def __init__(self, server: InferenceServer, mode: Callable[[], Context] = nullcontext) -> None:
+        super().__init__(server, mode)
         self._portal = self._stack.enter_context(start_blocking_portal())
+        self._stack.enter_context(self._portal.wrap_async_context_manager(_in_event_loop(mode())))
 
     def _make_client(self) -> Any:
         return self._server.async_client()
