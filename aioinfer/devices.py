@@ -67,7 +67,8 @@ def _origin(batch: TensorDictBase) -> torch.device | None:
     return next((leaf.device for leaf in batch.values(True, True) if isinstance(leaf, Tensor)), None)
 
 
-def _move_model(model: Model, device: torch.device) -> None:
+def move_model(model: Model, device: torch.device) -> None:
+    """Move the parameters and buffers of a model, if it is a module."""
     if isinstance(model, nn.Module):
         model.to(device)
 
@@ -81,7 +82,7 @@ class HostPlacement:
 
     def open(self, model: Model) -> None:
         if self._device is not None:
-            _move_model(model, self._device)
+            move_model(model, self._device)
 
     def build(self, make: Callable[[Allocate | None], TensorDict]) -> TensorDict:
         return make(None)
@@ -114,7 +115,7 @@ class CudaPlacement:
         self._stream: Any = None
 
     def open(self, model: Model) -> None:
-        _move_model(model, self._device)
+        move_model(model, self._device)
         self._stream = self._cuda.Stream(self._device)
         # What wrote the parameters may still run on the stream that was current until now.
         self._stream.wait_stream(self._cuda.current_stream(self._device))
@@ -123,22 +124,23 @@ class CudaPlacement:
         with self._cuda.stream(self._stream):
             # Requests that live on the device were written on the callers' stream, by default the default one.
             self._stream.wait_stream(self._cuda.default_stream(self._device))
-            return make(self._pinned)
+            return make(self.allocate_pinned)
 
-    def _pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def allocate_pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Allocate memory from which copies to the device need not be waited for."""
         # torch keeps freed pinned blocks, and reuses one only after the copies that read it have ended.
         return torch.empty(shape, dtype=dtype, pin_memory=True)
 
     def run(self, model: Model, batch: TensorDictBase, check: Check, split: Split) -> Sequence[TensorDictBase]:
         target = self._output_device or _origin(batch) or torch.device("cpu")
         with self._cuda.stream(self._stream):
-            output = check(model(_move(batch, self._device)))
+            output = check(model(move(batch, self._device)))
             if target.type == "cuda":
-                replies = split(_move(output, target))
+                replies = split(move(output, target))
                 self._synchronize()
                 self._lend(replies, target)
                 return replies
-            output = _move(output, target)
+            output = move(output, target)
             self._synchronize()
             return split(output)  # copied out of the pinned block, which goes back to its pool
 
@@ -168,7 +170,8 @@ def settle(tensors: Iterable[Tensor]) -> None:
             torch.cuda.current_stream(device).synchronize()
 
 
-def _move(td: TensorDictBase, device: torch.device) -> TensorDictBase:
+def move(td: TensorDictBase, device: torch.device) -> TensorDictBase:
+    """Copy a TensorDict to another device, without waiting where it is pinned."""
     moved = td.apply(lambda leaf: leaf.to(device, non_blocking=True), device=device)
     assert moved is not None  # it is only with filter_empty
     return moved

@@ -49,7 +49,8 @@ _PLAIN = {Tensor}
 Constructor: TypeAlias = Callable[[dict[str, Any], torch.Size, torch.device | None], TensorDict]
 
 
-def _checked(source: dict[str, Any], batch_size: torch.Size, device: torch.device | None) -> TensorDict:
+def build_checked(source: dict[str, Any], batch_size: torch.Size, device: torch.device | None) -> TensorDict:
+    """Do as :data:`build`, by tensordict's public constructor, which checks the entries."""
     return TensorDict(source, batch_size=batch_size, device=device)
 
 
@@ -67,7 +68,7 @@ def fastest_constructor() -> Constructor:
             return unchecked
     except Exception:
         pass
-    return _checked
+    return build_checked
 
 
 build = fastest_constructor()

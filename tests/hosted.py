@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import resource
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -23,7 +22,6 @@ from torch import nn
 
 from aioinfer import AsyncInferenceClient, MPTransport, ProcessInferenceServer, ProcessSlotTransport, connect
 from aioinfer.process_server.child import CommandLoop
-from aioinfer.process_server.parent import WeightSender
 from aioinfer.testing import double, eventually, request
 from aioinfer.transports.queue import RequestQueue
 from tests.weight_models import mark_of, policy
@@ -246,9 +244,9 @@ class Babbler:
     def run(self, td: TensorDictBase) -> TensorDictBase:
         (commands,) = [thing for thing in gc.get_objects() if type(thing) is CommandLoop]
         if self.nonsense:
-            commands.sock._sock.send(self.nonsense)
+            commands.sock.send(self.nonsense)
         else:
-            commands.sock._sock.shutdown(socket.SHUT_RDWR)
+            commands.sock.shutdown()
         return double(td)
 
 
@@ -330,15 +328,6 @@ def worker(client: Any, value: float = 1.0) -> Iterator[Connection[Any, Any]]:
 def freeze(server: ProcessInferenceServer) -> None:
     assert server.pid is not None
     os.kill(server.pid, signal.SIGSTOP)
-
-
-def has_pending_command(server: ProcessInferenceServer) -> bool:
-    return server._connection.has_pending
-
-
-def weight_sender(server: ProcessInferenceServer) -> WeightSender:
-    assert server._weight_sender is not None
-    return server._weight_sender
 
 
 def kill(server: ProcessInferenceServer) -> None:

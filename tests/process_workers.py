@@ -21,7 +21,7 @@ from tensordict import TensorDict, TensorDictBase
 
 from aioinfer import InferenceClient, MPTransport, ProcessSlotTransport
 from aioinfer.ipc.sockets import Listener
-from aioinfer.testing import eventually, request
+from aioinfer.testing import connection_of, eventually, request
 from aioinfer.transports.ipc.connection import ClientConnection
 
 HANG = 60.0
@@ -49,7 +49,7 @@ class Child:
         context: Any = multiprocessing.get_context(method)
         self.line: Connection[Any, Any]
         self.line, other = context.Pipe()
-        self.process: BaseProcess = context.Process(target=_run, args=(target, other, *arguments))
+        self.process: BaseProcess = context.Process(target=run_target, args=(target, other, *arguments))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of 3.12: a process with threads is forked
             self.process.start()
@@ -95,7 +95,8 @@ class Child:
         assert isinstance(replies, int), replies
 
 
-def _run(target: Callable[..., None], *arguments: Any) -> None:
+def run_target(target: Callable[..., None], *arguments: Any) -> None:
+    """Run what a child process is for."""
     torch.set_num_threads(1)
     target(*arguments)
 
@@ -135,6 +136,12 @@ def outcome(client: Any, value: float) -> float | str:
         return float(call(client, request(value))["action"][0])
     except Exception as error:
         return f"{type(error).__name__}: {error}"
+
+
+def is_asking(client: Any) -> bool:
+    """Whether a request of a client, or of one that shares its connection, has no answer yet."""
+    connection = connection_of(client)
+    return connection is not None and bool(connection.calls)
 
 
 def greeting(transport: Any, count: Any = 1) -> bytes:

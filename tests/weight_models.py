@@ -14,10 +14,8 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
-from aioinfer.testing import eventually
+from aioinfer.testing import eventually, sender_of
 from aioinfer.weight_sync import MultiProcessWeightSyncScheme, SharedMemWeightSyncScheme, WeightSyncScheme
-from aioinfer.weight_sync.channel import Channel
-from aioinfer.weight_sync.sender import Sender
 
 SCHEMES: tuple[type[MultiProcessWeightSyncScheme] | type[SharedMemWeightSyncScheme], ...] = (
     MultiProcessWeightSyncScheme,
@@ -82,17 +80,6 @@ class Counter(nn.Module):
         if state["count"] == "rubbish":
             raise ValueError("rubbish")
         self.count = state["count"]
-
-
-def channel_of(scheme: MultiProcessWeightSyncScheme | SharedMemWeightSyncScheme, worker: int = 0) -> Channel:
-    """The queues between a trainer and a worker."""
-    return scheme._channels[worker]
-
-
-def sender_of(scheme: MultiProcessWeightSyncScheme | SharedMemWeightSyncScheme) -> Sender:
-    """The sender of a trainer, with its workers and its pool of snapshots."""
-    assert scheme._sender is not None
-    return scheme._sender
 
 
 # -- processes ---------------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ from dataclasses import asdict, replace
 from aioinfer.bench.report import COUNTS, Comparison, Entry, Figures, Results, best_transport, format_figure
 from aioinfer.bench.workloads import Job, System, Workload, named
 
-_MODULE = "aioinfer.bench.measure"
+MODULE = "aioinfer.bench.measure"
+"""What the process of a measurement runs."""
 
 # For measurements with other processes, which need a core. torch.set_num_threads does not reach a server's own thread
 # until an operator there asks for it, and those for a few rows don't: OpenMP's threads would spin on all cores.
@@ -24,7 +25,7 @@ _ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 # All in seconds.
 _WARM_UP = 0.4
 _HEAT = 0.5
-_IMPORT_LIMIT = 120.0
+IMPORT_LIMIT = 120.0
 _HANG_LIMIT = 30.0
 _END_LIMIT = 10.0
 
@@ -116,7 +117,7 @@ class _Process:
         self._limit = _HANG_LIMIT + 5 * (job.warm_up + job.seconds)
         self._errors = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115 - until close()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", _MODULE, json.dumps(asdict(job))],
+            [sys.executable, "-m", MODULE, json.dumps(asdict(job))],
             env=os.environ | (_ONE_THREAD if named(job.workload).shares_cores else {}),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -129,7 +130,7 @@ class _Process:
         self._stdin, self._stdout = self._process.stdin, self._process.stdout
 
     def wait_until_ready(self) -> MeasurementError | None:
-        line, hung = self._read(_IMPORT_LIMIT)
+        line, hung = self._read(IMPORT_LIMIT)
         return None if line == "ready\n" else self._failure(hung)
 
     def measure(self) -> Figures | MeasurementError:

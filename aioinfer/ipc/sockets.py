@@ -63,7 +63,8 @@ NUMBER = (1 << 56) - 1
 PLAIN = 1 << 60
 """Words below are requests, or replies, without a payload."""
 _PAYLOAD = 1 << 63
-_BUFFER_BYTES = 1 << 16
+BUFFER_BYTES = 1 << 16
+"""What is received with one system call, at most."""
 # A socket takes so many bytes at once, or none: the kernel does not split less than half of its buffer.
 _WHOLE_BYTES = 1 << 15
 
@@ -98,7 +99,7 @@ class FramedSocket:
         self._lock = threading.Lock()  # guards what is unsent
         self.outbox: deque[tuple[bytes, list[int]]] = deque()
         """Frames that wait until the other end has read more, see :meth:`flush`, and the sent bytes of each."""
-        self._words = array("Q", bytes(_BUFFER_BYTES))
+        self._words = array("Q", bytes(BUFFER_BYTES))
         self._buffer = memoryview(self._words).cast("B")
         self.inbox: Rest = [], bytearray(), 0
         """What was received and not confirmed, once at most; the frame that has begun before; its confirmed bytes."""
@@ -355,7 +356,8 @@ def _close_all() -> None:
 os.register_at_fork(before=_forking.acquire, after_in_parent=_forking.release, after_in_child=_close_all)
 
 
-_BACKLOG = 4096
+BACKLOG = 4096
+"""How many connections may wait until they are accepted."""
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 # Seconds until a server whose backlog is full is tried again: at first, and at most.
 _FIRST_DELAY = 0.01
@@ -399,13 +401,13 @@ class Listener:
         try:
             if self.address.startswith("@"):
                 sock.bind(_native(self.address))
-                sock.listen(_BACKLOG)
+                sock.listen(BACKLOG)
             else:
                 if self._directory is not None:
                     os.makedirs(self._directory, mode=0o700, exist_ok=True)  # which only its owner may enter
                 with _nobody_else_binds(self.address):
                     self._bind(sock)
-                    sock.listen(_BACKLOG)
+                    sock.listen(BACKLOG)
         except BaseException:
             sock.close()
             raise

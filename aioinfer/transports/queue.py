@@ -63,8 +63,8 @@ REFUSALS = (ServerClosedError, ServerPausedError, ServerOverloadedError)
 
 # Seconds for which a batch is held back for the callers that the one before has woken: at most until none of them
 # has run for the one time, or until the other has passed. 64 threads take 0.4 to 1 ms on two cores.
-_LINGER = 0.001
-_MOST_LINGER = 0.005
+LINGER = 0.001
+MOST_LINGER = 0.005
 
 _log = logging.getLogger("aioinfer")
 
@@ -668,7 +668,7 @@ class RequestQueue:
                 pump.on_wait()
         pending = len(self._requests)
         if timeout != 0 and pending < enough and self.wakeups_in_flight:
-            self._linger(_MOST_LINGER if timeout is None else min(timeout, _MOST_LINGER))
+            self._linger(MOST_LINGER if timeout is None else min(timeout, MOST_LINGER))
         elif pending < at_least:
             self._wake_threads()  # no woken thread is on the way that would
             self._enough = 0  # no caller is waited for now, even if another thread settles requests
@@ -688,7 +688,7 @@ class RequestQueue:
         deadline = time.perf_counter() + limit
         while True:
             left = len(self.wakeups_in_flight)
-            if self.waker.wait(min(_LINGER, limit)):
+            if self.waker.wait(min(LINGER, limit)):
                 return
             limit = deadline - time.perf_counter()
             if len(self.wakeups_in_flight) >= left or limit <= 0:

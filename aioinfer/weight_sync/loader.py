@@ -88,13 +88,13 @@ class WeightLoader:
         aliased: list[Tensor] = []
         for name, tensor in weights.tensors.items():
             target = targets[name]
-            if swap and _is_aliasable(target, tensor):
+            if swap and is_aliasable(target, tensor):
                 moved[id(target)] = target, tensor
                 aliased.append(target)
             elif id(target) in read_only or _overlaps(target):
-                moved[id(target)] = target, _convert(tensor, target)
+                moved[id(target)] = target, convert(tensor, target)
             else:
-                in_place[id(target)] = target, _prepare(tensor, target)
+                in_place[id(target)] = target, prepare(tensor, target)
         for target, memory in moved.values():
             undo.append(partial(setattr, target, "data", target.data))
             target.data = memory
@@ -110,7 +110,7 @@ class WeightLoader:
         """Whether all parameters can alias the memory of ``weights``: same device, dtype and strides."""
         targets = self._targets()
         pairs = [(targets[name], tensor) for name, tensor in weights.tensors.items() if name in targets]
-        return all(_is_aliasable(*pair) for pair in pairs if isinstance(pair[0], nn.Parameter))
+        return all(is_aliasable(*pair) for pair in pairs if isinstance(pair[0], nn.Parameter))
 
     def stage(self, weights: Weights, buffers: StagingBuffers) -> Weights:
         """Copy weights into a staging buffer that the parameters don't alias now, for ``load(swap=True)``.
@@ -223,7 +223,8 @@ def _original(module: nn.Module) -> nn.Module:
     return original if isinstance(original, nn.Module) else module
 
 
-def _is_aliasable(target: Tensor, tensor: Tensor) -> bool:
+def is_aliasable(target: Tensor, tensor: Tensor) -> bool:
+    """Whether ``target`` can take over the memory of ``tensor``: a parameter of the same device, dtype and strides."""
     alike = target.dtype == tensor.dtype and target.device == tensor.device and target.stride() == tensor.stride()
     return alike and isinstance(target, nn.Parameter) and not target.is_inference()
 
@@ -241,7 +242,7 @@ def _overlaps(tensor: Tensor) -> bool:
     return False
 
 
-def _prepare(tensor: Tensor, target: Tensor) -> Tensor:
+def prepare(tensor: Tensor, target: Tensor) -> Tensor:
     """Convert ``tensor`` so that copying it to ``target`` allocates no memory, which might fail."""
     if tensor.device == target.device:
         return tensor
@@ -251,7 +252,7 @@ def _prepare(tensor: Tensor, target: Tensor) -> Tensor:
 
 
 @long_lived()
-def _convert(tensor: Tensor, target: Tensor) -> Tensor:
+def convert(tensor: Tensor, target: Tensor) -> Tensor:
     """Copy ``tensor`` into new memory that ``target`` can take over."""
     return torch.empty_like(target, requires_grad=False).copy_(tensor)
 

@@ -206,6 +206,11 @@ class WorkerHandle:
         return self._connection is not None
 
     @property
+    def unanswered(self) -> int:
+        """How many of the snapshots that callers wait for the worker has not answered."""
+        return len(self._unanswered)
+
+    @property
     def is_blocked_by_this_thread(self) -> bool:
         """Whether the worker receives on the event loop of the calling thread."""
         if self._connection is None or self._handshake is None:

@@ -107,7 +107,7 @@ def test_a_crashed_measurement_is_named_and_the_others_count(
 
 
 def test_a_measurement_that_dies_is_reported_with_its_last_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "_MODULE", "json.nothing")
+    monkeypatch.setattr(runner, "MODULE", "json.nothing")
     (outcome,) = runner.measure_in_turn([job("one-task")])
     assert isinstance(outcome, runner.MeasurementError)
     assert str(outcome).startswith("exit status 1, ")
@@ -115,7 +115,7 @@ def test_a_measurement_that_dies_is_reported_with_its_last_words(monkeypatch: py
 
 
 def test_a_measurement_that_hangs_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "_IMPORT_LIMIT", 0.01)
+    monkeypatch.setattr(runner, "IMPORT_LIMIT", 0.01)
     (outcome,) = runner.measure_in_turn([job("one-task")])
     assert str(outcome) == "hung and was killed"
 

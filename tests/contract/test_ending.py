@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import pytest
+from anyio.from_thread import BlockingPortal, start_blocking_portal
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
@@ -21,11 +22,13 @@ from aioinfer import (
     ServerClosedError,
     ThreadingTransport,
 )
+from aioinfer import server as server_module
 from aioinfer.model_thread import ModelThread
-from aioinfer.testing import double, eventually, request
+from aioinfer.testing import double, eventually, has_pending_job, request
 from aioinfer.testing.callers import is_double
 from aioinfer.weight_sync import MultiProcessWeightSyncScheme, loader
 from aioinfer.weight_sync.channel import nack_reason
+from aioinfer.weight_updates import WeightUpdates
 from tests.hosted import HANG, make_double
 from tests.stepped import Steps
 from tests.weight_models import mark_of, policy
@@ -94,8 +97,7 @@ def test_a_shutdown_ends_a_server_that_serves_what_a_pause_waits_for(
         assert model.entered.acquire(timeout=HANG)
         eventually(lambda: server.stats().pending == 3)
         pausing = threads.submit(pause)
-        thread: Any = server._model_thread
-        eventually(lambda: bool(thread._asked_pauses))
+        eventually(lambda: has_pending_job(server))
         model.go.release()
         assert model.entered.acquire(timeout=HANG)  # of a pass that the pause waits for
         ending = threads.submit(server.shutdown, HANG)
@@ -140,32 +142,41 @@ def test_a_copy_that_an_ended_server_still_fills_is_not_that_of_the_next_one(mon
     scheme.shutdown()
 
 
-@pytest.mark.parametrize("moment", ["opening the weights", "_astart"])
+@pytest.mark.parametrize("moment", ["opening the weights", "before anything"])
 @pytest.mark.parametrize("by_another_thread", [False, True], ids=["in a signal handler", "by another thread"])
 def test_a_start_in_which_the_server_is_shut_down_says_so(
     moment: str, by_another_thread: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = InferenceServer(double, ThreadingTransport())
     client = server.client()
-    of, name = (server._updates, "open") if moment == "opening the weights" else (server, moment)
-    step = getattr(of, name)
+    open_weights = WeightUpdates.open
 
-    def shut_down_first(*args: Any) -> Any:
+    def shut_down() -> None:
         monkeypatch.undo()
         if by_another_thread:
             threads.submit(server.shutdown, HANG)
             eventually(lambda: refuses(client))
         else:
             server.shutdown(HANG)
-        return step(*args)
+
+    def shut_down_and_open(updates: WeightUpdates) -> None:
+        shut_down()
+        open_weights(updates)
+
+    @contextmanager
+    def shut_down_on_event_loop(**options: Any) -> Iterator[BlockingPortal]:
+        with start_blocking_portal(**options) as portal:
+            portal.call(shut_down)
+            yield portal
 
     with ThreadPoolExecutor(1) as threads:
-        monkeypatch.setattr(of, name, shut_down_first)
         if moment == "opening the weights":
+            monkeypatch.setattr(WeightUpdates, "open", shut_down_and_open)
             with pytest.raises(ServerClosedError):
                 server.start()
             assert not server.is_alive
         else:
+            monkeypatch.setattr(server_module, "start_blocking_portal", shut_down_on_event_loop)
             with suppress(ServerClosedError):  # it had not begun, unless the other thread finds the new worker
                 server.start()
             server.shutdown(HANG)

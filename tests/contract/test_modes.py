@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -60,47 +61,6 @@ TELLING = [
 ]
 
 
-class Inside:
-    """Callers that call inside a mode: each thread, and the thread of the event loop."""
-
-    def __init__(self, callers: type[Callers], mode: Callable[[], AbstractContextManager[Any]]) -> None:
-        self._callers = callers
-        self._mode = mode
-
-    def __call__(self, server: InferenceServer) -> Callers:
-        callers, mode = self._callers(server), self._mode
-        start = callers._start
-        if isinstance(callers, AwaitingCallers):
-            inside = callers._portal.wrap_async_context_manager(_asynchronous(mode()))
-            callers._stack.enter_context(inside)
-        else:
-
-            def start_inside(client: Any, td: Any, timeout: Any, wait: bool, around: Any) -> Any:
-                return start(client, td, timeout, wait, _both(mode(), around))
-
-            callers._start = start_inside  # type: ignore[method-assign]
-        return callers
-
-
-@contextmanager
-def _both(*contexts: AbstractContextManager[Any]) -> Iterator[None]:
-    with ExitStack() as stack:
-        for context in contexts:
-            stack.enter_context(context)
-        yield
-
-
-class _asynchronous:  # noqa: N801
-    def __init__(self, context: AbstractContextManager[Any]) -> None:
-        self._context = context
-
-    async def __aenter__(self) -> None:
-        self._context.__enter__()
-
-    async def __aexit__(self, *error: Any) -> None:
-        self._context.__exit__(*error)
-
-
 @pytest.mark.parametrize("callers", [BlockingCallers, AwaitingCallers])
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("mode", MODES)
@@ -111,7 +71,7 @@ def test_the_contract_holds_inside_a_mode(mode: str, transport: str, callers: ty
 
     harness = TransportHarness(
         make,
-        Inside(callers, MODES[mode]),
+        partial(callers, mode=MODES[mode]),
         drops_cancelled=transport not in CANNOT_DROP_CANCELLED,
         fixed_layout=transport in FIXED_LAYOUT,
         remote=transport in REMOTE,

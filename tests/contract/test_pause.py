@@ -19,7 +19,7 @@ from aioinfer import (
     ServerPausedError,
     ThreadingTransport,
 )
-from aioinfer.testing import GatedModel, double, eventually, request
+from aioinfer.testing import GatedModel, double, eventually, has_pending_job, request
 from aioinfer.testing.callers import is_double
 from tests.transports import TRANSPORTS
 from tests.weight_models import mark_of, policy
@@ -84,9 +84,7 @@ def test_pending_requests_are_refused_where_that_is_asked_for(make: Callable[[],
                 assert leave.wait(HANG)
 
         pausing = pool.submit(pause)
-        thread = server._model_thread
-        assert thread is not None
-        eventually(lambda: bool(thread._jobs))  # else the requests may be served before it is asked for
+        eventually(lambda: has_pending_job(server))  # else the requests may be served before it is asked for
         gate.open()
         for future in asked:
             with pytest.raises(ServerPausedError):

@@ -28,7 +28,8 @@ from aioinfer import (
     SlotTransport,
     ThreadingTransport,
 )
-from aioinfer.testing import GatedModel, double, eventually, request
+from aioinfer.stats import StatsRecorder
+from aioinfer.testing import GatedModel, double, eventually, has_waiting_callers, request
 from aioinfer.testing.callers import is_double
 from tests.transports import TRANSPORTS, FiveVerbs
 
@@ -296,7 +297,7 @@ def test_a_submit_that_raises_wakes_those_that_wait_for_its_place() -> None:
         replies: list[TensorDictBase] = []
         waiting = threading.Thread(target=lambda: replies.append(server.client()(request(2), HANG, wait=True)))
         waiting.start()
-        eventually(lambda: bool(transport._aioinfer_transport.queue.not_full))
+        eventually(lambda: has_waiting_callers(server))
         go_on.set()
         assert isinstance(failing.exception(HANG), ConnectionError)
         waiting.join(HANG)
@@ -422,7 +423,7 @@ def test_all_requests_end_whatever_is_raised_at_any_call_out(transport: str, see
 def test_the_worker_survives_what_the_code_around_the_model_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     with InferenceServer(double, ThreadingTransport()) as server:
         client = server.client()
-        record = server._stats.batch
+        record = StatsRecorder.batch
         raised = iter([Abrupt("no"), SystemExit(3)])
 
         def fail(*figures: Any, **more: Any) -> None:
@@ -431,7 +432,7 @@ def test_the_worker_survives_what_the_code_around_the_model_raises(monkeypatch: 
                 raise error
             record(*figures, **more)
 
-        monkeypatch.setattr(server._stats, "batch", fail)
+        monkeypatch.setattr(StatsRecorder, "batch", fail)
         for _ in range(2):
             with pytest.raises(InferenceError):
                 client(request(1), HANG)

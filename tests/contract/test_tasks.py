@@ -55,8 +55,8 @@ async def until(condition: Callable[[], bool]) -> None:
 @pytest.fixture
 def tasks_take_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a loaded machine the server would give up on tasks that its replies have woken."""
-    monkeypatch.setattr(queue, "_LINGER", HANG)
-    monkeypatch.setattr(queue, "_MOST_LINGER", HANG)
+    monkeypatch.setattr(queue, "LINGER", HANG)
+    monkeypatch.setattr(queue, "MOST_LINGER", HANG)
 
 
 @pytest.mark.usefixtures("tasks_take_their_time")

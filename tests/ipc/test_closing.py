@@ -25,10 +25,9 @@ from aioinfer import (
 )
 from aioinfer.testing import GatedModel, double, eventually, request
 from aioinfer.testing.callers import is_double
-from aioinfer.transports.ipc import slots as slots_module
 from tests.leftovers import needs_descriptors
 from tests.methods import METHODS
-from tests.process_workers import HANG, KINDS, Child, call, client_of, clients_of, outcome, use
+from tests.process_workers import HANG, KINDS, Child, call, client_of, clients_of, is_asking, outcome, use
 from tests.transports import process_slots, slots
 
 MAKES: list[Any] = [process_slots, MPTransport]
@@ -114,7 +113,9 @@ def test_the_slot_of_a_client_that_is_closed_while_the_model_is_busy_is_free_at_
 
 def test_a_slot_is_free_at_once_where_another_thread_writes_to_it_just_then(monkeypatch: pytest.MonkeyPatch) -> None:
     writing, here = threading.Event(), threading.get_ident()
-    load = slots_module._SlotClientCodec.encode
+    transport = slots(1)
+    codec = type(transport.client_codec())
+    load = codec.encode
 
     def slowly(*args: Any) -> bytes:
         if threading.get_ident() != here:
@@ -122,8 +123,7 @@ def test_a_slot_is_free_at_once_where_another_thread_writes_to_it_just_then(monk
             time.sleep(0.1)
         return load(*args)
 
-    monkeypatch.setattr(slots_module._SlotClientCodec, "encode", slowly)
-    transport = slots(1)
+    monkeypatch.setattr(codec, "encode", slowly)
     with InferenceServer(double, transport):
         client = transport.client()
         client.submit(request(1))  # by the thread for futures, as the server has not taken this process in yet
@@ -248,7 +248,7 @@ def test_requests_that_wait_for_a_server_that_never_starts_end_when_their_client
     (client,) = clients_of(transport, 1, blocking=kind == "blocking")
     with ThreadPoolExecutor(1) as threads:
         held = threads.submit(call, client, request(1))
-        eventually(lambda: client._endpoint.connection is not None and client._endpoint.connection.calls)
+        eventually(lambda: is_asking(client))
         client.close()
         assert isinstance(held.exception(HANG / 4), ClientClosedError)
 

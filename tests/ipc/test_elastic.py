@@ -180,7 +180,7 @@ async def test_a_slot_is_free_again_when_an_event_loop_drops_a_client_however_it
                 await asyncio.wait([call])
                 model.open()
             del client, call
-            await asyncio.to_thread(eventually, lambda: not transport._reserved and not transport.callers())
+            await asyncio.to_thread(eventually, lambda: transport.free_slots == 1)
 
 
 @pytest.mark.parametrize("kind", KINDS)

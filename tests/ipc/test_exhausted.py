@@ -12,18 +12,19 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from aioinfer import ClientClosedError, InferenceServer, MPTransport
+from aioinfer import ClientClosedError, InferenceClient, InferenceServer, MPTransport
 from aioinfer.ipc import sockets
 from aioinfer.ipc.sockets import Listener, connect_unix
 from aioinfer.testing import double, eventually, request
 from aioinfer.testing.callers import is_double
 from tests.leftovers import needs_descriptors
-from tests.process_workers import HANG, KINDS, Child, call, client_of, outcome
+from tests.process_workers import HANG, KINDS, Child, call, client_of, is_asking, outcome
 from tests.transports import process_slots
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # 3.12: of a process that has threads
@@ -55,11 +56,10 @@ def use_without_descriptors(line: Any, client: Any) -> None:
     with asyncio.Runner() as runner, ThreadPoolExecutor(1) as threads:
         runner.get_loop()  # which needs descriptors itself
         threads.submit(int).result()
-        connects = client._endpoint.connect
         with no_descriptor_left():
-            line.send(error_of(connects))
+            line.send(error_of(partial(ask_at_once, client, runner)))
         calling = threads.submit(ask, 1.0)
-        eventually(lambda: client._endpoint.connection is not None and bool(client._endpoint.connection.calls))
+        eventually(lambda: is_asking(client))
         with no_descriptor_left():
             line.send("asked")
             line.recv()
@@ -67,6 +67,18 @@ def use_without_descriptors(line: Any, client: Any) -> None:
         ask(2.0)
         line.send(answers)
         line.recv()
+
+
+def ask_at_once(client: Any, runner: asyncio.Runner) -> None:
+    """Call a client without making a thread or an event loop, for which there may be no descriptor."""
+
+    async def wait() -> None:
+        await client(request(0.0))
+
+    if isinstance(client, InferenceClient):
+        client.submit(request(0.0)).result(HANG)
+    else:
+        runner.run(wait())
 
 
 def error_of(action: Any) -> str:
@@ -124,7 +136,7 @@ def test_a_server_that_cannot_watch_a_new_connection_hangs_up_on_it_and_takes_th
 def full(make: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, list[socket.socket]]]:
     """A transport whose backlog is full; and who fills it."""
     with monkeypatch.context() as patched:
-        patched.setattr(sockets, "_BACKLOG", 1)
+        patched.setattr(sockets, "BACKLOG", 1)
         transport = make()
     with ExitStack() as shut:
         waiting: list[socket.socket] = []
@@ -177,7 +189,7 @@ def test_who_waits_for_a_full_backlog_ends_with_its_client(
     with full(make, monkeypatch) as (transport, _), ThreadPoolExecutor(1) as threads:
         client = client_of(transport, kind)
         waiting = threads.submit(call, client, request(1))
-        eventually(lambda: client._endpoint.connection is not None and bool(client._endpoint.connection.calls))
+        eventually(lambda: is_asking(client))
         client.close()
         assert isinstance(waiting.exception(HANG / 4), ClientClosedError)
 
@@ -188,7 +200,7 @@ def test_an_unused_client_can_be_closed_though_the_backlog_is_full(monkeypatch: 
         for client in clients:
             client.close()
         with InferenceServer(double, transport):
-            eventually(lambda: not transport._reserved)
+            eventually(lambda: transport.free_slots == 16)
             assert outcome(transport.client(), 1) == 2
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from aioinfer import InferenceServer, MPTransport, connect
-from aioinfer.testing import double, eventually, request
+from aioinfer.testing import double, eventually, locks_of, request
 from tests.effort import Effort
 from tests.leftovers import needs_descriptors
 from tests.process_workers import HANG, KINDS, Child, answer, ask_always, client_of, clients_of, outcome, use
@@ -91,15 +91,7 @@ def test_locks_that_other_threads_hold_at_a_fork_keep_no_child_waiting(make: Any
         assert outcome(client, 1) == 2
         with server.paused("keep"):
             under_way = [one.submit(request(5)) for one in transport.clients(2)]  # whose answers are the parent's
-            endpoint = client._endpoint
-            locks = [
-                endpoint._lock,
-                endpoint.connection._lock,
-                endpoint.connection._socket._lock,
-                transport.connections.selector.lock,
-            ]
-            locks += [client.lock, transport._lock] if make is process_slots else []
-            with held_elsewhere(*locks, transport.connections._lock):
+            with held_elsewhere(*locks_of(transport, client)):
                 child = Child("fork", use_all, transport, client, remote)
         with child:
             assert child.tell("use all") == [6] * 4

@@ -28,7 +28,7 @@ from aioinfer import (
     ServerPausedError,
 )
 from aioinfer.ipc.sockets import connect_unix
-from aioinfer.testing import double, eventually, request
+from aioinfer.testing import double, eventually, has_pending_job, request
 from tests.effort import Effort
 from tests.leftovers import assert_no_memory_stays, is_there, shared_memory_of
 from tests.methods import SPAWN
@@ -142,7 +142,7 @@ def serve(line: Connection[Any, Any], given: Any, refusing: bool) -> None:
             if refusing:
                 assert line.recv() == "refuse"
                 threading.Thread(target=pause).start()
-                eventually(lambda: bool(server._queue.admission.pauses))
+                eventually(lambda: has_pending_job(server))  # it refuses what comes, and waits for this pass
                 line.send("refuses")
             threading.Event().wait()
         return double(td)
@@ -249,7 +249,7 @@ import multiprocessing, os, sys, threading
 import torch
 from aioinfer import InferenceServer
 from aioinfer.testing import request
-from tests.process_workers import _run, clients_of
+from tests.process_workers import clients_of, run_target
 from tests.ipc.test_killed import call_until_it_fails, double, transport_of
 
 def model(td):
@@ -269,7 +269,7 @@ if __name__ == "__main__":
     for blocking in (True, False):
         line, other = context.Pipe()
         clients = clients_of(transport, 3, blocking=blocking)
-        context.Process(target=_run, args=(call_until_it_fails, other, clients)).start()
+        context.Process(target=run_target, args=(call_until_it_fails, other, clients)).start()
         children.append(line)
         other.close()
     for line in children:

@@ -25,12 +25,12 @@ from aioinfer import (
 )
 from aioinfer.ipc import sockets as sockets_module
 from aioinfer.ipc.sockets import FramedSocket, connect_unix, frame, header
-from aioinfer.testing import GatedModel, double, eventually, request
+from aioinfer.testing import GatedModel, connection_of, double, eventually, ignore_in_wait, request
 from aioinfer.testing.callers import is_double
 from aioinfer.transports.ipc import connection as connection_module
 from aioinfer.transports.ipc import slots as slots_module
 from aioinfer.transports.ipc.client import RemoteServer
-from aioinfer.transports.ipc.connection import ClientConnection, FutureReader, LoopReader
+from aioinfer.transports.ipc.connection import ClientConnection, FutureReader, LoopReader, PendingCalls
 from aioinfer.transports.ipc.protocol import FromClient, FromServer
 from tests.process_workers import HANG, greeting
 from tests.stepped import Steps
@@ -40,6 +40,16 @@ BIG = 1_000_000  # floats: 20 sockets full
 SOON = HANG / 4
 MOMENT = 0.2
 MANY = 120  # processes: each took a dozen frames of Python's stack
+
+
+def is_read(client: Any) -> bool:
+    connection = connection_of(client)
+    return connection is not None and connection.has_reader
+
+
+def is_accepted(client: Any) -> bool:
+    connection = connection_of(client)
+    return connection is not None and connection.status is not None
 
 
 def futures_are_read_for() -> bool:
@@ -69,7 +79,7 @@ def test_every_future_of_a_connection_that_ends_is_settled_though_their_thread_l
         client: Any = transport.client()
         held = threads.submit(client, request(1), HANG)
         try:
-            eventually(lambda: client._endpoint.connection is not None and client._endpoint.connection._lead.leader)
+            eventually(lambda: is_read(client))
             futures += [client.submit(request(2)) for _ in range(3)]
             if end == "hung up":
                 assert model.entered.wait(HANG)
@@ -101,7 +111,7 @@ def test_a_future_is_settled_though_its_reply_is_handed_on_after_their_thread_ha
         assert model.entered.wait(HANG)
         client: Any = transport.client()
         held = threads.submit(client, request(1), HANG)
-        eventually(lambda: client._endpoint.connection is not None and client._endpoint.connection._lead.leader)
+        eventually(lambda: is_read(client))
         future = client.submit(request(2))
         eventually(lambda: server.stats().pending == 2)
         model.open()
@@ -113,17 +123,19 @@ def test_a_future_is_settled_though_its_reply_is_handed_on_after_their_thread_ha
 def test_a_request_that_is_sent_as_the_server_ends_is_told_so_though_its_process_was_taken_in_meanwhile(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    transport, send = MPTransport(), ClientConnection._encode_and_send
+    transport = MPTransport()
+    codec = type(transport.client_codec())
+    encode = codec.encode
 
-    def send_when_it_has_ended(*args: Any) -> None:
-        monkeypatch.setattr(ClientConnection, "_encode_and_send", send)
+    def encode_when_it_has_ended(*args: Any) -> bytes:
+        monkeypatch.setattr(codec, "encode", encode)
         assert is_double(other(request(2), HANG), 2)
         server.shutdown()
-        send(*args)
+        return encode(*args)
 
     with InferenceServer(double, transport) as server:
         client, other = transport.clients(2)
-        monkeypatch.setattr(ClientConnection, "_encode_and_send", send_when_it_has_ended)
+        monkeypatch.setattr(codec, "encode", encode_when_it_has_ended)
         with pytest.raises(ServerClosedError):
             client(request(1), SOON)
 
@@ -175,13 +187,13 @@ def test_what_came_with_descriptors_is_read_again_as_other_things_are() -> None:
 def test_a_slots_next_request_does_not_get_what_was_meant_for_the_one_before(
     outcome: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    entry = slots_module._SlotRequest
+    entry = slots_module.SlotRequest
     under_way: Any = entry.__dict__["under_way"]
     once: list[Callable[[], None]] = []
-    read, receive = threading.Event(), ClientConnection._receive
+    read, complete = threading.Event(), PendingCalls.complete
 
-    def receive_and_say_so(*args: Any) -> None:
-        receive(*args)
+    def complete_and_say_so(*args: Any) -> None:
+        complete(*args)
         read.set()
 
     def set_under_way(self: Any, value: bool) -> None:
@@ -201,7 +213,7 @@ def test_a_slots_next_request_does_not_get_what_was_meant_for_the_one_before(
         replies.append(client.submit(request(5)))
         transport.queue.pending()  # it is read
 
-    monkeypatch.setattr(ClientConnection, "_receive", receive_and_say_so)
+    monkeypatch.setattr(PendingCalls, "complete", complete_and_say_so)
     monkeypatch.setattr(entry, "under_way", property(under_way.__get__, set_under_way))
     transport, gated = slots(1), GatedModel(model)
     replies: list[Any] = []
@@ -247,7 +259,7 @@ def test_what_a_process_says_after_it_joins_waits_while_the_server_looks_for_its
 ) -> None:
     transport = slots(1)
     hello, cancel = greeting(transport), header(FromClient.CANCEL).to_bytes(8, sys.byteorder)
-    monkeypatch.setattr(sockets_module, "_BUFFER_BYTES", len(hello))  # so it is not read together
+    monkeypatch.setattr(sockets_module, "BUFFER_BYTES", len(hello))  # so it is not read together
     with connect_unix(transport.address) as gone:
         gone.sendall(hello)
         transport.read()
@@ -300,13 +312,14 @@ def test_a_call_whose_request_is_half_sent_ends_when_its_client_is_closed(timeou
     transport, model = MPTransport(), GatedModel()
     with InferenceServer(model, transport), ThreadPoolExecutor(2) as threads:
         client, other = transport.clients(2)
-        endpoint: Any = client._endpoint  # type: ignore[attr-defined]
         first = threads.submit(transport.client(), request(1), HANG)
         try:
             assert model.entered.wait(HANG)
             held = threads.submit(client, request(2, size=BIG), timeout)
-            eventually(lambda: endpoint.connection is not None and endpoint.connection.status is not None)
-            assert endpoint.connection._socket.unsent
+            eventually(lambda: is_accepted(client))
+            connection = connection_of(client)
+            assert connection is not None
+            assert connection.unsent
             client.close()
             assert isinstance(held.exception(SOON), ClientClosedError)
         finally:
@@ -355,11 +368,12 @@ async def test_a_large_request_leaves_though_its_event_loop_reads_only_after_it_
             client: Any = transport.async_client()
             reply = asyncio.ensure_future(client(request(1, size=BIG)))
             await asyncio.sleep(0)
-            connection = client._endpoint.connection
+            connection = connection_of(client)
+            assert connection is not None
             while connection.status is None:
                 await asyncio.sleep(0.001)
                 connection.receive()  # as another event loop does
-            assert connection._socket.unsent
+            assert connection.unsent
             for reader in late:
                 attach(reader)
         finally:
@@ -396,7 +410,7 @@ def test_who_reads_a_request_before_the_model_thread_has_woken_up_wakes_it(
         assert is_double(client(request(1), HANG), 1)
         (connection,) = transport.connections.connections
         # A thread that sleeps in `select` does not hear of what was read before it runs. This one never does.
-        transport.connections.selector._selector.unregister(connection.socket)
+        ignore_in_wait(transport.connections.selector, connection.socket)
         future = client.submit(request(2))
         read(transport)
         assert is_double(future.result(HANG), 2)

@@ -25,7 +25,7 @@ from aioinfer import (
 )
 from aioinfer.ipc.sockets import wait_for_any
 from aioinfer.rows import RowTable
-from aioinfer.testing import GatedModel, double, eventually, request
+from aioinfer.testing import GatedModel, connection_of, double, eventually, request
 from aioinfer.testing.callers import is_double
 from aioinfer.transports.ipc import connection as connection_module
 from aioinfer.transports.ipc import server as server_module
@@ -114,7 +114,9 @@ async def ask_behind(model: GatedModel, client: Any, *sizes: int) -> list[asynci
     assert await asyncio.to_thread(model.entered.wait, HANG)
     asked = [asyncio.wrap_future(client.submit(request(1, size=size))) for size in sizes]
     await asyncio.sleep(0)  # they leave at the end of the tick
-    assert client._endpoint.connection._socket.unsent == (BIG in sizes)
+    connection = connection_of(client)
+    assert connection is not None
+    assert connection.unsent == (BIG in sizes)
     return [running, *asked]
 
 
@@ -246,7 +248,7 @@ def test_what_is_written_as_its_client_is_closed_spoils_no_request_of_the_next_o
         for reply in asked:
             assert is_double(reply.result(HANG), 2)
         if not asked:
-            eventually(lambda: bool(transport._free))
+            eventually(lambda: transport.free_slots == 1)
             assert outcome(transport.client(), 3) == 6
 
 
@@ -282,7 +284,7 @@ def close_before_it_connects(transport: ProcessSlotTransport, monkeypatch: pytes
         client = transport.client()
         asked = threads.submit(client, request(1), HANG)
         assert connecting.wait(HANG)
-        eventually(lambda: client._endpoint.connection is not None)  # type: ignore[attr-defined]
+        eventually(lambda: connection_of(client) is not None)
         client.close()
         assert isinstance(asked.exception(HANG), ClientClosedError)
 

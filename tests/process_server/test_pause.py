@@ -24,10 +24,10 @@ from aioinfer import (
     ServerNotRunningError,
     ServerPausedError,
 )
-from aioinfer.testing import eventually, request
+from aioinfer.testing import eventually, has_pending_command, request
 from aioinfer.testing.callers import is_double
 from aioinfer.transports.ipc.server import ProcessTransport
-from tests.hosted import HANG, Gated, forked, freeze, has_pending_command, kill, make_double, make_policy, slots
+from tests.hosted import HANG, Gated, forked, freeze, kill, make_double, make_policy, slots
 from tests.process_workers import hear
 from tests.weight_models import mark_of, policy
 

@@ -14,11 +14,10 @@ from typing import Any
 
 import pytest
 
-from aioinfer import DispatchReason, MPTransport, ProcessInferenceServer, WeightSyncError
-from aioinfer.process_server.protocol import Command
-from aioinfer.testing import request
+from aioinfer import DispatchReason, Health, MPTransport, ProcessInferenceServer, WeightSyncError
+from aioinfer.testing import request, weight_sender_of
 from aioinfer.weight_sync import MultiProcessWeightSyncScheme, SharedMemWeightSyncScheme
-from tests.hosted import HANG, freeze, make_policy, slots, weight_sender, worker
+from tests.hosted import HANG, freeze, make_policy, slots, worker
 from tests.methods import METHODS
 from tests.process_workers import hear
 from tests.weight_models import SCHEMES, mark, mark_of, policy
@@ -99,7 +98,7 @@ async def test_updates_are_applied_in_their_order_however_many_wait(server: Proc
 
 
 def refcounts(server: ProcessInferenceServer) -> list[int]:
-    return [count for pool in weight_sender(server).pools for count in pool.refcounts]
+    return [count for pool in weight_sender_of(server).pools for count in pool.refcounts]
 
 
 def test_a_process_that_was_forked_from_the_parent_has_no_say(server: ProcessInferenceServer) -> None:
@@ -130,10 +129,14 @@ def test_a_process_that_says_nothing_is_alive_and_not_ready(server: ProcessInfer
         assert "does not answer within 0.05 seconds" in health.reason
         with ThreadPoolExecutor(16) as pool:  # more than the socket holds
             asked = [pool.submit(server.stats) for _ in range(16)]
-            late = [server._request(Command.HEALTH) for _ in range(2000)]
-            os.kill(server.pid or 0, signal.SIGCONT)
-            assert all(call.wait(HANG) for call in late)
-            assert {call.result().ready for call in late} == {True}
+
+            async def ask() -> list[Health]:
+                calls = [asyncio.ensure_future(server.ahealth(HANG)) for _ in range(2000)]
+                await asyncio.sleep(0)  # all have asked
+                os.kill(server.pid or 0, signal.SIGCONT)
+                return await asyncio.gather(*calls)
+
+            assert {health.ready for health in asyncio.run(ask())} == {True}
             assert {future.result(HANG).pending for future in asked} == {0}
     finally:
         os.kill(server.pid or 0, signal.SIGCONT)

@@ -12,9 +12,9 @@ from types import FrameType
 import pytest
 
 from aioinfer import ProcessInferenceServer, ServerClosedError, ServerNotRunningError, ServerPausedError
-from aioinfer.testing import eventually, request
+from aioinfer.testing import eventually, has_pending_command, request, weight_sender_of
 from tests.effort import Effort
-from tests.hosted import HANG, forked, has_pending_command, make_policy, weight_sender
+from tests.hosted import HANG, forked, make_policy
 from tests.weight_models import mark_of, policy
 
 pytestmark = [
@@ -102,7 +102,7 @@ def test_calls_that_a_signal_handler_interrupts_leave_nothing_behind(
     server.update_weights(policy(1.0))
     assert mark_of(server.client()(request(0), HANG)) == 1
     eventually(lambda: not has_pending_command(server))
-    assert len(weight_sender(server).pools) <= 2
+    assert len(weight_sender_of(server).pools) <= 2
 
 
 @pytest.mark.parametrize("verb", VERBS)

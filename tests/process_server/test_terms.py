@@ -26,11 +26,11 @@ from aioinfer import (
     ServerStartError,
     WeightSyncError,
 )
-from aioinfer.testing import eventually, request
+from aioinfer.testing import eventually, request, weight_sender_of
 from aioinfer.testing.callers import is_double
 from aioinfer.transports.ipc.server import ProcessTransport
 from tests import hosted
-from tests.hosted import HANG, forked, make_double, make_policy, slots, weight_sender, worker
+from tests.hosted import HANG, forked, make_double, make_policy, slots, worker
 from tests.methods import METHODS
 from tests.process_workers import hear
 from tests.weight_models import SCHEMES, mark_of, policy
@@ -266,7 +266,7 @@ def test_whatever_a_module_raises_that_is_given_a_state_the_parent_hears_it(kind
 def test_weights_that_do_not_reach_the_queue_leave_the_way_free_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
     with forked(make_policy) as server:
         with monkeypatch.context() as patch:
-            patch.setattr(weight_sender(server).queue, "put", refuse)
+            patch.setattr(weight_sender_of(server).queue, "put", refuse)
             for _ in range(2):
                 with pytest.raises(WeightSyncError, match="could not be sent: OSError: no room"):
                     server.update_weights(policy(1.0))

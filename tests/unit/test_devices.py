@@ -105,9 +105,9 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
         fake.log.append(f"pin {list(shape)}")
         return torch.empty(shape, dtype=dtype)
 
-    monkeypatch.setattr(devices, "_move", move)
-    monkeypatch.setattr(devices, "_move_model", lambda model, device: fake.log.append(f"model to {device}"))
-    monkeypatch.setattr(CudaPlacement, "_pinned", pinned)
+    monkeypatch.setattr(devices, "move", move)
+    monkeypatch.setattr(devices, "move_model", lambda model, device: fake.log.append(f"model to {device}"))
+    monkeypatch.setattr(CudaPlacement, "allocate_pinned", pinned)
     return fake
 
 

@@ -2,11 +2,16 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import weakref
 
 import pytest
 
 from aioinfer import DispatchReason, Percentiles, ServerStats
 from aioinfer.stats import BatchRecord, StatsRecorder
+
+
+class Times(list[float]):
+    """A list, whose end can be seen."""
 
 
 def record(recorder: StatsRecorder, count: int, *, ok: bool = True, cancelled: int = 0) -> None:
@@ -55,11 +60,21 @@ def test_a_snapshot_is_frozen() -> None:
 
 def test_memory_is_bounded() -> None:
     recorder = StatsRecorder()
+    kept: list[weakref.ref[Times]] = []
+
+    def record_times(count: int) -> None:
+        times = Times(range(count))
+        kept.append(weakref.ref(times))
+        recorder.batch(BatchRecord(DispatchReason.IDLE, times, 100.0, 0.5, 101.0, ok=True, cancelled=0))
+
+    def sizes() -> list[int]:
+        return [len(times) for ref in kept if (times := ref()) is not None]
+
     for _ in range(10_000):
-        record(recorder, 64)
-    assert sum(len(batch.submitted_at) for batch in recorder._window) <= 8192
-    record(recorder, 20_000)
-    assert len(recorder._window) == 1
+        record_times(64)
+    assert sizes() == [64] * 128
+    record_times(20_000)
+    assert sizes() == [20_000]
 
 
 def test_refusals_from_many_threads_are_all_counted() -> None:

@@ -23,11 +23,11 @@ def nested(value: float) -> TensorDict:
 def _constructor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "checked":
         monkeypatch.delattr(TensorDict, "_new_unsafe")
-        assert tensors.fastest_constructor() is tensors._checked
+        assert tensors.fastest_constructor() is tensors.build_checked
         monkeypatch.undo()
-        monkeypatch.setattr(tensors, "build", tensors._checked)
+        monkeypatch.setattr(tensors, "build", tensors.build_checked)
     else:
-        assert tensors.build is not tensors._checked
+        assert tensors.build is not tensors.build_checked
 
 
 @pytest.mark.usefixtures("_constructor")
@@ -44,7 +44,7 @@ def test_stacked_requests_come_back_as_they_were() -> None:
 
 def test_a_constructor_that_behaves_otherwise_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TensorDict, "_new_unsafe", lambda *_, **__: TensorDict({}, batch_size=[2]))
-    assert tensors.fastest_constructor() is tensors._checked
+    assert tensors.fastest_constructor() is tensors.build_checked
 
 
 def test_the_order_of_entries_does_not_matter() -> None:

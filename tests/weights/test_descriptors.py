@@ -22,11 +22,10 @@ from torch import nn
 from aioinfer import InferenceServer, ThreadingTransport, WeightSyncError
 from aioinfer.ipc.queue import Descriptor, DescriptorQueue
 from aioinfer.ipc.selector import await_readable, wait_readable
-from aioinfer.testing import eventually
+from aioinfer.testing import channel_of, eventually, put_bytes, sender_of
 from aioinfer.weight_sync import MultiProcessWeightSyncScheme
 from aioinfer.weight_sync.channel import Ack, AckConnection, AckKind, Handshake
-from aioinfer.weight_sync.snapshot import SnapshotReader
-from tests.weight_models import Counter, channel_of, sender_of
+from tests.weight_models import Counter
 from tests.weights.workers import HANG, Scheme, following, linear, receiver, scheme, value_of
 
 __all__ = ["scheme"]
@@ -132,20 +131,18 @@ def test_a_trainer_without_descriptors_for_memory_says_so_and_what_it_published_
 
 @needs_proc
 def test_a_worker_without_descriptors_refuses_new_memory_by_name(scheme: Scheme) -> None:
-    scheme.init_on_sender(model=linear(1))
+    scheme.init_on_sender(model=Counter(1))
     scheme.connect()
-    own, target = scheme.for_worker(0), linear(0)
+    own, target = scheme.for_worker(0), Counter(0)
     own.init_on_receiver(model_id="policy", model=target)
     own.connect()
-    assert own._receiver is not None
-    assert own._receiver._receiver is not None
-    own._receiver._receiver._reader = SnapshotReader()  # which knows no memory yet
-    scheme.send_async(linear(2))
+    scheme.send_async(Counter(2, "2" * 100_000))  # more than the memory has room for that the worker knows
     with none_free():
         assert own.receive(0.0) is None
     with pytest.raises(WeightSyncError, match=r"worker 0 refused: OSError: .*Too many open files"):
         scheme.wait_async()
-    scheme.send_async(linear(3))
+    assert value_of(target) == 1
+    scheme.send_async(Counter(3, "3" * 100_000))
     assert own.receive(HANG) is not None
     assert value_of(target) == 3
     own.shutdown()
@@ -328,7 +325,7 @@ def test_rubbish_among_the_handshakes_is_ignored(scheme: Scheme) -> None:
     scheme.init_on_sender(model=linear(1))
     handshakes = channel_of(scheme).handshakes
     handshakes.put("somebody else")
-    handshakes._writer.send(b"rubbish")
+    put_bytes(handshakes, b"rubbish")
     with following(scheme, 0, target := linear(0)):
         scheme.connect(timeout=HANG)
         assert value_of(target) == 1
@@ -349,4 +346,3 @@ def test_what_was_looked_at_and_is_dropped_leaves_no_descriptor() -> None:
     queue.peek()
     queue.close()
     assert descriptors() == before - 2
-    assert not SnapshotReader()._segments

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import pickle
 import queue
 from concurrent.futures import ThreadPoolExecutor
@@ -13,15 +14,24 @@ from tensordict import TensorDict
 from torch import nn
 
 from aioinfer import WeightSyncError
+from aioinfer.testing import channel_of, sender_of
 from aioinfer.weight_sync import (
     MPTransport,
     NoWeightSyncScheme,
     WeightSyncScheme,
 )
-from tests.weight_models import Counter, channel_of, sender_of
+from aioinfer.weight_sync import sender as sender_module
+from tests.weight_models import Counter
 from tests.weights.workers import HANG, Scheme, following, linear, receiver, scheme, value_of
 
 __all__ = ["scheme"]
+
+
+def descriptor_of(message: Any) -> int:
+    """Of the memory of a snapshot on a weight queue."""
+    (_, ref), _ = message
+    descriptor: int = ref.segment
+    return descriptor
 
 
 # -- two steps, and awaiting -------------------------------------------------------------------------------
@@ -125,7 +135,7 @@ def test_waiting_that_was_interrupted_or_failed_can_be_done_again(scheme: Scheme
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(sender_of(scheme), "_wait", interrupt)
+        patch.setattr(sender_module, "wait_readable", interrupt)
         with pytest.raises(KeyboardInterrupt):
             scheme.wait_async()
     sender_of(scheme).timeout = 0.05
@@ -168,13 +178,14 @@ def test_weights_that_are_put_a_second_time_are_answered_and_not_read_again(sche
     scheme.init_on_sender(model=linear(1))
     scheme.connect()
     receiver = scheme.open_receiver("policy", thread=0)
-    handle = sender_of(scheme).workers[0]
-    newest = handle._latest
+    updates = channel_of(scheme).updates
+    message = updates.get_nowait()
+    updates.put(message)
     first = receiver.receive_nowait()
     assert first is not None
     first.ack()
-    handle._latest = newest
-    handle._put_latest()  # as for the successor of a worker, which has found them already
+    updates.put(message)  # as for the successor of a worker, which has found them already
+    os.close(descriptor_of(message))
     assert receiver.receive_nowait() is None
     scheme.send_async(linear(2))
     second = receiver.receive_nowait()
@@ -220,7 +231,6 @@ def test_whatever_a_worker_raises_is_acknowledged() -> None:
     with pytest.raises(SystemExit):
         transport.receive_weights(model=Leaving(0))
     transport.weight_queue.put((("policy", {"weight": 3}), "update_weights"))
-    transport._sent += 1
     with pytest.raises(TypeError):
         transport.receive_weights(model=linear(0))
     for number, message in ((1, "SystemExit: 1"), (2, '"weight" is of type int')):
@@ -318,10 +328,12 @@ def test_the_newest_stays_though_the_worker_reads_what_is_taken_back(scheme: Sch
     updates = channel_of(scheme).updates
     updates.put("somebody else's")
     scheme.connect()  # takes it back
-    handle, unread = sender_of(scheme).workers[0], updates.unread
-    unread(take=True)
+    worker, unread = scheme.open_receiver("policy", thread=0), updates.unread
+    assert sender_of(scheme).connected([0]) == {0}
+    message = updates.get_nowait()
     updates.put("somebody else's")
-    handle._put_latest()
+    updates.put(message)
+    worker.close()
 
     def overtaken(*, take: bool) -> Any:
         if take:
@@ -330,7 +342,14 @@ def test_the_newest_stays_though_the_worker_reads_what_is_taken_back(scheme: Sch
 
     with monkeypatch.context() as patch:
         patch.setattr(updates, "unread", overtaken)
-        assert handle._retract_unread()
+        assert not sender_of(scheme).connected([0])  # it looks what the worker has left unread
+    newest = updates.get_nowait()
+    assert descriptor_of(newest) >= 0
+    with pytest.raises(queue.Empty):
+        updates.get_nowait()
+    updates.put(newest)
+    for left in (message, newest):
+        os.close(descriptor_of(left))
     own, target = scheme.for_worker(0), linear(0)
     own.init_on_receiver(model_id="policy", model=target)
     own.connect()

@@ -11,11 +11,11 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import nn
 
+from aioinfer.testing import sender_of
 from aioinfer.weight_sync import (
     MultiProcessWeightSyncScheme,
     SharedMemWeightSyncScheme,
 )
-from tests.weight_models import sender_of
 from tests.weights.workers import HANG, Scheme, following, linear, scheme, value_of
 
 __all__ = ["scheme"]

@@ -17,11 +17,11 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 
 from aioinfer import InferenceServer, SlotTransport, ThreadingTransport, WeightSyncError
-from aioinfer.testing import GatedModel, double, eventually, request
+from aioinfer.testing import GatedModel, channel_of, double, eventually, put_bytes, request, sender_of
 from aioinfer.weight_sync import MultiProcessWeightSyncScheme, NoWeightSyncScheme, SharedMemWeightSyncScheme
 from tests.effort import Effort
 from tests.transports import FiveVerbs
-from tests.weight_models import SCHEMES, Counter, channel_of, mark, mark_of, policy, sender_of
+from tests.weight_models import SCHEMES, Counter, mark, mark_of, policy
 
 HANG = 60.0
 Scheme = MultiProcessWeightSyncScheme | SharedMemWeightSyncScheme
@@ -186,7 +186,7 @@ def test_rubbish_on_the_weight_queue_is_counted_and_ignored(scheme: Scheme, capl
     with serving(scheme) as server:
         channel_of(scheme).updates.put((("policy", {"weight": 1}), "update_weights"))
         eventually(lambda: server.stats().refused_updates == 1)
-        channel_of(scheme).updates._writer.send(b"hello")
+        put_bytes(channel_of(scheme).updates, b"hello")
         eventually(lambda: server.stats().refused_updates == 2)
         channel_of(scheme).updates.put(b"somebody else's")
         scheme.init_on_sender(model=policy(4.0))

@@ -14,8 +14,9 @@ from types import FrameType
 import pytest
 
 from aioinfer import InferenceServer, ThreadingTransport, WeightSyncError
+from aioinfer.testing import sender_of
 from tests.effort import Effort
-from tests.weight_models import SCHEMES, Counter, mark, policy, sender_of
+from tests.weight_models import SCHEMES, Counter, mark, policy
 from tests.weights.workers import HANG, Scheme, following, scheme, value_of
 
 __all__ = ["scheme"]
@@ -89,8 +90,7 @@ def test_a_send_that_is_interrupted_anywhere_leaves_everything_as_it_should_be(
         scheme.wait_async()
         assert value_of(target) == -1
     assert len(sender_of(scheme).pool.refcounts) <= 4
-    handle = sender_of(scheme).workers[0]
-    assert not handle._unanswered
+    assert sender_of(scheme).workers[0].unanswered == 0
 
 
 @pytest.mark.parametrize("make", SCHEMES)

@@ -14,11 +14,11 @@ from tensordict import TensorDict
 from torch import nn
 
 from aioinfer import WeightSyncError
-from aioinfer.testing import eventually
+from aioinfer.testing import eventually, sender_of
 from aioinfer.weight_sync import (
     MultiProcessWeightSyncScheme,
 )
-from tests.weight_models import SCHEMES, Counter, sender_of
+from tests.weight_models import SCHEMES, Counter
 from tests.weights.workers import HANG, Scheme, following, linear, receiver, scheme, value_of
 
 __all__ = ["scheme"]

@@ -13,6 +13,7 @@ from tensordict import TensorDict
 from torch import nn
 
 from aioinfer.ipc.queue import Descriptor, DescriptorQueue
+from aioinfer.testing import put_bytes
 from aioinfer.weight_sync.loader import WeightLoader
 from aioinfer.weight_sync.snapshot import Layout, SnapshotPool, SnapshotReader, clone_tensors
 from aioinfer.weight_sync.weights import Strategy, Weights, extract_weights, to_strategy
@@ -172,7 +173,7 @@ def test_a_queue_refuses_what_is_too_long() -> None:
 
 def test_what_cannot_be_unpickled_is_an_error_that_says_so() -> None:
     queue = DescriptorQueue()
-    queue._writer.send(b"rubbish")
+    put_bytes(queue, b"rubbish")
     with pytest.raises(ValueError, match="can't be unpickled"):
         queue.get_nowait()
     queue.close()

@@ -552,6 +552,16 @@ class ClientConnection:
             self._socket.close()
             raise
 
+    @property
+    def unsent(self) -> bool:
+        """Whether something waits until the server has read more; see :meth:`flush`."""
+        return self._socket.unsent
+
+    @property
+    def has_reader(self) -> bool:
+        """Whether a thread has the lead: it reads what comes, for all that wait, or it connects."""
+        return bool(self._lead.leader)
+
     def _connect_later(self, address: str, connector: object) -> None:
         try:
             for delay in connect_delays():

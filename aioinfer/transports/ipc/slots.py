@@ -128,6 +128,14 @@ class ProcessSlotTransport(ProcessTransport):
                 self._num_reserved += count
             endpoint.transport = weakref.ref(self)
 
+    @property
+    def free_slots(self) -> int:
+        """How many slots no client has, in the process that serves.
+
+        A slot of a process that has ended just now may still count as taken.
+        """
+        return len(self._free)
+
     def _take(self, count: int) -> list[int]:
         """Under the lock."""
         if not isinstance(count, int) or count < 1:
@@ -234,7 +242,7 @@ class SlotTable:
         self._version_rows = self._version_column.unbind(0)
         self.requests = RowTable(request, count, self.memory.memory[pieces[2]], _index)
         self.replies = RowTable(reply, count, self.memory.memory[pieces[3]], _index)
-        self._gathered: tuple[Sequence[_SlotRequest], Tensor] = (), _index(())
+        self._gathered: tuple[Sequence[SlotRequest], Tensor] = (), _index(())
         self._written = self.replies
 
     def leave_out(self, key: str | None) -> None:
@@ -259,7 +267,7 @@ class SlotTable:
 
     # -- batches (model thread) ------------------------------------------------------------------------
 
-    def _slots(self, requests: Sequence[_SlotRequest]) -> Tensor:
+    def _slots(self, requests: Sequence[SlotRequest]) -> Tensor:
         if self._gathered[0] is not requests:
             self._gathered = requests, _index([request.slot for request in requests])
         return self._gathered[1]
@@ -305,7 +313,7 @@ class SlotTable:
         self._written.write_one(slot, values)
 
 
-class _SlotRequest(RemoteRequest):
+class SlotRequest(RemoteRequest):
     """A request in a slot; used again and again, as long as the one before is over."""
 
     __slots__ = ("slot", "store", "under_way")
@@ -324,7 +332,7 @@ class _SlotServerCodec(ServerCodec):
         self._table = transport.table
         self._times = self._table.times
         self._slots: Sequence[int] = ()
-        self._requests: list[_SlotRequest] = []  # by client, its last one
+        self._requests: list[SlotRequest] = []  # by client, its last one
 
     def accept(self, endpoint_id: bytes, count: int, layouts: str) -> tuple[Any, Sequence[int]]:
         if layouts != (ours := self._transport.client_codec().layouts):
@@ -333,12 +341,12 @@ class _SlotServerCodec(ServerCodec):
         self._requests = [self._request(slot) for slot in self._slots]
         return self._slots, [self._transport.status.memory.fd, self._table.memory.fd]
 
-    def _request(self, slot: int) -> _SlotRequest:
-        return _SlotRequest(self._connection, slot, self._table)
+    def _request(self, slot: int) -> SlotRequest:
+        return SlotRequest(self._connection, slot, self._table)
 
-    def decode(self, headers: Sequence[int]) -> Sequence[_SlotRequest]:
+    def decode(self, headers: Sequence[int]) -> Sequence[SlotRequest]:
         requests, times = self._requests, self._times
-        decoded: list[_SlotRequest] = []
+        decoded: list[SlotRequest] = []
         for first in headers:
             request = requests[first & CLIENT_INDEX]
             if request.under_way:  # its caller gave it up, or this one could not come
@@ -360,7 +368,7 @@ class _SlotServerCodec(ServerCodec):
         return request if request.under_way and request.number == number else None
 
     def encode(
-        self, requests: Sequence[_SlotRequest], replies: Sequence[TensorDictBase]
+        self, requests: Sequence[SlotRequest], replies: Sequence[TensorDictBase]
     ) -> tuple[bytes, dict[RemoteRequest, Exception]]:
         failures: dict[RemoteRequest, Exception] = {}
         if replies[0] is not WRITTEN_IN_PLACE:  # either all are or none
@@ -375,7 +383,7 @@ class _SlotServerCodec(ServerCodec):
         return data, failures
 
     def _write(
-        self, requests: Sequence[_SlotRequest], replies: Sequence[TensorDictBase]
+        self, requests: Sequence[SlotRequest], replies: Sequence[TensorDictBase]
     ) -> dict[RemoteRequest, Exception]:
         failures: dict[RemoteRequest, Exception] = {}
         for request, reply in zip(requests, replies, strict=True):
@@ -385,7 +393,7 @@ class _SlotServerCodec(ServerCodec):
                 failures[request] = error
         return failures
 
-    def forget(self, request: _SlotRequest) -> None:
+    def forget(self, request: SlotRequest) -> None:
         request.under_way = False
 
     def close(self) -> None:
