@@ -1,0 +1,201 @@
+"""A custom transport beside others: it is drained in its turn, and costs nobody else time, room or a reply."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from typing import Any
+
+import pytest
+from tensordict import TensorDictBase
+
+from aioinfer import InferenceServer, InferenceTransport, ThreadingTransport
+from aioinfer.testing import GatedModel, double, eventually, request
+from aioinfer.testing.callers import is_double
+from tests.process_workers import HANG, Child
+from tests.transports import FiveVerbs
+
+
+class Late(FiveVerbs):
+    """Its requests take a while to arrive, and it counts how often it was asked to wait for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.arrived = threading.Event()
+        self.waits = 0
+
+    def wait_for_work(self, timeout: float) -> None:
+        self.waits += 1
+        if self.arrived.wait(timeout):
+            super().wait_for_work(timeout)
+
+    def drain(self, max_items: int) -> tuple[list[TensorDictBase], list[Any]]:
+        return super().drain(max_items) if self.arrived.is_set() else ([], [])
+
+
+def test_a_request_that_takes_a_while_to_arrive_holds_no_other_transport_up() -> None:
+    custom, local = Late(), ThreadingTransport()
+    with InferenceServer(double, [custom, local]):
+        late, client = custom.client().submit(request(100)), local.client()
+        before, calls = custom.waits, 20
+        for value in range(calls):
+            assert is_double(client(request(value), HANG), value)
+        assert custom.waits - before < calls / 2  # a call that waits for the transport waits until it looks up
+        custom.arrived.set()
+        assert is_double(late.result(HANG), 100)
+
+
+class Watched(FiveVerbs):
+    """Tells that it is drained, and how many of its requests lie in the server's queue."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drained = threading.Event()
+        self.handed_over = self.taken = 0
+
+    def wait_for_work(self, timeout: float) -> None:
+        self.handed_over = self.taken
+        super().wait_for_work(timeout)
+
+    def drain(self, max_items: int) -> tuple[list[TensorDictBase], list[Any]]:
+        self.drained.set()
+        requests, futures = super().drain(max_items)
+        self.taken += len(requests)
+        return requests, futures
+
+
+def test_requests_stay_in_the_transport_while_a_pass_runs() -> None:
+    """There their callers can cancel them."""
+    model, custom = GatedModel(), Watched()
+    with InferenceServer(model, custom) as server:
+        client = server.client()
+        first = client.submit(request(0))
+        assert model.entered.wait(HANG)
+        custom.drained.clear()
+        second, third = client.submit(request(1)), client.submit(request(2))
+        assert not custom.drained.wait(0.7)  # the pump looks up every 0.3 seconds
+        second.cancel()
+        model.open()
+        assert is_double(first.result(HANG), 0)
+        assert is_double(third.result(HANG), 2)
+
+
+class Flooded(FiveVerbs):
+    """Whenever it is drained, the next request is there, up to ``LIMIT`` times in a row."""
+
+    LIMIT = 100
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_a_row = self.most_in_a_row = 0
+
+    def wait_for_work(self, timeout: float) -> None:
+        self.in_a_row = 0
+        super().wait_for_work(timeout)
+
+    def drain(self, max_items: int) -> tuple[list[TensorDictBase], list[Any]]:
+        taken = super().drain(max_items)
+        self.in_a_row += 1
+        self.most_in_a_row = max(self.most_in_a_row, self.in_a_row)
+        if self.in_a_row < self.LIMIT:
+            self.submit(request(9))
+        return taken
+
+
+def test_a_server_that_serves_what_is_left_does_not_follow_a_flood() -> None:
+    model, custom = GatedModel(), Flooded()
+    server = InferenceServer(model, custom).start()
+    client = server.client()
+    asked = [client.submit(request(0))]
+    assert model.entered.wait(HANG)
+    asked.append(client.submit(request(1)))  # of which the server hears after the pass
+    most: list[int] = []
+    asked[1].add_done_callback(lambda _: most.append(custom.most_in_a_row))
+    with ThreadPoolExecutor(1) as pool:
+        ending = pool.submit(server.shutdown, HANG, drain=True)
+        eventually(lambda: not server.health().ready)
+        model.open()
+        for value, future in enumerate(asked):
+            assert is_double(future.result(HANG), value)
+        ending.result(HANG)
+    assert most[0] < Flooded.LIMIT
+
+
+def test_cancelled_requests_of_a_custom_transport_leave_room_in_a_bounded_queue() -> None:
+    custom = Watched()
+    with (
+        InferenceServer(double, custom, max_pending=2, min_batch_size=3, timeout=HANG) as server,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        client = server.client()
+        asked = [client.submit(request(value)) for value in range(2)]
+        eventually(lambda: custom.handed_over == 2)
+        for future in asked:
+            assert future.cancel()
+        late = [client.submit(request(2)), pool.submit(client, request(3), HANG, wait=True)]
+        eventually(lambda: server.stats().pending == 2)
+        server.shutdown(HANG, drain=True)
+        for value, future in enumerate(late, 2):
+            assert is_double(future.result(HANG), value)
+        assert server.stats().cancelled == 2
+
+
+class Reluctant(Watched):
+    """Takes its time to fail a request."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failing, self.go_on = threading.Event(), threading.Event()
+
+    def resolve_exception(self, callback: Any, exc: BaseException) -> None:
+        self.failing.set()
+        assert self.go_on.wait(HANG)
+
+
+@pytest.mark.parametrize("first", ["local", "custom"])
+def test_who_drops_a_cancelled_request_of_a_custom_transport_keeps_no_other_caller_waiting(first: str) -> None:
+    """It calls the transport's own code, in the thread of a caller who finds the queue full."""
+    custom, local = Reluctant(), ThreadingTransport()
+    with (
+        InferenceServer(double, [custom, local], max_pending=2, min_batch_size=3, timeout=HANG) as server,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        try:
+            asked = [custom.client().submit(request(value)) for value in range(2)]
+            eventually(lambda: custom.handed_over == 2)
+            for future in asked:
+                assert future.cancel()
+            transports: dict[str, InferenceTransport] = {"local": local, "custom": custom}
+            dropping = pool.submit(transports[first].client().submit, request(2))
+            assert custom.failing.wait(HANG)
+            other = pool.submit(local.submit, request(3)).result(HANG)
+        finally:
+            custom.go_on.set()
+        taken = [dropping.result(HANG), other]
+        server.shutdown(HANG, drain=True)
+        for value, future in enumerate(taken, 2):
+            assert is_double(future.result(HANG), value)
+
+
+def serve_anew(line: Connection[Any, Any], custom: FiveVerbs) -> None:
+    """Serve a transport in a child of the process that serves it."""
+    custom.queue, custom.peeked = queue.Queue(), []
+    with InferenceServer(double, custom, max_pending=1) as server:
+        pending = server.stats().pending
+        line.send((pending, [float(server.client()(request(value), HANG)["action"][0]) for value in (2, 3)]))
+        line.recv()
+
+
+def test_a_forked_child_serves_a_custom_transport_without_the_requests_of_its_parent() -> None:
+    model, custom = GatedModel(), FiveVerbs()
+    with InferenceServer(model, custom, max_pending=1) as server:
+        first = server.client().submit(request(0))
+        assert model.entered.wait(HANG)
+        second = server.client().submit(request(1))
+        with Child("fork", serve_anew, custom) as child:
+            assert child.hear() == (0, [4, 6])
+        model.open()
+        for value, future in enumerate((first, second)):
+            assert is_double(future.result(HANG), value)
