@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -31,6 +32,8 @@ from aioinfer import (
 )
 from aioinfer.testing import GatedModel, double, eventually, request
 from aioinfer.testing.callers import is_double
+from aioinfer.transports.ipc.server import RemoteRequest
+from aioinfer.transports.queue import RequestQueue
 from tests.transports import FIXED_LAYOUT, REMOTE, TRANSPORTS, FiveVerbs
 
 HANG = 60.0
@@ -65,6 +68,21 @@ def test_transports_that_cannot_all_be_opened_are_left_to_others(tmp_path: Any) 
             server.start()
         with InferenceServer(double, first) as alone:
             assert is_double(alone.client()(request(1), HANG), 1)
+
+
+def test_requests_end_where_not_all_transports_can_be_opened(tmp_path: Path) -> None:
+    taken = MPTransport(address=str(tmp_path / "socket"))
+    InferenceServer(double, taken).shutdown()
+    with MPTransportAt(tmp_path / "socket"):
+        custom, local = FiveVerbs(), ThreadingTransport()
+        asked = [transport.client().submit(request(1)) for transport in (custom, local)]
+        with pytest.raises(OSError, match="in use"):
+            InferenceServer(double, [custom, local, taken])
+        for future in asked:
+            assert isinstance(future.exception(HANG), ServerClosedError)
+        with InferenceServer(double, [custom, local]):
+            for transport in (custom, local):
+                assert is_double(transport.client()(request(2), HANG), 2)
 
 
 class MPTransportAt:
@@ -134,31 +152,35 @@ def test_the_bound_is_exact_over_all_transports_of_a_server() -> None:
         sys.setswitchinterval(interval)
 
 
+class ServerConnection:
+    """Stands for a connection of another process, whose requests wait for room."""
+
+    def __init__(self, transport: ThreadingTransport) -> None:
+        self.transport: Any = transport
+        self.answered: list[int] = []
+        self.failed: list[int] = []
+
+    def ask(self, number: int) -> None:
+        line: Any = self
+        self.transport.queue.put_remote(RemoteRequest(request(number), line, number, 0.0, None), wait=True)
+
+    def set_results(self, receivers: Any, replies: Any) -> None:
+        self.answered += [receiver.number for receiver in receivers]
+
+    def set_exceptions(self, receivers: Any, errors: Any) -> None:
+        self.failed += [receiver.number for receiver in receivers]
+
+    def discard(self, receiver: Any) -> None: ...
+
+
 def test_closing_ends_those_that_wait_for_room_however_it_races() -> None:
     """From other processes' side of the queue: some wait for room while another thread closes."""
-    from aioinfer.transports.ipc.server import RemoteRequest
-    from aioinfer.transports.queue import RequestQueue
-
-    class ServerConnection:
-        transport: Any
-
-        def __init__(self) -> None:
-            self.failed: list[Any] = []
-
-        def set_exceptions(self, receivers: Any, errors: Any) -> None:
-            self.failed += receivers
-
-        def set_results(self, receivers: Any, replies: Any) -> None: ...
-
-        def discard(self, receiver: Any) -> None: ...
-
     for _ in range(60):
         server = InferenceServer(double, transport := ThreadingTransport(), max_pending=1)
         queue: RequestQueue = transport.queue
-        line: Any = ServerConnection()
-        line.transport = transport
+        connection = ServerConnection(transport)
         for number in range(60):
-            queue.put_remote(RemoteRequest(request(1), line, number, 0.0, None), wait=True)
+            connection.ask(number)
         taken: list[Any] = []
         start = threading.Barrier(2)
 
@@ -172,8 +194,21 @@ def test_closing_ends_those_that_wait_for_room_however_it_races() -> None:
         start.wait(HANG)
         server.shutdown()
         thread.join(HANG)
-        ended = [receiver.number for receiver in line.failed] + [one.number for one in taken]
-        assert sorted(ended) == list(range(60))
+        assert sorted(connection.failed + [one.number for one in taken]) == list(range(60))
+
+
+def test_requests_that_wait_for_room_still_do_so_when_their_transport_goes_to_another_server() -> None:
+    transport = ThreadingTransport()
+    first = InferenceServer(double, transport, max_pending=1)
+    connection = ServerConnection(transport)
+    for number in range(4):
+        connection.ask(number)
+    assert first.stats().pending == 1
+    second = InferenceServer(double, transport, max_pending=1)
+    assert second.stats().pending == 1
+    with second:
+        eventually(lambda: len(connection.answered) == 4)
+    assert not connection.failed
 
 
 # -- ends --------------------------------------------------------------------------------------------------

@@ -5,10 +5,14 @@ from __future__ import annotations
 import asyncio
 import random
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -22,12 +26,14 @@ from aioinfer import (
     SlotTransport,
     ThreadingTransport,
 )
+from aioinfer import transports as transports_package
 from aioinfer.testing import double, eventually, request
 from aioinfer.testing.callers import is_double
 from tests.effort import Effort
 from tests.weight_models import mark_of, policy
 
 HANG = 60.0
+TRANSPORTS_CODE = str(Path(transports_package.__file__).parent)
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs setitimer"),
@@ -159,6 +165,49 @@ def test_updates_and_statistics_that_are_interrupted_anywhere_leave_the_server_u
         server.update_weights(policy(2.0))
         assert mark_of(server.client()(request(1), HANG)) == 2
         assert server.stats().ok == 1
+
+
+def interrupt_at_line(number: int, action: Callable[[], Any]) -> bool:
+    """Let the main thread raise at the line of that number which it comes to in the package of the transports.
+
+    Returns:
+        Whether it came so far.
+    """
+    left = number
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal left
+        if not frame.f_code.co_filename.startswith(TRANSPORTS_CODE):
+            return None
+        left -= event == "line"
+        if left == 0:
+            raise Interrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        action()
+    except Interrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def test_no_request_is_lost_where_a_server_that_takes_its_transport_is_interrupted_at_any_line() -> None:
+    transports: list[InferenceTransport] = []
+    asked: list[Any] = []
+    interrupted = True
+    while interrupted:
+        transport = ThreadingTransport()
+        transports.append(transport)
+        asked.append(transport.submit(request(len(asked))))
+        interrupted = interrupt_at_line(len(asked), partial(InferenceServer, double, transport))
+    assert len(transports) > 10
+    with InferenceServer(double, transports):
+        for value, future in enumerate(asked):
+            assert is_double(future.result(HANG), value)
 
 
 def shut_down_inside(server: InferenceServer, action: Callable[[], Any], seconds: float) -> None:
