@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -15,14 +16,17 @@ from aioinfer import (
     InferenceServer,
     MPTransport,
     ProcessSlotTransport,
+    ServerClosedError,
     ServerOverloadedError,
     ThreadingTransport,
+    connect,
 )
 from aioinfer.interaction_type import InteractionType, interaction_type
 from aioinfer.testing import GatedModel, double, eventually, request
 from aioinfer.testing.callers import expect_error, is_double
 from tests.ipc.callers import Worker
 from tests.process_workers import HANG, Child, answer, ask_always, clients_of
+from tests.transports import slots
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # 3.12: of a process that has threads
 
@@ -203,3 +207,38 @@ def test_one_bound_holds_for_all_of_them_together(worker: Worker) -> None:
         for reply in patient:
             assert is_double(reply.result(HANG), 10)
     assert 9 not in model.seen
+
+
+def test_transports_of_a_server_with_a_bound_are_all_read_while_the_model_is_busy(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = GatedModel()
+    transports: list[Any] = [slots(4), MPTransport()]
+    with InferenceServer(model, transports, max_pending=1) as server:
+        first = transports[0].client().submit(request(0))
+        assert model.entered.wait(HANG)
+        second = transports[1].client().submit(request(1))
+        eventually(lambda: server.stats().pending == 1)
+        for transport in transports:
+            with pytest.raises(ServerOverloadedError):
+                transport.client()(request(9), HANG)
+        model.open()
+        for value, future in enumerate((first, second)):
+            assert is_double(future.result(HANG), value)
+    assert not caplog.records  # of a task that failed, and is tried again
+
+
+@pytest.mark.usefixtures("only_new_garbage")
+def test_a_transport_that_is_dropped_leaves_the_next_server_of_its_siblings_alone() -> None:
+    kept, dropped = MPTransport(), MPTransport()
+    address = dropped.address
+    InferenceServer(double, [kept, dropped])
+    del dropped
+    with InferenceServer(double, kept) as server:
+        gc.collect()
+        client = kept.client()
+        assert is_double(client(request(1), HANG), 1)
+        with pytest.raises(ServerClosedError, match="no server listens"):
+            connect(address, timeout=HANG)
+        assert is_double(client(request(2), HANG), 2)
+        assert server.is_alive

@@ -29,7 +29,7 @@ from aioinfer.testing import GatedModel, connection_of, double, eventually, requ
 from aioinfer.testing.callers import is_double
 from aioinfer.transports.ipc import connection as connection_module
 from aioinfer.transports.ipc import server as server_module
-from aioinfer.transports.ipc.protocol import State
+from aioinfer.transports.ipc.protocol import State, StatusPage
 from tests.process_workers import HANG, KINDS, client_of, clients_of, outcome
 from tests.transports import slots
 
@@ -106,6 +106,28 @@ def test_a_reply_that_is_half_sent_when_a_pause_begins_arrives_in_it(pending: An
         (reply,) = loop.wait([future])
         assert isinstance(reply, TensorDictBase)
         assert bool((reply["action"] == 3).all())
+
+
+def test_ctrl_c_as_a_pause_ends_reaches_the_program_and_the_pause_ends_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It comes as other processes are to be told that requests are taken again."""
+    set_state = StatusPage.set_state
+    interrupts: list[bool] = []
+
+    def interrupted_once(page: StatusPage, *arguments: Any) -> None:
+        if interrupts:
+            interrupts.pop()
+            raise KeyboardInterrupt
+        set_state(page, *arguments)
+
+    monkeypatch.setattr(StatusPage, "set_state", interrupted_once)
+    transport = MPTransport()
+    with InferenceServer(double, transport) as server:
+        client = transport.client()
+        with pytest.raises(KeyboardInterrupt), server.paused("reject"):
+            interrupts.append(True)
+        assert is_double(client(request(1), HANG), 1)
 
 
 async def ask_behind(model: GatedModel, client: Any, *sizes: int) -> list[asyncio.Future[TensorDictBase]]:
