@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import operator
 import os
 import signal
 import threading
@@ -13,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from multiprocessing import resource_tracker
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import BaseContext
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -96,7 +97,8 @@ class ChildProcess:
 
     def __init__(self, context: BaseContext, target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
         method = context.get_start_method()
-        self._process: Any = context.Process(target=target, args=arguments, name="aioinfer-server", daemon=True)  # type: ignore[attr-defined]
+        name = _Name("aioinfer-server")
+        self._process: Any = context.Process(target=target, args=arguments, name=name, daemon=True)  # type: ignore[attr-defined]
         _check_descriptors()
         with _sigint_blocked(method):
             self._process.start()
@@ -138,14 +140,33 @@ def _check_descriptors() -> None:
 
 @contextmanager
 def _sigint_blocked(method: str) -> Iterator[None]:
-    """Start a process in which SIGINT is blocked until the process ignores it."""
+    """Start a process in which SIGINT is blocked until the process ignores it; but see :class:`_Name`."""
     if method != "fork":
         resource_tracker.ensure_running()  # its start unblocks SIGINT
+    if method == "forkserver":
+        forkserver.ensure_running()  # unblocked, since all processes that it forks begin as it did
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+class _Name(str):
+    """The name of a process, which ignores SIGINT as soon as it unpickles this: before it imports anything.
+
+    A process that a fork server forks does not inherit that SIGINT is blocked in the thread that starts it.
+    """
+
+    __slots__ = ()
+
+    def __reduce__(self) -> Any:
+        return operator.getitem, ((str(self), _IgnoresSigint()), 0)
+
+
+class _IgnoresSigint:
+    def __reduce__(self) -> Any:
+        return signal.signal, (signal.SIGINT, signal.SIG_IGN)
 
 
 class PendingCommand(LockFreeFuture[Any]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable
@@ -20,12 +21,14 @@ from aioinfer import (
     ServerStartError,
     ThreadingTransport,
 )
+from aioinfer.process_server.parent import ChildProcess
 from aioinfer.testing import eventually, request
 from aioinfer.weight_sync import NoWeightSyncScheme
 from tests import hosted
 from tests.hosted import HANG, HandsOut, forked, kill, make_double, make_policy, slots
 from tests.methods import SPAWN
 from tests.process_workers import IMPORTS
+from tests.programs import running
 from tests.weight_models import mark, mark_of, policy
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
@@ -86,7 +89,7 @@ def test_a_process_that_dies_before_it_has_read_a_large_factory_is_no_hang() -> 
 
 def test_an_interrupt_while_the_process_starts_does_not_reach_it_nor_do_later_changes_of_the_factory() -> None:
     factory = HandsOut(policy(1.0))
-    server = ProcessInferenceServer(factory, slots())  # the children of a fork server that runs do hear it
+    server = ProcessInferenceServer(factory, slots())
     with ThreadPoolExecutor(1) as pool:
         starting = pool.submit(server.start)
         try:
@@ -97,6 +100,47 @@ def test_an_interrupt_while_the_process_starts_does_not_reach_it_nor_do_later_ch
             assert mark_of(server.client()(request(0), HANG)) == 1
         finally:
             server.shutdown()
+
+
+class Sigint:
+    """What a process does at SIGINT as it unpickles this."""
+
+    def __reduce__(self) -> Any:
+        return signal.getsignal, (signal.SIGINT,)
+
+
+def test_a_child_of_a_fork_server_ignores_interrupts_before_it_unpickles_what_it_is_to_run() -> None:
+    context = multiprocessing.get_context("forkserver")
+    line, other = context.Pipe()
+    with line, other:
+        process = ChildProcess(context, other.send, (Sigint(),))
+        process.reap()
+        assert line.poll()
+        assert line.recv() == signal.SIG_IGN
+
+
+FORK_SERVER = """
+import multiprocessing, signal, time
+
+def tell():
+    print(signal.pthread_sigmask(signal.SIG_BLOCK, ()), flush=True)
+
+if __name__ == "__main__":
+    from aioinfer.process_server.parent import ChildProcess
+
+    context = multiprocessing.get_context("forkserver")
+    ChildProcess(context, time.sleep, (0,)).reap()
+    process = context.Process(target=tell)
+    process.start()
+    process.join()
+"""
+
+
+def test_other_processes_of_a_fork_server_that_a_server_has_started_hear_interrupts(tmp_path: Path) -> None:
+    code = tmp_path / "program.py"
+    code.write_text(FORK_SERVER)
+    with running(code) as program:
+        assert program.stdout.read() == "set()\n", program.errors
 
 
 async def test_a_start_that_takes_too_long_or_is_cancelled_leaves_no_process(tmp_path: Path) -> None:
