@@ -24,9 +24,9 @@ from aioinfer import AsyncInferenceClient, MPTransport, ProcessInferenceServer, 
 from aioinfer.process_server.child import CommandLoop
 from aioinfer.testing import double, eventually, request
 from aioinfer.transports.queue import RequestQueue
+from tests.limits import HANG
 from tests.weight_models import mark_of, policy
 
-HANG = 60.0
 Model = Callable[[TensorDictBase], TensorDictBase]
 
 

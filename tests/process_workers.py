@@ -23,10 +23,8 @@ from aioinfer import InferenceClient, MPTransport, ProcessSlotTransport
 from aioinfer.ipc.sockets import Listener
 from aioinfer.testing import connection_of, eventually, request
 from aioinfer.transports.ipc.connection import ClientConnection
+from tests.limits import HANG, IMPORTS
 
-HANG = 60.0
-IMPORTS = 100.0
-"""Seconds for a process that has to import torch first, beside many others that do."""
 KINDS = ("blocking", "awaiting")
 
 

@@ -15,10 +15,11 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryFile
 
+from tests.limits import HANG
+
 __all__ = ["NUMBER", "Program", "running"]
 
 ROOT = Path(__file__).parent.parent
-HANG = 60.0
 NUMBER = struct.Struct("i")  # what is told of a program: its process, and later its exit status
 
 

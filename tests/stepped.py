@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from tensordict import TensorDictBase
 
 from aioinfer.testing import double
-from tests.process_workers import HANG
+from tests.limits import HANG
 
 
 class Steps:

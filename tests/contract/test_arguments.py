@@ -29,10 +29,9 @@ from aioinfer import (
 )
 from aioinfer.testing import GatedModel, double, request
 from aioinfer.testing.callers import is_double
+from tests.limits import HANG
 from tests.transports import FIXED_LAYOUT, TRANSPORTS
 from tests.weight_models import policy
-
-HANG = 60.0
 
 
 def linear() -> TensorDictModule:

@@ -34,10 +34,8 @@ from aioinfer.testing import GatedModel, double, eventually, request
 from aioinfer.testing.callers import is_double
 from aioinfer.transports.ipc.server import RemoteRequest
 from aioinfer.transports.queue import RequestQueue
+from tests.limits import HANG
 from tests.transports import FIXED_LAYOUT, REMOTE, TRANSPORTS, FiveVerbs
-
-HANG = 60.0
-
 
 # -- attached after everything was checked ------------------------------------------------------------------
 

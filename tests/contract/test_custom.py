@@ -14,7 +14,8 @@ from tensordict import TensorDictBase
 from aioinfer import InferenceServer, InferenceTransport, ThreadingTransport
 from aioinfer.testing import GatedModel, double, eventually, request
 from aioinfer.testing.callers import is_double
-from tests.process_workers import HANG, Child
+from tests.limits import HANG
+from tests.process_workers import Child
 from tests.transports import FiveVerbs
 
 

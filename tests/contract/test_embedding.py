@@ -13,8 +13,7 @@ from aioinfer import (
     ThreadingTransport,
 )
 from aioinfer.testing import GatedModel, double, eventually, request
-
-HANG = 60.0
+from tests.limits import HANG
 
 
 async def until(condition: Callable[[], bool]) -> None:

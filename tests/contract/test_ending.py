@@ -29,7 +29,8 @@ from aioinfer.testing.callers import is_double
 from aioinfer.weight_sync import MultiProcessWeightSyncScheme, loader
 from aioinfer.weight_sync.channel import nack_reason
 from aioinfer.weight_updates import WeightUpdates
-from tests.hosted import HANG, make_double
+from tests.hosted import make_double
+from tests.limits import HANG
 from tests.stepped import Steps
 from tests.weight_models import mark_of, policy
 

@@ -24,9 +24,8 @@ from aioinfer.testing import (
     request,
 )
 from aioinfer.testing.callers import is_double
+from tests.limits import HANG
 from tests.transports import CANNOT_DROP_CANCELLED, FIXED_LAYOUT, REMOTE, TRANSPORTS
-
-HANG = 60.0
 
 
 @contextmanager

@@ -21,10 +21,9 @@ from aioinfer import (
 )
 from aioinfer.testing import GatedModel, double, eventually, has_pending_job, request
 from aioinfer.testing.callers import is_double
+from tests.limits import HANG
 from tests.transports import TRANSPORTS
 from tests.weight_models import mark_of, policy
-
-HANG = 60.0
 
 
 @pytest.fixture(params=TRANSPORTS)

@@ -18,9 +18,8 @@ from aioinfer.model_thread import PendingPolicy
 from aioinfer.testing import GatedModel, double, eventually, request
 from aioinfer.testing.callers import is_double
 from aioinfer.transports.queue import Request
+from tests.limits import HANG
 from tests.transports import TRANSPORTS, FiveVerbs
-
-HANG = 60.0
 
 
 @pytest.mark.parametrize(

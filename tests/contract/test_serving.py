@@ -20,9 +20,8 @@ from aioinfer import (
     ThreadingTransport,
 )
 from aioinfer.testing import double, request
+from tests.limits import HANG
 from tests.transports import TRANSPORTS
-
-HANG = 60.0
 
 
 def test_a_lone_caller_waits_for_a_partial_batch_no_longer_than_the_timeout() -> None:

@@ -31,9 +31,8 @@ from aioinfer import (
 from aioinfer.stats import StatsRecorder
 from aioinfer.testing import GatedModel, double, eventually, has_waiting_callers, request
 from aioinfer.testing.callers import is_double
+from tests.limits import HANG
 from tests.transports import TRANSPORTS, FiveVerbs
-
-HANG = 60.0
 
 
 class Abrupt(BaseException):

@@ -30,9 +30,9 @@ from aioinfer import transports as transports_package
 from aioinfer.testing import double, eventually, request
 from aioinfer.testing.callers import is_double
 from tests.effort import Effort
+from tests.limits import HANG
 from tests.weight_models import mark_of, policy
 
-HANG = 60.0
 TRANSPORTS_CODE = str(Path(transports_package.__file__).parent)
 
 pytestmark = [

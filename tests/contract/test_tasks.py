@@ -24,9 +24,8 @@ from aioinfer import (
 )
 from aioinfer.testing import GatedModel, double, eventually, request
 from aioinfer.transports import queue
+from tests.limits import HANG
 from tests.transports import TRANSPORTS
-
-HANG = 60.0
 
 
 def loop_factories() -> list[Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from aioinfer.testing import check_transport
+from tests.limits import IMPORTS
 from tests.programs import running
 
 ROOT = Path(__file__).parents[2]
@@ -47,7 +48,7 @@ README_BLOCKS = re.findall(
 def test_the_code_in_the_readme_runs_from_top_to_bottom() -> None:
     assert len(README_BLOCKS) == 4
     command = [sys.executable, "-W", "error", "-c", "\n".join(README_BLOCKS[:3])]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=IMPORTS, check=False)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout
 

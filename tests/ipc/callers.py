@@ -21,7 +21,8 @@ from tensordict import TensorDictBase
 from aioinfer import InferenceClient, InferenceServer
 from aioinfer.interaction_type import INHERIT, Mode, caller_mode, requests_carry
 from aioinfer.testing import Callers
-from tests.process_workers import HANG, Child
+from tests.limits import HANG
+from tests.process_workers import Child
 
 
 class Worker(Child):

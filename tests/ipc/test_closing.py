@@ -26,8 +26,9 @@ from aioinfer import (
 from aioinfer.testing import GatedModel, double, eventually, request
 from aioinfer.testing.callers import is_double
 from tests.leftovers import needs_descriptors
+from tests.limits import HANG
 from tests.methods import METHODS
-from tests.process_workers import HANG, KINDS, Child, call, client_of, clients_of, is_asking, outcome, use
+from tests.process_workers import KINDS, Child, call, client_of, clients_of, is_asking, outcome, use
 from tests.transports import process_slots, slots
 
 MAKES: list[Any] = [process_slots, MPTransport]

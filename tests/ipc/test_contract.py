@@ -9,8 +9,8 @@ import pytest
 
 from aioinfer.testing import CHECKS, TransportHarness, eventually
 from tests.ipc.callers import AwaitingElsewhere, BlockingElsewhere, Worker
+from tests.limits import HANG
 from tests.methods import SPAWN
-from tests.process_workers import HANG
 from tests.transports import FIXED_LAYOUT, TRANSPORTS
 
 HERE_ONLY = {"a_reply_shares_no_memory": "replies come to the test as copies; callers of its own process check this"}

@@ -15,8 +15,9 @@ from tensordict import TensorDict
 
 from aioinfer import InferenceServer, InvalidRequestError, MPTransport, NoFreeSlotError, ProcessSlotTransport, connect
 from aioinfer.testing import GatedModel, double, eventually, request
+from tests.limits import HANG
 from tests.methods import METHODS
-from tests.process_workers import HANG, KINDS, Child, call, client_of, outcome, use
+from tests.process_workers import KINDS, Child, call, client_of, outcome, use
 from tests.transports import process_slots, slots
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # 3.12: of a process that has threads

@@ -14,7 +14,8 @@ from tensordict import TensorDictBase
 from aioinfer import InferenceServer, ModelError, MPTransport
 from aioinfer.testing import GatedModel, double, eventually, request
 from tests.ipc.callers import Worker
-from tests.process_workers import HANG, KINDS, clients_of
+from tests.limits import HANG
+from tests.process_workers import KINDS, clients_of
 from tests.transports import process_slots
 
 MAKES: list[Any] = [process_slots, MPTransport]

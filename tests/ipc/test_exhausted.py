@@ -24,7 +24,8 @@ from aioinfer.ipc.sockets import Listener, connect_unix
 from aioinfer.testing import double, eventually, request
 from aioinfer.testing.callers import is_double
 from tests.leftovers import needs_descriptors
-from tests.process_workers import HANG, KINDS, Child, call, client_of, is_asking, outcome
+from tests.limits import HANG
+from tests.process_workers import KINDS, Child, call, client_of, is_asking, outcome
 from tests.transports import process_slots
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # 3.12: of a process that has threads

@@ -21,7 +21,8 @@ from aioinfer import InferenceServer, MPTransport, connect
 from aioinfer.testing import double, eventually, locks_of, request
 from tests.effort import Effort
 from tests.leftovers import needs_descriptors
-from tests.process_workers import HANG, KINDS, Child, answer, ask_always, client_of, clients_of, outcome, use
+from tests.limits import HANG
+from tests.process_workers import KINDS, Child, answer, ask_always, client_of, clients_of, outcome, use
 from tests.programs import running
 from tests.transports import process_slots
 

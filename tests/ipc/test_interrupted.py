@@ -18,7 +18,8 @@ from aioinfer import InferenceServer, MPTransport
 from aioinfer.testing import double, request
 from aioinfer.testing.callers import is_double
 from tests.effort import Effort
-from tests.process_workers import HANG, Child
+from tests.limits import HANG
+from tests.process_workers import Child
 from tests.transports import process_slots
 
 pytestmark = [

@@ -31,8 +31,9 @@ from aioinfer.ipc.sockets import connect_unix
 from aioinfer.testing import double, eventually, has_pending_job, request
 from tests.effort import Effort
 from tests.leftovers import assert_no_memory_stays, is_there, shared_memory_of
+from tests.limits import HANG
 from tests.methods import SPAWN
-from tests.process_workers import HANG, Child, answer, ask_always, clients_of
+from tests.process_workers import Child, answer, ask_always, clients_of
 from tests.programs import running
 
 pytestmark = [

@@ -24,7 +24,8 @@ from aioinfer.ipc.sockets import connect_unix, frame, header
 from aioinfer.testing import GatedModel, double, eventually, request
 from aioinfer.transports.ipc.connection import ClientConnection
 from aioinfer.transports.ipc.protocol import FromClient, State
-from tests.process_workers import HANG, KINDS, Child, call, client_of, clients_of, greeting, outcome
+from tests.limits import HANG
+from tests.process_workers import KINDS, Child, call, client_of, clients_of, greeting, outcome
 
 BIG = 1_000_000  # floats: 20 sockets full
 SOON = HANG / 5

@@ -17,7 +17,8 @@ from aioinfer import (
     ProcessSlotTransport,
 )
 from aioinfer.testing import double, eventually, request
-from tests.process_workers import HANG, KINDS, call, client_of
+from tests.limits import HANG
+from tests.process_workers import KINDS, call, client_of
 from tests.transports import process_slots
 
 

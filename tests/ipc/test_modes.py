@@ -14,7 +14,7 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
 from aioinfer import InferenceServer, MPTransport, ProcessSlotTransport, connect
-from tests.process_workers import HANG
+from tests.limits import HANG
 
 COUNT = 10
 

@@ -21,7 +21,8 @@ from aioinfer.testing import double, eventually, request
 from aioinfer.testing.callers import is_double
 from aioinfer.transports.ipc.protocol import FromClient
 from tests.ipc.test_rubbish import is_hung_up
-from tests.process_workers import HANG, KINDS, Child, call, client_of, outcome
+from tests.limits import HANG
+from tests.process_workers import KINDS, Child, call, client_of, outcome
 from tests.transports import process_slots
 
 

@@ -12,7 +12,7 @@ from tensordict import LazyStackedTensorDict, NonTensorData, TensorDict, TensorD
 
 from aioinfer import InferenceServer, InvalidRequestError, MPTransport
 from aioinfer.testing import double, eventually, request
-from tests.process_workers import HANG
+from tests.limits import HANG
 
 
 def echo(td: TensorDictBase) -> TensorDictBase:

@@ -32,7 +32,8 @@ from aioinfer.transports.ipc import slots as slots_module
 from aioinfer.transports.ipc.client import RemoteServer
 from aioinfer.transports.ipc.connection import ClientConnection, FutureReader, LoopReader, PendingCalls
 from aioinfer.transports.ipc.protocol import FromClient, FromServer
-from tests.process_workers import HANG, greeting
+from tests.limits import HANG
+from tests.process_workers import greeting
 from tests.stepped import Steps
 from tests.transports import slots
 

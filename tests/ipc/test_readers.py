@@ -15,7 +15,7 @@ from tensordict import TensorDictBase
 from aioinfer import InferenceServer, MPTransport
 from aioinfer.testing import double, eventually, request
 from aioinfer.testing.callers import expect_error, is_double
-from tests.process_workers import HANG
+from tests.limits import HANG
 from tests.transports import process_slots
 
 MAKES: list[Any] = [process_slots, MPTransport]

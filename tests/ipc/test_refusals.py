@@ -29,7 +29,8 @@ from aioinfer import (
 from aioinfer.testing import GatedModel, double, eventually, request
 from aioinfer.testing.callers import is_double
 from tests.ipc.test_modes import make_model
-from tests.process_workers import HANG, KINDS, Child, call, client_of, clients_of
+from tests.limits import HANG
+from tests.process_workers import KINDS, Child, call, client_of, clients_of
 from tests.transports import process_slots
 
 MAKES: list[Any] = [process_slots, MPTransport]

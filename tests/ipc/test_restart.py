@@ -13,8 +13,9 @@ import pytest
 
 from aioinfer import InferenceServer, MPTransport, ProcessSlotTransport, connect
 from aioinfer.testing import double, eventually, request
+from tests.limits import HANG
 from tests.methods import METHODS
-from tests.process_workers import HANG, KINDS, Child, call, client_of, outcome
+from tests.process_workers import KINDS, Child, call, client_of, outcome
 from tests.transports import process_slots
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # 3.12: of a process that has threads

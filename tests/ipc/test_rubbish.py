@@ -26,7 +26,8 @@ from aioinfer.transports.ipc.protocol import FromClient
 from tests.idle import used_within
 from tests.ipc.callers import Worker
 from tests.leftovers import needs_descriptors
-from tests.process_workers import HANG, clients_of, greeting
+from tests.limits import HANG
+from tests.process_workers import clients_of, greeting
 from tests.transports import process_slots
 
 MAKES: list[Any] = [process_slots, MPTransport]

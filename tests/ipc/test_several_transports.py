@@ -25,7 +25,8 @@ from aioinfer.interaction_type import InteractionType, interaction_type
 from aioinfer.testing import GatedModel, double, eventually, request
 from aioinfer.testing.callers import expect_error, is_double
 from tests.ipc.callers import Worker
-from tests.process_workers import HANG, Child, answer, ask_always, clients_of
+from tests.limits import HANG
+from tests.process_workers import Child, answer, ask_always, clients_of
 from tests.transports import slots
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # 3.12: of a process that has threads

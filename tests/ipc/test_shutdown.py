@@ -16,7 +16,8 @@ from aioinfer import InferenceServer, MPTransport, PeerDiedError, ServerClosedEr
 from aioinfer.ipc.sockets import FramedSocket
 from aioinfer.testing import double, eventually, request
 from tests.effort import Effort
-from tests.process_workers import HANG, KINDS, Child, answer, ask_always, client_of, clients_of, outcome
+from tests.limits import HANG
+from tests.process_workers import KINDS, Child, answer, ask_always, client_of, clients_of, outcome
 from tests.transports import process_slots
 
 pytestmark = [

@@ -15,7 +15,8 @@ from aioinfer import (
     connect,
 )
 from aioinfer.testing import GatedModel, double, eventually, request
-from tests.process_workers import HANG, KINDS, call, client_of
+from tests.limits import HANG
+from tests.process_workers import KINDS, call, client_of
 from tests.transports import process_slots
 
 # -- lent replies ------------------------------------------------------------------------------------------

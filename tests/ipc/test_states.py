@@ -30,7 +30,8 @@ from aioinfer.testing.callers import is_double
 from aioinfer.transports.ipc import connection as connection_module
 from aioinfer.transports.ipc import server as server_module
 from aioinfer.transports.ipc.protocol import State, StatusPage
-from tests.process_workers import HANG, KINDS, client_of, clients_of, outcome
+from tests.limits import HANG
+from tests.process_workers import KINDS, client_of, clients_of, outcome
 from tests.transports import slots
 
 BIG = 1_000_000  # floats: 20 sockets full

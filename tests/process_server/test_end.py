@@ -23,7 +23,7 @@ from aioinfer.process_server.parent import inherited_fds
 from aioinfer.testing import eventually, request
 from aioinfer.testing.callers import is_double
 from tests import hosted
-from tests.hosted import HANG, Stuck, forked, freeze, kill, make_double, make_policy, worker
+from tests.hosted import Stuck, forked, freeze, kill, make_double, make_policy, worker
 from tests.leftovers import (
     assert_no_descriptor_stays,
     assert_no_memory_stays,
@@ -31,6 +31,7 @@ from tests.leftovers import (
     is_there,
     needs_descriptors,
 )
+from tests.limits import HANG
 from tests.process_workers import hear
 from tests.programs import running
 from tests.weight_models import policy

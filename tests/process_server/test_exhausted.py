@@ -31,8 +31,9 @@ from aioinfer.testing import eventually, request
 from aioinfer.testing.callers import is_double
 from tests import hosted
 from tests.effort import Effort
-from tests.hosted import HANG, forked, kill, make_double, make_policy, slots
+from tests.hosted import forked, kill, make_double, make_policy, slots
 from tests.leftovers import needs_descriptors
+from tests.limits import HANG
 from tests.methods import SPAWN
 from tests.weight_models import mark_of, policy
 

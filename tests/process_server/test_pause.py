@@ -27,7 +27,8 @@ from aioinfer import (
 from aioinfer.testing import eventually, has_pending_command, request
 from aioinfer.testing.callers import is_double
 from aioinfer.transports.ipc.server import ProcessTransport
-from tests.hosted import HANG, Gated, forked, freeze, kill, make_double, make_policy, slots
+from tests.hosted import Gated, forked, freeze, kill, make_double, make_policy, slots
+from tests.limits import HANG
 from tests.process_workers import hear
 from tests.weight_models import mark_of, policy
 

@@ -17,7 +17,8 @@ import pytest
 from aioinfer import DispatchReason, Health, MPTransport, ProcessInferenceServer, WeightSyncError
 from aioinfer.testing import request, weight_sender_of
 from aioinfer.weight_sync import MultiProcessWeightSyncScheme, SharedMemWeightSyncScheme
-from tests.hosted import HANG, freeze, make_policy, slots, worker
+from tests.hosted import freeze, make_policy, slots, worker
+from tests.limits import HANG
 from tests.methods import METHODS
 from tests.process_workers import hear
 from tests.weight_models import SCHEMES, mark, mark_of, policy

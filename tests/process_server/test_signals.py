@@ -14,7 +14,8 @@ import pytest
 from aioinfer import ProcessInferenceServer, ServerClosedError, ServerNotRunningError, ServerPausedError
 from aioinfer.testing import eventually, has_pending_command, request, weight_sender_of
 from tests.effort import Effort
-from tests.hosted import HANG, forked, make_policy
+from tests.hosted import forked, make_policy
+from tests.limits import HANG
 from tests.weight_models import mark_of, policy
 
 pytestmark = [

@@ -25,9 +25,9 @@ from aioinfer.process_server.parent import ChildProcess
 from aioinfer.testing import eventually, request
 from aioinfer.weight_sync import NoWeightSyncScheme
 from tests import hosted
-from tests.hosted import HANG, HandsOut, forked, kill, make_double, make_policy, slots
+from tests.hosted import HandsOut, forked, kill, make_double, make_policy, slots
+from tests.limits import HANG, IMPORTS
 from tests.methods import SPAWN
-from tests.process_workers import IMPORTS
 from tests.programs import running
 from tests.weight_models import mark, mark_of, policy
 

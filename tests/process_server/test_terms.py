@@ -30,7 +30,8 @@ from aioinfer.testing import eventually, request, weight_sender_of
 from aioinfer.testing.callers import is_double
 from aioinfer.transports.ipc.server import ProcessTransport
 from tests import hosted
-from tests.hosted import HANG, forked, make_double, make_policy, slots, worker
+from tests.hosted import forked, make_double, make_policy, slots, worker
+from tests.limits import HANG
 from tests.methods import METHODS
 from tests.process_workers import hear
 from tests.weight_models import SCHEMES, mark_of, policy

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import aioinfer
+from tests.limits import IMPORTS
 
 ROOT = Path(aioinfer.__file__).parent
 # Packages, and modules of the top, in their order: each imports from those above it only, or from its own package.
@@ -65,7 +66,7 @@ def test_the_picture_of_the_package_names_files_that_exist() -> None:
 def test_the_package_imports_no_optional_dependency() -> None:
     optional = ["gymnasium", "matplotlib", "rich", "fastapi", "starlette", "uvicorn", "torchrl", "uvloop", "pytest"]
     code = f"import sys, aioinfer, aioinfer.cli, aioinfer.testing; print([n for n in {optional} if n in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=IMPORTS, check=True)
     assert done.stdout.strip() == "[]"
 
 

@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from aioinfer.interrupts import ending_at_interrupt
-
-HANG = 60.0
+from tests.limits import HANG
 
 # Stands in for torch: it is there as soon as it is being imported, and takes no notice of a KeyboardInterrupt.
 _SLOW_TORCH = """

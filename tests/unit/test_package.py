@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import aioinfer
+from tests.limits import IMPORTS
 
 
 def _imported_for_type_checkers() -> dict[str, str]:
@@ -43,7 +44,7 @@ def test_a_name_that_does_not_exist_is_an_attribute_error() -> None:
 
 def _loads_torch(code: str) -> bool:
     program = f"import sys\n{code}\nprint('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100, check=True)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=IMPORTS, check=True)
     return done.stdout.strip() == "True"
 
 

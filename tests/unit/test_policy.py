@@ -13,8 +13,7 @@ from torch import distributions, nn
 from aioinfer import InferenceServer, PolicyClientModule, ThreadingTransport
 from aioinfer.interaction_type import attach_mode, detach_mode, requests_carry
 from aioinfer.testing import GatedModel, double, eventually, request
-
-HANG = 60.0
+from tests.limits import HANG
 
 
 def policy() -> TensorDictModule:

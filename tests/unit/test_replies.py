@@ -9,8 +9,7 @@ from tensordict import TensorDict, TensorDictBase
 from aioinfer import InferenceServer, ThreadingTransport
 from aioinfer.testing import double, eventually, request
 from aioinfer.transports.replies import LockWaker, ThreadReplySink, Waiter, Waker, make_waker, unwrap
-
-HANG = 60.0
+from tests.limits import HANG
 
 
 @pytest.fixture(params=[LockWaker, make_waker])

@@ -25,8 +25,9 @@ from aioinfer.ipc.selector import await_readable, wait_readable
 from aioinfer.testing import channel_of, eventually, put_bytes, sender_of
 from aioinfer.weight_sync import MultiProcessWeightSyncScheme
 from aioinfer.weight_sync.channel import Ack, AckConnection, AckKind, Handshake
+from tests.limits import HANG
 from tests.weight_models import Counter
-from tests.weights.workers import HANG, Scheme, following, linear, receiver, scheme, value_of
+from tests.weights.workers import Scheme, following, linear, receiver, scheme, value_of
 
 __all__ = ["scheme"]
 

@@ -21,8 +21,9 @@ from aioinfer.weight_sync import (
     WeightSyncScheme,
 )
 from aioinfer.weight_sync import sender as sender_module
+from tests.limits import HANG
 from tests.weight_models import Counter
-from tests.weights.workers import HANG, Scheme, following, linear, receiver, scheme, value_of
+from tests.weights.workers import Scheme, following, linear, receiver, scheme, value_of
 
 __all__ = ["scheme"]
 

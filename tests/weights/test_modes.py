@@ -14,8 +14,9 @@ from torch import nn
 from aioinfer import InferenceServer, ThreadingTransport
 from aioinfer.weight_sync.loader import WeightLoader
 from aioinfer.weight_sync.weights import extract_weights
+from tests.limits import HANG
 from tests.weights.test_weights import rich, same, scramble, travelled
-from tests.weights.workers import HANG, Scheme, following, linear, scheme, value_of
+from tests.weights.workers import Scheme, following, linear, scheme, value_of
 
 __all__ = ["scheme"]
 

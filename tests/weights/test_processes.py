@@ -23,6 +23,7 @@ from aioinfer.testing import eventually, request
 from aioinfer.weight_sync import MultiProcessWeightSyncScheme, SharedMemWeightSyncScheme
 from tests.effort import Effort
 from tests.leftovers import assert_no_memory_stays, go_on, is_there
+from tests.limits import HANG
 from tests.methods import METHODS, SPAWN
 from tests.process_workers import hear
 from tests.programs import running
@@ -38,7 +39,6 @@ from tests.weight_models import (
     train,
 )
 
-HANG = 60.0
 Scheme = MultiProcessWeightSyncScheme | SharedMemWeightSyncScheme
 
 pytestmark = pytest.mark.timeout(120)

@@ -16,7 +16,8 @@ from aioinfer.weight_sync import (
     MultiProcessWeightSyncScheme,
     SharedMemWeightSyncScheme,
 )
-from tests.weights.workers import HANG, Scheme, following, linear, scheme, value_of
+from tests.limits import HANG
+from tests.weights.workers import Scheme, following, linear, scheme, value_of
 
 __all__ = ["scheme"]
 

@@ -20,10 +20,10 @@ from aioinfer import InferenceServer, SlotTransport, ThreadingTransport, WeightS
 from aioinfer.testing import GatedModel, channel_of, double, eventually, put_bytes, request, sender_of
 from aioinfer.weight_sync import MultiProcessWeightSyncScheme, NoWeightSyncScheme, SharedMemWeightSyncScheme
 from tests.effort import Effort
+from tests.limits import HANG
 from tests.transports import FiveVerbs
 from tests.weight_models import SCHEMES, Counter, mark, mark_of, policy
 
-HANG = 60.0
 Scheme = MultiProcessWeightSyncScheme | SharedMemWeightSyncScheme
 
 

@@ -16,8 +16,9 @@ import pytest
 from aioinfer import InferenceServer, ThreadingTransport, WeightSyncError
 from aioinfer.testing import sender_of
 from tests.effort import Effort
+from tests.limits import HANG
 from tests.weight_models import SCHEMES, Counter, mark, policy
-from tests.weights.workers import HANG, Scheme, following, scheme, value_of
+from tests.weights.workers import Scheme, following, scheme, value_of
 
 __all__ = ["scheme"]
 

@@ -18,8 +18,9 @@ from aioinfer.testing import eventually, sender_of
 from aioinfer.weight_sync import (
     MultiProcessWeightSyncScheme,
 )
+from tests.limits import HANG
 from tests.weight_models import SCHEMES, Counter
-from tests.weights.workers import HANG, Scheme, following, linear, receiver, scheme, value_of
+from tests.weights.workers import Scheme, following, linear, receiver, scheme, value_of
 
 __all__ = ["scheme"]
 

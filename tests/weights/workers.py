@@ -17,9 +17,9 @@ from aioinfer.weight_sync import (
     MultiProcessWeightSyncScheme,
     SharedMemWeightSyncScheme,
 )
+from tests.limits import HANG
 from tests.weight_models import SCHEMES
 
-HANG = 60.0
 Scheme = MultiProcessWeightSyncScheme | SharedMemWeightSyncScheme
 
 
