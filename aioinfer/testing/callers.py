@@ -124,6 +124,11 @@ class GatedModel:
         """Let every batch pass from now on."""
         self._gate.set()
 
+    def close(self) -> None:
+        """Let batches wait again; call it while no forward pass runs."""
+        self._gate.clear()
+        self.entered.clear()
+
     @property
     def seen(self) -> set[float]:
         """The values of all :attr:`batches`: for each request that reached the model, one element."""

@@ -72,7 +72,12 @@ def test_pending_requests_are_served_first_where_that_is_asked_for(make: Callabl
 def test_pending_requests_are_refused_where_that_is_asked_for(make: Callable[[], InferenceTransport]) -> None:
     gate = GatedModel()
     with InferenceServer(gate, make()) as server, ThreadPoolExecutor(1) as pool:
-        running = server.client().submit(request(0))
+        client = server.client()
+        gate.open()
+        for _ in range(2):  # with the second reply, a client in another process knows that it is accepted
+            client(request(0), HANG)
+        gate.close()
+        running = client.submit(request(0))
         assert gate.entered.wait(HANG)
         asked = [server.client().submit(request(value)) for value in range(1, 4)]
         eventually(lambda: server.stats().pending == 3)

@@ -133,6 +133,10 @@ def test_ctrl_c_as_a_pause_ends_reaches_the_program_and_the_pause_ends_all_the_s
 
 async def ask_behind(model: GatedModel, client: Any, *sizes: int) -> list[asyncio.Future[TensorDictBase]]:
     """Make requests that nobody reads while the model works on another one."""
+    model.open()
+    for _ in range(2):  # with the second reply, all is handled that came before: the client knows that it is accepted
+        await asyncio.wrap_future(client.submit(request(0)))
+    model.close()
     running = asyncio.wrap_future(client.submit(request(0)))
     assert await asyncio.to_thread(model.entered.wait, HANG)
     asked = [asyncio.wrap_future(client.submit(request(1, size=size))) for size in sizes]

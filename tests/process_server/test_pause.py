@@ -83,7 +83,13 @@ def test_pending_requests_are_served_first_where_that_is_asked_for(tmp_path: Pat
 def test_pending_requests_are_refused_where_that_is_asked_for(tmp_path: Path) -> None:
     model = Gated(tmp_path)
     with forked(model) as server, ThreadPoolExecutor(1) as pool:
-        running = server.client().submit(request(0))
+        caller = server.client()
+        model.gate.touch()
+        for _ in range(2):  # with the second reply, it knows that it is accepted
+            caller(request(0), HANG)
+        model.gate.unlink()
+        model.entered.unlink()
+        running = caller.submit(request(0))
         eventually(model.entered.exists)
         asked = [server.client().submit(request(value)) for value in range(1, 4)]
         eventually(lambda: server.stats().pending == 3)
