@@ -60,7 +60,8 @@ class StatusPage:
     A client looks at the state before it sends a request, and again afterwards. The server changes the state first and
     then reads what has been sent. So either the server finds the request, or the client the new state: the two
     system calls are ordered by the socket that they are about, whatever the processor does. A client that finds
-    ``PAUSED`` or ``ENDED`` fails its request itself.
+    ``PAUSED`` or ``ENDED`` fails its request itself. So does a client that reads only then that it was accepted: it
+    can't tell whether the server has read its first requests, and may fail one whose forward pass is under way.
 
     Args:
         memory: the page, in another process than the one that made it.
