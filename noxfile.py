@@ -33,7 +33,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def examples(session: nox.Session) -> None:
-    """Run every example of the documentation as a program."""
+    """Run every example of the documentation as a program, and the code of the README."""
     install(session, "test", package=".[demo,web]")
     session.run("pytest", *IN_PARALLEL, "-m", "examples", *session.posargs)
 

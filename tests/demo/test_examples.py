@@ -36,6 +36,7 @@ def test_an_example_ends_by_itself_and_tells_what_it_did(example: Path) -> None:
     assert run(example)
 
 
+@pytest.mark.examples
 def test_the_transport_of_the_example_holds_the_contract() -> None:
     check_transport(runpy.run_path(str(ROOT / "docs" / "examples" / "own_transport.py"))["ListTransport"])
 
@@ -45,6 +46,7 @@ README_BLOCKS = re.findall(
 )
 
 
+@pytest.mark.examples
 def test_the_code_in_the_readme_runs_from_top_to_bottom() -> None:
     assert len(README_BLOCKS) == 4
     command = [sys.executable, "-W", "error", "-c", "\n".join(README_BLOCKS[:3])]
@@ -53,6 +55,7 @@ def test_the_code_in_the_readme_runs_from_top_to_bottom() -> None:
     assert ended.stdout
 
 
+@pytest.mark.examples
 def test_the_program_in_the_readme_that_starts_a_process_runs(tmp_path: Path) -> None:
     program = tmp_path / "program.py"  # a process that is spawned imports it
     program.write_text(README_BLOCKS[3], encoding="utf-8")
