@@ -13,7 +13,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, Generic, TypeVar
 
-__all__ = ["Future", "LockFreeFuture", "run_in_thread"]
+__all__ = ["Future", "LockFreeFuture", "lock_timeout", "run_in_thread"]
 
 T = TypeVar("T")
 
@@ -83,7 +83,7 @@ class Future(concurrent.futures.Future[T]):
         lock.acquire()
         callback = _Guarded(lambda _: lock.release())
         super().add_done_callback(callback)
-        if not lock.acquire(timeout=_lock_timeout(timeout)):
+        if not lock.acquire(timeout=lock_timeout(timeout)):
             with self._condition:
                 if callback in self._done_callbacks:
                     self._done_callbacks.remove(callback)
@@ -92,7 +92,8 @@ class Future(concurrent.futures.Future[T]):
         super().add_done_callback(_Guarded(fn))
 
 
-def _lock_timeout(timeout: float | None) -> float:
+def lock_timeout(timeout: float | None) -> float:
+    """The argument of ``Lock.acquire`` for a timeout in seconds, whatever its size; ``None`` waits for ever."""
     return -1 if timeout is None else min(max(timeout, 0), threading.TIMEOUT_MAX)
 
 
@@ -175,7 +176,7 @@ class LockFreeFuture(Generic[T]):
             lock.acquire()
             self._waiters.append(lock.release)  # if this is too late to be called, `done` is set
             if not self.done:
-                lock.acquire(timeout=_lock_timeout(timeout))
+                lock.acquire(timeout=lock_timeout(timeout))
         return self.done
 
     async def async_wait(self, timeout: float | None = None) -> bool:  # noqa: ASYNC109 - as wait

@@ -447,6 +447,7 @@ class RequestQueue:
         self._stray = True
         if transport in self.transports:
             self.transports.remove(transport)
+        self.pumps = [pump for pump in self.pumps if pump is not transport]
         self._redirect()
         self.not_full.notify()
 

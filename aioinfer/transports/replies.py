@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from tensordict import TensorDictBase
 
-from aioinfer.futures import Future
+from aioinfer.futures import Future, lock_timeout
 
 if TYPE_CHECKING:
     from aioinfer.transports.base import Transport
@@ -76,7 +76,7 @@ class LockWaker:
             pass
 
     def wait(self, timeout: float | None) -> bool:
-        return self._lock.acquire(timeout=-1 if timeout is None else min(max(timeout, 0), threading.TIMEOUT_MAX))
+        return self._lock.acquire(timeout=lock_timeout(timeout))
 
 
 class _EventWaker:
