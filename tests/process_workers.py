@@ -21,7 +21,8 @@ from tensordict import TensorDict, TensorDictBase
 
 from aioinfer import InferenceClient, MPTransport, ProcessSlotTransport
 from aioinfer.ipc.sockets import Listener
-from aioinfer.testing import connection_of, eventually, request
+from aioinfer.testing import eventually, request
+from aioinfer.testing.inspection import connection_of
 from aioinfer.transports.ipc.connection import ClientConnection
 from tests.limits import HANG, IMPORTS
 

@@ -14,7 +14,8 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
-from aioinfer.testing import eventually, sender_of
+from aioinfer.testing import eventually
+from aioinfer.testing.inspection import sender_of
 from aioinfer.weight_sync import MultiProcessWeightSyncScheme, SharedMemWeightSyncScheme, WeightSyncScheme
 
 SCHEMES: tuple[type[MultiProcessWeightSyncScheme] | type[SharedMemWeightSyncScheme], ...] = (

@@ -5,7 +5,7 @@ from aioinfer.testing import check_transport
 def test_my_transport():
     check_transport(MyTransport)
 
-``testing/inspection.py`` looks inside servers, transports and clients, for tests that must act at an exact moment.
+``aioinfer.testing.inspection`` looks inside servers, transports and clients, for tests that act at an exact moment.
 """
 
 from aioinfer.testing.callers import (
@@ -19,18 +19,6 @@ from aioinfer.testing.callers import (
     request,
 )
 from aioinfer.testing.contract import CHECKS, check_transport
-from aioinfer.testing.inspection import (
-    channel_of,
-    connection_of,
-    has_pending_command,
-    has_pending_job,
-    has_waiting_callers,
-    ignore_in_wait,
-    locks_of,
-    put_bytes,
-    sender_of,
-    weight_sender_of,
-)
 
 __all__ = [
     "CHECKS",
@@ -39,18 +27,8 @@ __all__ = [
     "Callers",
     "GatedModel",
     "TransportHarness",
-    "channel_of",
     "check_transport",
-    "connection_of",
     "double",
     "eventually",
-    "has_pending_command",
-    "has_pending_job",
-    "has_waiting_callers",
-    "ignore_in_wait",
-    "locks_of",
-    "put_bytes",
     "request",
-    "sender_of",
-    "weight_sender_of",
 ]

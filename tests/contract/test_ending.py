@@ -24,8 +24,9 @@ from aioinfer import (
 )
 from aioinfer import server as server_module
 from aioinfer.model_thread import ModelThread
-from aioinfer.testing import double, eventually, has_pending_job, request
+from aioinfer.testing import double, eventually, request
 from aioinfer.testing.callers import is_double
+from aioinfer.testing.inspection import has_pending_job
 from aioinfer.weight_sync import MultiProcessWeightSyncScheme, loader
 from aioinfer.weight_sync.channel import nack_reason
 from aioinfer.weight_updates import WeightUpdates

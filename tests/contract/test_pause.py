@@ -19,8 +19,9 @@ from aioinfer import (
     ServerPausedError,
     ThreadingTransport,
 )
-from aioinfer.testing import GatedModel, double, eventually, has_pending_job, request
+from aioinfer.testing import GatedModel, double, eventually, request
 from aioinfer.testing.callers import is_double
+from aioinfer.testing.inspection import has_pending_job
 from tests.limits import HANG
 from tests.transports import TRANSPORTS
 from tests.weight_models import mark_of, policy

@@ -29,8 +29,9 @@ from aioinfer import (
     ThreadingTransport,
 )
 from aioinfer.stats import StatsRecorder
-from aioinfer.testing import GatedModel, double, eventually, has_waiting_callers, request
+from aioinfer.testing import GatedModel, double, eventually, request
 from aioinfer.testing.callers import is_double
+from aioinfer.testing.inspection import has_waiting_callers
 from tests.limits import HANG
 from tests.transports import TRANSPORTS, FiveVerbs
 

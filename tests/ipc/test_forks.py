@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 from aioinfer import InferenceServer, MPTransport, connect
-from aioinfer.testing import double, eventually, locks_of, request
+from aioinfer.testing import double, eventually, request
+from aioinfer.testing.inspection import locks_of
 from tests.effort import Effort
 from tests.leftovers import needs_descriptors
 from tests.limits import HANG

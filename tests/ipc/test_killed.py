@@ -28,7 +28,8 @@ from aioinfer import (
     ServerPausedError,
 )
 from aioinfer.ipc.sockets import connect_unix
-from aioinfer.testing import double, eventually, has_pending_job, request
+from aioinfer.testing import double, eventually, request
+from aioinfer.testing.inspection import has_pending_job
 from tests.effort import Effort
 from tests.leftovers import assert_no_memory_stays, is_there, shared_memory_of
 from tests.limits import HANG

@@ -25,8 +25,9 @@ from aioinfer import (
 )
 from aioinfer.ipc import sockets as sockets_module
 from aioinfer.ipc.sockets import FramedSocket, connect_unix, frame, header
-from aioinfer.testing import GatedModel, connection_of, double, eventually, ignore_in_wait, request
+from aioinfer.testing import GatedModel, double, eventually, request
 from aioinfer.testing.callers import is_double
+from aioinfer.testing.inspection import connection_of, ignore_in_wait
 from aioinfer.transports.ipc import connection as connection_module
 from aioinfer.transports.ipc import slots as slots_module
 from aioinfer.transports.ipc.client import RemoteServer

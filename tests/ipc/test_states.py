@@ -25,8 +25,9 @@ from aioinfer import (
 )
 from aioinfer.ipc.sockets import wait_for_any
 from aioinfer.rows import RowTable
-from aioinfer.testing import GatedModel, connection_of, double, eventually, request
+from aioinfer.testing import GatedModel, double, eventually, request
 from aioinfer.testing.callers import is_double
+from aioinfer.testing.inspection import connection_of
 from aioinfer.transports.ipc import connection as connection_module
 from aioinfer.transports.ipc import server as server_module
 from aioinfer.transports.ipc.protocol import State, StatusPage

@@ -24,8 +24,9 @@ from aioinfer import (
     ServerNotRunningError,
     ServerPausedError,
 )
-from aioinfer.testing import eventually, has_pending_command, request
+from aioinfer.testing import eventually, request
 from aioinfer.testing.callers import is_double
+from aioinfer.testing.inspection import has_pending_command
 from aioinfer.transports.ipc.server import ProcessTransport
 from tests.hosted import Gated, forked, freeze, kill, make_double, make_policy, slots
 from tests.limits import HANG

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from aioinfer import DispatchReason, Health, MPTransport, ProcessInferenceServer, WeightSyncError
-from aioinfer.testing import request, weight_sender_of
+from aioinfer.testing import request
+from aioinfer.testing.inspection import weight_sender_of
 from aioinfer.weight_sync import MultiProcessWeightSyncScheme, SharedMemWeightSyncScheme
 from tests.hosted import freeze, make_policy, slots, worker
 from tests.limits import HANG

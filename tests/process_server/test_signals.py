@@ -12,7 +12,8 @@ from types import FrameType
 import pytest
 
 from aioinfer import ProcessInferenceServer, ServerClosedError, ServerNotRunningError, ServerPausedError
-from aioinfer.testing import eventually, has_pending_command, request, weight_sender_of
+from aioinfer.testing import eventually, request
+from aioinfer.testing.inspection import has_pending_command, weight_sender_of
 from tests.effort import Effort
 from tests.hosted import forked, make_policy
 from tests.limits import HANG

@@ -26,8 +26,9 @@ from aioinfer import (
     ServerStartError,
     WeightSyncError,
 )
-from aioinfer.testing import eventually, request, weight_sender_of
+from aioinfer.testing import eventually, request
 from aioinfer.testing.callers import is_double
+from aioinfer.testing.inspection import weight_sender_of
 from aioinfer.transports.ipc.server import ProcessTransport
 from tests import hosted
 from tests.hosted import forked, make_double, make_policy, slots, worker

@@ -22,7 +22,8 @@ from torch import nn
 from aioinfer import InferenceServer, ThreadingTransport, WeightSyncError
 from aioinfer.ipc.queue import Descriptor, DescriptorQueue
 from aioinfer.ipc.selector import await_readable, wait_readable
-from aioinfer.testing import channel_of, eventually, put_bytes, sender_of
+from aioinfer.testing import eventually
+from aioinfer.testing.inspection import channel_of, put_bytes, sender_of
 from aioinfer.weight_sync import MultiProcessWeightSyncScheme
 from aioinfer.weight_sync.channel import Ack, AckConnection, AckKind, Handshake
 from tests.limits import HANG

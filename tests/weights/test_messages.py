@@ -14,7 +14,7 @@ from tensordict import TensorDict
 from torch import nn
 
 from aioinfer import WeightSyncError
-from aioinfer.testing import channel_of, sender_of
+from aioinfer.testing.inspection import channel_of, sender_of
 from aioinfer.weight_sync import (
     MPTransport,
     NoWeightSyncScheme,

@@ -11,7 +11,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import nn
 
-from aioinfer.testing import sender_of
+from aioinfer.testing.inspection import sender_of
 from aioinfer.weight_sync import (
     MultiProcessWeightSyncScheme,
     SharedMemWeightSyncScheme,

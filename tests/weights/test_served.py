@@ -17,7 +17,8 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 
 from aioinfer import InferenceServer, SlotTransport, ThreadingTransport, WeightSyncError
-from aioinfer.testing import GatedModel, channel_of, double, eventually, put_bytes, request, sender_of
+from aioinfer.testing import GatedModel, double, eventually, request
+from aioinfer.testing.inspection import channel_of, put_bytes, sender_of
 from aioinfer.weight_sync import MultiProcessWeightSyncScheme, NoWeightSyncScheme, SharedMemWeightSyncScheme
 from tests.effort import Effort
 from tests.limits import HANG

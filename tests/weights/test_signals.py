@@ -14,7 +14,7 @@ from types import FrameType
 import pytest
 
 from aioinfer import InferenceServer, ThreadingTransport, WeightSyncError
-from aioinfer.testing import sender_of
+from aioinfer.testing.inspection import sender_of
 from tests.effort import Effort
 from tests.limits import HANG
 from tests.weight_models import SCHEMES, Counter, mark, policy

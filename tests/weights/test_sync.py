@@ -14,7 +14,8 @@ from tensordict import TensorDict
 from torch import nn
 
 from aioinfer import WeightSyncError
-from aioinfer.testing import eventually, sender_of
+from aioinfer.testing import eventually
+from aioinfer.testing.inspection import sender_of
 from aioinfer.weight_sync import (
     MultiProcessWeightSyncScheme,
 )

@@ -13,7 +13,7 @@ from tensordict import TensorDict
 from torch import nn
 
 from aioinfer.ipc.queue import Descriptor, DescriptorQueue
-from aioinfer.testing import put_bytes
+from aioinfer.testing.inspection import put_bytes
 from aioinfer.weight_sync.loader import WeightLoader
 from aioinfer.weight_sync.snapshot import Layout, SnapshotPool, SnapshotReader, clone_tensors
 from aioinfer.weight_sync.weights import Strategy, Weights, extract_weights, to_strategy
