@@ -16,7 +16,7 @@ from typing import Any, Literal, Self, TypeAlias
 
 import torch
 
-from aioinfer.batching import BatchRule, DispatchReason
+from aioinfer.batching import BatchLimits, DispatchReason
 from aioinfer.errors import ServerClosedError, clone_exception, describe
 from aioinfer.forward import ForwardPass, Outcome
 from aioinfer.futures import Future
@@ -57,7 +57,7 @@ class ModelThread:
     """
 
     def __init__(
-        self, queue: RequestQueue, rule: BatchRule, forward: ForwardPass, stats: StatsRecorder, on_exit: Job
+        self, queue: RequestQueue, rule: BatchLimits, forward: ForwardPass, stats: StatsRecorder, on_exit: Job
     ) -> None:
         self._queue = queue
         self._rule = rule

@@ -21,7 +21,7 @@ from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import nn
 
-from aioinfer.batching import BatchRule
+from aioinfer.batching import BatchLimits
 from aioinfer.client import AsyncInferenceClient, ClientMaker, InferenceClient
 from aioinfer.devices import Model, place
 from aioinfer.errors import ServerClosedError, ServerNotRunningError, clone_exception
@@ -180,7 +180,7 @@ class InferenceServer(BaseServer):
         self.weight_sync = weight_sync
         self.weight_sync_model_id = weight_sync_model_id
         self.policy_version_key = policy_version_key
-        self._rule = BatchRule(max_batch_size, min_batch_size, _batch_timeout(batch_timeout, timeout))
+        self._rule = BatchLimits(max_batch_size, min_batch_size, _batch_timeout(batch_timeout, timeout))
         self._stats = StatsRecorder()
         self._request_spec = request_spec
         self._max_pending = max_pending

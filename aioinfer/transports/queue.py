@@ -25,6 +25,7 @@ import anyio
 import torch
 from tensordict import TensorDict, TensorDictBase
 
+from aioinfer.batching import Caller
 from aioinfer.client import AsyncInferenceClient
 from aioinfer.errors import (
     InvalidRequestError,
@@ -74,21 +75,34 @@ WRITTEN_IN_PLACE = TensorDict({}, batch_size=[])
 
 
 class Request:
-    """One request on its way: what is asked, in which mode, since when, and where the reply goes.
+    """One request on its way: what is asked, in which mode, since when, by whom, and where the reply goes.
 
-    ``store`` is the shared memory in which the request lies and the reply is expected, if there is one.
+    ``store`` is the shared memory in which the request lies and the reply is expected, if there is one. ``rows`` is how
+    many rows it has, and ``batched`` whether it has a dimension for them, as its reply then has. ``caller`` is who
+    makes one request after the other, where that is known.
     """
 
     store: SlotTable | None = None
 
-    __slots__ = ("mode", "receiver", "sink", "submitted_at", "td")
+    __slots__ = ("batched", "caller", "mode", "receiver", "rows", "sink", "submitted_at", "td")
 
-    def __init__(self, td: TensorDictBase, receiver: Any, sink: TransportSink, submitted_at: float, mode: Mode) -> None:
+    def __init__(
+        self,
+        td: TensorDictBase,
+        receiver: Any,
+        sink: TransportSink,
+        submitted_at: float,
+        mode: Mode,
+        caller: Caller | None = None,
+    ) -> None:
         self.td = td
         self.receiver = receiver
         self.sink = sink
         self.submitted_at = submitted_at
         self.mode = mode
+        self.caller = caller
+        self.rows = 1
+        self.batched = False
 
 
 def set_results(requests: Sequence[Request], replies: Sequence[TensorDictBase]) -> None:
