@@ -16,7 +16,7 @@ from typing import Any, Literal, Self, TypeAlias
 
 import torch
 
-from aioinfer.batching import BatchLimits, DispatchReason
+from aioinfer.batching import BatchScheduler, DispatchReason, Hold
 from aioinfer.errors import ServerClosedError, clone_exception, describe
 from aioinfer.forward import ForwardPass, Outcome
 from aioinfer.futures import Future
@@ -50,17 +50,18 @@ class ModelThread:
 
     Args:
         queue: what is served; it belongs to this thread until the end.
-        rule: when a batch leaves.
+        scheduler: says when a batch leaves.
         forward: runs the model.
         stats: counts passes and requests.
         on_exit: called last.
     """
 
     def __init__(
-        self, queue: RequestQueue, rule: BatchLimits, forward: ForwardPass, stats: StatsRecorder, on_exit: Job
+        self, queue: RequestQueue, scheduler: BatchScheduler, forward: ForwardPass, stats: StatsRecorder, on_exit: Job
     ) -> None:
         self._queue = queue
-        self._rule = rule
+        self._scheduler = scheduler
+        self._max_batch_size = scheduler.limits.max_batch_size
         self._forward = forward
         self._stats = stats
         self._on_exit = on_exit
@@ -72,6 +73,7 @@ class ModelThread:
         self._asked_pauses: set[object] = set()  # with those that have not begun
         self._pauses: set[object] = set()
         self._draining = self._stopping = False
+        self._free_since = 0.0  # when the thread looked for requests after a pass; 0 before
         self._passes = 0
         self._alternate = True
         self._seconds_alone = 0.0  # that a pass took lately which no woken caller disturbed
@@ -242,7 +244,7 @@ class ModelThread:
         queue.read(wait=True)
         left = len(queue)  # before the look: if the pause was given up, what comes now must be served
         while left > 0 and queue.admission.pauses:
-            requests = queue.get_batch(min(left, self._rule.max_batch_size))
+            requests = queue.get_batch(min(left, self._max_batch_size))
             set_exceptions(requests, [queue.admission.reject_paused() for _ in requests])
             queue.read()
             left = len(queue) if requests else 0
@@ -257,7 +259,7 @@ class ModelThread:
                 and self._queue.wait(1, 1, 0.0)
                 and not self._queue.admission.closed
             ):
-                if requests := self._queue.get_batch(min(left, self._rule.max_batch_size)):
+                if requests := self._queue.get_batch(min(left, self._max_batch_size)):
                     self._reply(requests, DispatchReason.DRAIN)
                     left -= len(requests)
         finally:
@@ -268,25 +270,34 @@ class ModelThread:
     # -- wait, take, run, reply ------------------------------------------------------------------------
 
     def _serve_next(self) -> None:
-        queue, rule = self._queue, self._rule
+        queue, scheduler = self._queue, self._scheduler
         linger_limit = self._linger_limit()
         pending = queue.wait(1, linger_limit, 0.0 if self._draining else None)
         if pending == 0:
             if self._draining:
                 self._stop()
             return
-        callers = None if pending >= rule.min_batch_size else queue.callers()  # else it doesn't matter
-        waited = queue.waited()
-        reason = rule.decide(pending=pending, waited=waited, callers=callers, draining=self._draining)
-        if reason is None:
-            queue.wait(rule.wanted(callers), linger_limit, rule.timeout - waited)
-        elif requests := queue.get_batch(rule.max_batch_size):
-            self._reply(requests, reason)
+        now = time.perf_counter()
+        oldest = queue.oldest(now)
+        self._free_since = self._free_since or now
+        decision = scheduler.decide(
+            now=now,
+            pending=pending,
+            oldest=oldest,
+            free_since=max(self._free_since, oldest),
+            callers=None if pending >= scheduler.limits.min_batch_size else queue.callers(),  # else it doesn't matter
+            draining=self._draining,
+        )
+        if isinstance(decision, Hold):
+            queue.wait(pending + decision.rows, linger_limit, decision.seconds)
+        elif requests := queue.get_batch(self._max_batch_size):
+            self._reply(requests, decision)
+            self._free_since = 0.0
 
     def _linger_limit(self) -> int:
         """How many pending requests let a pass begin while callers that were answered have not run yet."""
         self._alternate = self._seconds_alone <= _SHORT_PASS or self._passes % _LOOK_AGAIN == 0
-        return sys.maxsize if self._alternate else self._rule.max_batch_size
+        return sys.maxsize if self._alternate else self._max_batch_size
 
     def _reply(self, requests: Sequence[Request], reason: DispatchReason) -> None:
         """Run the model over claimed requests; each of them is settled when this returns, whatever was raised."""
@@ -298,8 +309,11 @@ class ModelThread:
             self._fail(requests, terminated)
             return
         try:
+            self._scheduler.on_batch([request.caller for request in requests])
             for outcome in self._forward(requests):
                 self._passes += 1
+                if outcome.error is None:
+                    self._scheduler.on_pass(sum([request.rows for request in outcome.requests]), outcome.seconds)
                 if self._alternate:
                     self._seconds_alone = outcome.seconds
                 if not self._claim(outcome):  # terminated, and what is left need not be computed
@@ -326,7 +340,9 @@ class ModelThread:
     def _settle(self, outcome: Outcome, reason: DispatchReason, taken_at: float) -> None:
         """Settle requests that are claimed of those that are unsettled."""
         failure = outcome.error
+        settled_at = time.perf_counter()
         try:
+            self._scheduler.on_replies([request.caller for request in outcome.requests], settled_at)
             # Before the replies leave, so that a caller who has its reply finds it in the statistics.
             self._stats.batch(
                 BatchRecord(
@@ -334,7 +350,7 @@ class ModelThread:
                     submitted_at=[request.submitted_at for request in outcome.requests],
                     taken_at=taken_at,
                     forward=outcome.seconds,
-                    settled_at=time.perf_counter(),
+                    settled_at=settled_at,
                     ok=outcome.error is None,
                     cancelled=sum([request.receiver.done() for request in outcome.requests]),
                 )

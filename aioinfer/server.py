@@ -21,7 +21,7 @@ from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import nn
 
-from aioinfer.batching import BatchLimits
+from aioinfer.batching import BatchingRule, BatchLimits, BatchScheduler, LearnedRule
 from aioinfer.client import AsyncInferenceClient, ClientMaker, InferenceClient
 from aioinfer.devices import Model, place
 from aioinfer.errors import ServerClosedError, ServerNotRunningError, clone_exception
@@ -153,6 +153,7 @@ class InferenceServer(BaseServer):
         min_batch_size: int = 1,
         batch_timeout: float | None = None,
         timeout: float | None = None,
+        batching: BatchingRule | None = None,
         collate_fn: CollateFn | None = None,
         device: torch.device | str | int | None = None,
         out_keys: Sequence[NestedKey] | None = None,
@@ -180,7 +181,8 @@ class InferenceServer(BaseServer):
         self.weight_sync = weight_sync
         self.weight_sync_model_id = weight_sync_model_id
         self.policy_version_key = policy_version_key
-        self._rule = BatchLimits(max_batch_size, min_batch_size, _batch_timeout(batch_timeout, timeout))
+        self._limits = BatchLimits(max_batch_size, min_batch_size, _batch_timeout(batch_timeout, timeout))
+        self._scheduler = BatchScheduler(self._limits, LearnedRule() if batching is None else batching)
         self._stats = StatsRecorder()
         self._request_spec = request_spec
         self._max_pending = max_pending
@@ -221,7 +223,7 @@ class InferenceServer(BaseServer):
     @property
     def max_batch_size(self) -> int:
         """Most requests in one forward pass."""
-        return self._rule.max_batch_size
+        return self._limits.max_batch_size
 
     @property
     def address(self) -> str:
@@ -463,7 +465,7 @@ class InferenceServer(BaseServer):
             if self._queue.admission.closed is not None or self._queue.released:
                 self._queue = self._attach()
             self._updates.open()
-            thread = ModelThread(self._queue, self._rule, self._forward, self._stats, self._updates.release)
+            thread = ModelThread(self._queue, self._scheduler, self._forward, self._stats, self._updates.release)
             ready = thread.start()
             self._process, self._model_thread = os.getpid(), thread
             if (error := self._shut_down_with()) is not None:  # by one that found no thread yet

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import torch
 from tensordict import TensorDictBase
 
+from aioinfer.batching import Caller
 from aioinfer.client import CLOSED, AsyncInferenceClient, InferenceClient
 from aioinfer.errors import ClientBusyError, ClientClosedError, NoFreeSlotError
 from aioinfer.futures import Future
@@ -49,9 +50,9 @@ class _LocalTransport(Transport, InferenceTransport):
         queue.thread_sinks.append(self.thread_sink)
         super().attach(queue)
 
-    def put(self, td: TensorDictBase, receiver: Receiver, sink: TransportSink) -> None:
-        """Queue a request; raise what refuses it."""
-        self.queue.put(td, receiver, sink)
+    def put(self, td: TensorDictBase, waiter: Waiter) -> None:
+        """Queue the request of a thread that will wait; raise what refuses it."""
+        self.queue.put(td, waiter, self.thread_sink, self.thread_sink.caller())
 
     def loop_sink(self) -> LoopReplySink:
         """The one sink of the running event loop; it lives while a client or a request uses it."""
@@ -121,10 +122,10 @@ class _ThreadClient(_LocalClient):
         try:
             if wait:
                 deadline = None if timeout is None else time.monotonic() + timeout
-                transport.put_when_not_full(partial(transport.put, td, waiter, sink), deadline)
+                transport.put_when_not_full(partial(transport.put, td, waiter), deadline)
                 timeout = seconds_left(deadline)
             else:
-                transport.queue.put(td, waiter, sink)
+                transport.put(td, waiter)
             transport.queue.notify()
             outcome = waiter.wait(timeout)
         except BaseException:
@@ -151,7 +152,7 @@ class _TaskClient(_LocalAsyncClient):
         if sink is None or not sink.runs_here():
             sink = self._sink = self._transport.loop_sink()
         future: asyncio.Future[TensorDictBase] = sink.loop.create_future()
-        self._transport.queue.put(td, future, sink)
+        self._transport.queue.put(td, future, sink, sink.caller())
         sink.notify_at_end_of_tick()
         return future
 
@@ -241,6 +242,7 @@ class _Slot:
         self.holder: _Call | Future[Any] | asyncio.Future[Any] | None = None
         """The call that has the slot, until it is done, or sets this to ``None``."""
         self._reply_to: tuple[TransportSink, Receiver] | None = None
+        self._caller = Caller()
 
     def take(self, holder: _Call | Future[Any] | asyncio.Future[Any]) -> None:
         """Have the slot, until ``holder`` is done or gives it back by setting the attribute to ``None``."""
@@ -266,7 +268,7 @@ class _Slot:
         if buffer is not None:
             self.transport.queue.admission.check(td)
             td = buffer.write(self._index, td)
-        self.transport.queue.put(td, receiver, sink)
+        self.transport.queue.put(td, receiver, sink, self._caller)
 
     def close(self) -> None:
         """Give the slot to the next client that is made; idempotent."""

@@ -357,7 +357,7 @@ class RequestQueue:
     those that are pending, and those that a caller puts here because it had looked before.
 
     Any thread: ``put``, ``put_remote``, ``notify``, ``wake``, ``not_full``, ``attach``, ``pause``, ``refuse``,
-    ``close``, ``len``. Model thread only: ``wait``, ``stand_by``, ``get_batch``, ``waited``. Requests are appended and
+    ``close``, ``len``. Model thread only: ``wait``, ``stand_by``, ``get_batch``, ``oldest``. Requests are appended and
     removed without a lock, which a deque allows; the thread that removes a request settles it. A thread that counts
     requests against the bound holds ``_lock``; the model thread never waits for it, since an interrupted caller may
     hold it for as long as a signal handler runs.
@@ -498,14 +498,23 @@ class RequestQueue:
 
     # -- callers ---------------------------------------------------------------------------------------
 
-    def put(self, td: TensorDictBase, receiver: Any, sink: TransportSink) -> None:
+    def put(self, td: TensorDictBase, receiver: Any, sink: TransportSink, caller: Caller | None = None) -> None:
         """Check a request and append it; wakes no thread, see :meth:`notify`.
+
+        Args:
+            td: the request.
+            receiver: of its reply.
+            sink: by which the reply goes there.
+            caller: who makes one request after the other, if that is known.
 
         Raises:
             InferenceError: it is refused.
         """
         admission = self.admission
-        request = Request(td, receiver, sink, time.perf_counter(), caller_mode())
+        now = time.perf_counter()
+        if caller is not None:
+            caller.asked_at = now
+        request = Request(td, receiver, sink, now, caller_mode(), caller)
         if (
             admission.unchecked
             and admission.closed is None
@@ -715,12 +724,12 @@ class RequestQueue:
         for sink in self.thread_sinks:
             sink.wake_all()
 
-    def waited(self) -> float:
-        """Seconds since the oldest pending request was submitted."""
+    def oldest(self, now: float) -> float:
+        """When the oldest pending request was submitted, on the clock of ``time.perf_counter``; ``now`` if none is."""
         try:
-            return time.perf_counter() - self._requests[0].submitted_at
+            return self._requests[0].submitted_at
         except IndexError:
-            return 0.0
+            return now
 
     def get_batch(self, max_items: int) -> list[Request]:
         """Claim up to ``max_items`` requests; requests whose callers went away are dropped and don't count."""

@@ -12,6 +12,7 @@ import os
 import select
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from tensordict import TensorDictBase
 
+from aioinfer.batching import Caller
 from aioinfer.futures import Future, lock_timeout
 
 if TYPE_CHECKING:
@@ -119,6 +121,8 @@ def make_waker() -> Waker:
 Outcome: TypeAlias = "tuple[TensorDictBase | None, Exception | None]"
 """A reply or an error."""
 
+# Up to so many tasks are known as callers before those that have ended are looked for.
+_FEW_CALLERS = 256
 # How many threads a batch wakes at once; each wakes one more before it goes on. Waking all 64 at once
 # makes them and the model thread queue for the GIL: 64 000 req/s, against 84 000 with 2.
 _WAKE_WIDTH = 2
@@ -179,8 +183,8 @@ class LoopReplySink(ReplySink):
     batch. The next batch is held back for the requests that tasks are about to make: from the delivery of a batch to
     the end of the tick in which its tasks run, and from the first request of any other tick to its end.
 
-    Loop thread only: ``notify_at_end_of_tick``, ``_notifying``. Model thread, or the thread that ends a request in its
-    stead: ``set_results``, ``set_exceptions``, ``discard``.
+    Loop thread only: ``caller``, ``notify_at_end_of_tick``, ``_notifying``. Model thread, or the thread that ends a
+    request in its stead: ``set_results``, ``set_exceptions``, ``discard``.
 
     Args:
         loop: whose tasks.
@@ -192,10 +196,26 @@ class LoopReplySink(ReplySink):
         self.transport = transport
         self._notifying: list[bool] = []  # an element until the end of a tick in which there were requests
         self._thread = threading.get_ident()
+        self._callers: dict[weakref.ref[asyncio.Task[Any]], Caller] = {}
+        self._most_callers = _FEW_CALLERS
 
     def runs_here(self) -> bool:
         """Whether the caller runs on this loop, without the system call that ``get_running_loop`` makes up to 3.11."""
         return threading.get_ident() == self._thread and self.loop.is_running()
+
+    def caller(self) -> Caller | None:
+        """Who makes a request now: the running task. ``None`` outside of a task."""
+        task = asyncio.current_task(self.loop)
+        if task is None:
+            return None
+        ref = weakref.ref(task)
+        caller = self._callers.get(ref)
+        if caller is None:
+            if len(self._callers) >= self._most_callers:  # many of them have ended, perhaps
+                self._callers = {ref: caller for ref, caller in self._callers.items() if ref() is not None}
+                self._most_callers = max(_FEW_CALLERS, 2 * len(self._callers))
+            caller = self._callers[ref] = Caller()
+        return caller
 
     def notify_at_end_of_tick(self) -> None:
         """Notify the queue once, when every task that this tick wakes has run."""
@@ -369,8 +389,17 @@ class ThreadReplySink(ReplySink):
 
     def __init__(self, transport: Transport) -> None:
         self.transport = transport
+        self._callers = threading.local()
         self._asleep: deque[Waiter] = deque()
         self._unread: list[Waiter] = []  # sleeping threads, and some that have read their outcome meanwhile
+
+    def caller(self) -> Caller:
+        """Who makes a request now: this thread."""
+        try:
+            caller: Caller = self._callers.own
+        except AttributeError:
+            caller = self._callers.own = Caller()
+        return caller
 
     def set_results(self, receivers: Sequence[Waiter], replies: Sequence[TensorDictBase]) -> None:
         self._forget_awake()

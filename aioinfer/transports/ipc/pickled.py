@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from multiprocessing.context import BaseContext
@@ -11,12 +12,13 @@ from typing import Any
 
 from tensordict import TensorDictBase
 
+from aioinfer.batching import Caller
 from aioinfer.errors import InvalidRequestError, clone_exception
 from aioinfer.interaction_type import MODES
 from aioinfer.ipc.pickling import dumps, loads, loads_or
 from aioinfer.ipc.sockets import NUMBER, Listener, frame, header
 from aioinfer.transports.ipc.connection import ClientCodec, OutgoingRequest
-from aioinfer.transports.ipc.protocol import FromServer, StatusPage
+from aioinfer.transports.ipc.protocol import CLIENT_INDEX, FromServer, StatusPage
 from aioinfer.transports.ipc.server import ProcessTransport, RemoteRequest, ServerCodec, ServerConnection
 
 __all__ = ["MPTransport"]
@@ -61,6 +63,7 @@ class _PickleServerCodec(ServerCodec):
     def __init__(self, connection: ServerConnection) -> None:
         self._connection = connection
         self._requests: dict[int, RemoteRequest] = {}
+        self._callers: defaultdict[int, Caller] = defaultdict(Caller)  # by client
 
     def accept(self, endpoint_id: bytes, count: int, layouts: str) -> tuple[Any, Sequence[int]]:
         if layouts:
@@ -69,11 +72,14 @@ class _PickleServerCodec(ServerCodec):
 
     def decode(self, headers: Sequence[int]) -> Sequence[RemoteRequest]:
         now = time.perf_counter()
-        requests = [
-            RemoteRequest(None, self._connection, first & NUMBER, now, MODES[first >> 56 & 15]) for first in headers
-        ]
-        for request in requests:
-            self._requests[request.number] = request
+        requests: list[RemoteRequest] = []
+        for first in headers:
+            number = first & NUMBER
+            caller = self._callers[number & CLIENT_INDEX]
+            caller.asked_at = now
+            request = RemoteRequest(None, self._connection, number, now, MODES[first >> 56 & 15], caller)
+            self._requests[number] = request
+            requests.append(request)
         return requests
 
     def check(self, request: RemoteRequest, payload: bytes | None) -> None:

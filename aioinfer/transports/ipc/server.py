@@ -17,6 +17,7 @@ from typing import Any, NoReturn, Self
 import anyio
 from tensordict import TensorDictBase
 
+from aioinfer.batching import Caller
 from aioinfer.client import AsyncInferenceClient, ClientMaker, InferenceClient
 from aioinfer.errors import InvalidRequestError, ServerClosedError, clone_exception
 from aioinfer.interaction_type import Mode
@@ -48,8 +49,16 @@ class RemoteRequest(Request):
 
     __slots__ = ("cancelled", "number")
 
-    def __init__(self, td: Any, connection: ServerConnection, number: int, submitted_at: float, mode: Mode) -> None:
-        super().__init__(td, self, connection, submitted_at, mode)
+    def __init__(
+        self,
+        td: Any,
+        connection: ServerConnection,
+        number: int,
+        submitted_at: float,
+        mode: Mode,
+        caller: Caller | None = None,
+    ) -> None:
+        super().__init__(td, self, connection, submitted_at, mode, caller)
         self.number = number
         self.cancelled = False
 

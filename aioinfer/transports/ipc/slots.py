@@ -17,6 +17,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
+from aioinfer.batching import Caller
 from aioinfer.errors import InvalidRequestError, ModelError, NoFreeSlotError
 from aioinfer.interaction_type import MODES
 from aioinfer.ipc.memory import AnonymousSharedMemory
@@ -316,10 +317,12 @@ class SlotTable:
 class SlotRequest(RemoteRequest):
     """A request in a slot; used again and again, as long as the one before is over."""
 
+    caller: Caller
+
     __slots__ = ("slot", "store", "under_way")
 
-    def __init__(self, connection: ServerConnection, slot: int, table: SlotTable) -> None:
-        super().__init__(table.requests.row(slot), connection, 0, 0.0, None)
+    def __init__(self, connection: ServerConnection, slot: int, table: SlotTable, caller: Caller) -> None:
+        super().__init__(table.requests.row(slot), connection, 0, 0.0, None, caller)
         self.slot = slot
         self.store = table
         self.under_way = False
@@ -338,11 +341,11 @@ class _SlotServerCodec(ServerCodec):
         if layouts != (ours := self._transport.client_codec().layouts):
             raise InvalidRequestError(f"the server at this address has {ours}; the client was made for {layouts}")
         self._slots = self._transport.acquire_slots(endpoint_id, count)
-        self._requests = [self._request(slot) for slot in self._slots]
+        self._requests = [self._request(slot, Caller()) for slot in self._slots]
         return self._slots, [self._transport.status.memory.fd, self._table.memory.fd]
 
-    def _request(self, slot: int) -> SlotRequest:
-        return SlotRequest(self._connection, slot, self._table)
+    def _request(self, slot: int, caller: Caller) -> SlotRequest:
+        return SlotRequest(self._connection, slot, self._table, caller)
 
     def decode(self, headers: Sequence[int]) -> Sequence[SlotRequest]:
         requests, times = self._requests, self._times
@@ -351,10 +354,10 @@ class _SlotServerCodec(ServerCodec):
             request = requests[first & CLIENT_INDEX]
             if request.under_way:  # its caller gave it up, or this one could not come
                 request.cancelled = True
-                request = requests[first & CLIENT_INDEX] = self._request(request.slot)
+                request = requests[first & CLIENT_INDEX] = self._request(request.slot, request.caller)
             request.number = first & NUMBER
             request.mode = MODES[first >> 56 & 15]
-            request.submitted_at = times[request.slot]
+            request.submitted_at = request.caller.asked_at = times[request.slot]
             request.under_way = True
             request.cancelled = False
             decoded.append(request)
