@@ -88,6 +88,36 @@ def closed_loop_threads(callers: Sequence[Call], requests: Sequence[Any]) -> Ite
         thread.result()
 
 
+class TimedCall:
+    """A blocking client that notes the latency of each reply, and then thinks.
+
+    The thread of its caller uses it; any other one may take the latencies.
+
+    Args:
+        call: the client.
+        think_time: seconds until it returns the reply, which are no part of the latency.
+    """
+
+    def __init__(self, call: Call, think_time: float = 0.0) -> None:
+        self._call = call
+        self._think_time = think_time
+        self._latencies: list[float] = []
+
+    def __call__(self, request: Any) -> Any:
+        started = time.perf_counter()
+        reply = self._call(request)
+        self._latencies.append(time.perf_counter() - started)
+        if self._think_time:
+            time.sleep(self._think_time)
+        return reply
+
+    def take(self) -> list[float]:
+        """The latencies since this was last called."""
+        taken = self._latencies[:]
+        del self._latencies[: len(taken)]
+        return taken
+
+
 def thread_latencies(call: Call, request: Any, warm_up: float, seconds: float) -> list[float]:
     """Latencies of one blocking caller."""
     _until(time.perf_counter() + warm_up, lambda: call(request))
@@ -160,15 +190,6 @@ async def open_loop_latencies(caller: TaskCaller, request: Any, times: Sequence[
         send(measured=at >= warm_up)
     await asyncio.gather(*pending)
     return latencies
-
-
-def forward_rate(forward: Call, batch: Any, warm_up: float, seconds: float) -> float:
-    """Rows per second of forward passes on a ready batch ``[B]``."""
-    with torch.no_grad():
-        _until(time.perf_counter() + warm_up, lambda: forward(batch))
-        started = time.perf_counter()
-        passes = _until(started + seconds, lambda: forward(batch))
-        return float(passes * batch.batch_size[0] / (time.perf_counter() - started))
 
 
 _SETTLE = 0.05  # seconds for tasks to get into step, and for the work that may follow an update

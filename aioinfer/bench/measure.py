@@ -16,6 +16,7 @@ import asyncio
 import json
 import multiprocessing
 import os
+import statistics
 import sys
 import time
 from collections import deque
@@ -50,14 +51,14 @@ def measure(job: Job) -> Figures:
     """Make one measurement.
 
     Returns:
-        ``rate`` in requests/s; or ``p50`` and ``p99`` in seconds over ``count`` requests or updates; or ``gap`` in
-        seconds. Beside them, the figures that they are compared with: ``quiet rate``, ``memcpy``.
+        ``rate`` in requests/s, or ``p50`` and ``p99`` in seconds over ``count`` requests or updates, or all of these;
+        or ``gap`` in seconds. Beside them, the figures that they are compared with: ``quiet rate``, ``memcpy``.
     """
     torch.manual_seed(job.seed)
     workload = named(job.workload)
     policy = Policy(workload.model, workload.weights)
     if job.system == System.BARE:
-        return {"rate": load.forward_rate(policy.module, policy.request(workload.callers), job.warm_up, job.seconds)}
+        return _measure_bare(job, workload, policy)
     if workload.processes:
         return _measure_processes(job, workload, policy)
     if workload.pattern in (Pattern.THREADS, Pattern.ONE_THREAD):
@@ -69,6 +70,15 @@ def measure(job: Job) -> Figures:
     if workload.pattern is Pattern.GAP:
         return asyncio.run(weights.measure_gap(job, workload, policy))
     return asyncio.run(_measure_tasks(job, workload, policy))
+
+
+def _measure_bare(job: Job, workload: Workload, policy: Policy) -> Figures:
+    """What callers would get if all of them were in each forward pass, and nothing but the model took any time."""
+    batch = policy.request(workload.callers)
+    with torch.no_grad():
+        passes = load.thread_latencies(policy.module, batch, job.warm_up, job.seconds)
+    rate = workload.callers / (statistics.fmean(passes) + workload.think_time)
+    return {"rate": rate, **(percentiles(passes) if workload.has_latencies else {})}
 
 
 def _measure_threads(job: Job, workload: Workload, policy: Policy) -> Figures:
@@ -92,12 +102,12 @@ async def _measure_tasks(job: Job, workload: Workload, policy: Policy) -> Figure
         return {"rate": await load.task_rate(callers, requests, job.warm_up, job.seconds)}
 
 
-_Count: TypeAlias = tuple[float, int]
-"""The time, and the number of replies until then."""
+_Count: TypeAlias = tuple[float, int, list[float]]
+"""The time, the number of replies until then, and the latencies of those since the last count, if measured."""
 
 
 def _measure_processes(job: Job, workload: Workload, policy: Policy) -> Figures:
-    """``rate``, or ``p50`` and ``p99`` of one caller."""
+    """``rate``, ``p50`` and ``p99``; one caller has no rate, and where no latency is compared there is none."""
     each = workload.callers // workload.processes
     awaiting = workload.pattern is Pattern.TASKS
     context = multiprocessing.get_context("fork")
@@ -116,7 +126,8 @@ def _measure_processes(job: Job, workload: Workload, policy: Policy) -> Figures:
         time.sleep(job.seconds)
         after = _ask_all(peers, "count")
         _ask_all(peers, "end")
-    return {"rate": sum(map(reply_rate, before, after))}
+    latencies = [latency for *_, measured in after for latency in measured]
+    return {"rate": sum(map(reply_rate, before, after)), **(percentiles(latencies) if latencies else {})}
 
 
 def _ask_all(peers: Sequence[PeerProcess], question: str) -> list[Any]:
@@ -144,8 +155,11 @@ def run_callers(pipe: Pipe, job: Job, workload: Workload, policy: Policy, client
         pipe.send(load.thread_latencies(clients[0], requests[0], job.warm_up, job.seconds))
         return
     callers = _multiplex(job.way, clients)
+    timed: list[load.TimedCall] = []
+    if workload.think_time or workload.has_latencies:
+        callers = timed = [load.TimedCall(call, workload.think_time) for call in callers]
     with load.closed_loop_threads(callers, requests[: len(callers)]) as replies:
-        _report_counts(pipe, replies)
+        _report_counts(pipe, replies, timed if workload.has_latencies else ())
     pipe.send("ended")
 
 
@@ -157,9 +171,10 @@ async def _run_tasks(pipe: Pipe, policy: Policy, clients: Sequence[Any], request
     pipe.send("ended")
 
 
-def _report_counts(pipe: Pipe, replies: Callable[[], int]) -> None:
+def _report_counts(pipe: Pipe, replies: Callable[[], int], timed: Sequence[load.TimedCall] = ()) -> None:
     while pipe.recv() == "count":
-        pipe.send((time.perf_counter(), replies()))
+        count: _Count = time.perf_counter(), replies(), [latency for call in timed for latency in call.take()]
+        pipe.send(count)
 
 
 def _multiplex(way: str, clients: Sequence[Any]) -> Sequence[Callable[[Any], Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from itertools import pairwise
 
 import torch
@@ -15,12 +16,15 @@ _LAYERS: dict[str, tuple[list[int], type[nn.Module]]] = {
     "tiny": ([4, 2], nn.Identity),
     "mlp": ([64, 256, 256, 8], nn.Tanh),
     "big": ([256, 1024, 1024, 1024, 16], nn.ReLU),
+    "slow": ([4, 2], nn.Identity),
 }
 _IMAGE = (3, 84, 84)
+_PASS_TIME = 0.01
+"""Seconds of a pass of the slow model, whatever the batch, during which it uses neither the GIL nor a core."""
 
 
 class Policy:
-    """One of the models ``tiny``, ``mlp``, ``big`` and ``cnn``, with requests for it.
+    """One of the models ``tiny``, ``mlp``, ``big``, ``slow`` and ``cnn``, with requests for it.
 
     Args:
         name: the model's name.
@@ -36,6 +40,8 @@ class Policy:
         else:
             widths, activation = _LAYERS[name]
             network, self._inputs, self._outputs = _dense(widths, activation), (widths[0],), widths[-1]
+        if name == "slow":
+            network = nn.Sequential(_Device(), network)
         self.module = TensorDictModule(network, in_keys=["observation"], out_keys=["action"])
         if weights is not None:
             self.module.ballast = _ballast(self.module, weights)
@@ -82,6 +88,14 @@ class _Brightness(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         return image.float().div_(255)
+
+
+class _Device(nn.Module):
+    """Stands for a pass on another device: the thread sleeps."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        time.sleep(_PASS_TIME)
+        return inputs
 
 
 def _ballast(module: nn.Module, weights: WeightSet) -> nn.ParameterList:

@@ -245,7 +245,7 @@ def _notes(results: Results) -> list[str]:
     comparisons = results.comparisons
     served = [each for each in comparisons if each.workload.pattern is not Pattern.BARE]
     notes = [f"{each.workload.summary}: {_bare_rate(each)}" for each in comparisons if each not in served]
-    notes += [_torchrl_share(each, metric) for each, metric in _judged(results) if metric.against is System.BARE]
+    notes += [_torchrl_beside_bare(each, metric) for each, metric in _judged(results) if metric.against is System.BARE]
     kept = [
         f"{each.workload.name} {' / '.join(entry.way for name, entry in each.entries.items() if name != System.BARE)}"
         for each in served
@@ -294,10 +294,11 @@ def _bare_rate(comparison: Comparison) -> str:
     return "-" if rate is None else f"{rate.value:,.0f} rows/s ({rate.least:,.0f} to {rate.most:,.0f})"
 
 
-def _torchrl_share(comparison: Comparison, metric: Metric) -> str:
-    share = comparison.ratio(metric, System.TORCHRL)
-    rate = _figure(comparison, System.TORCHRL, metric.figure)
-    return f"{comparison.workload.name}: torchrl's share is {_short(share.value)}, {rate}" if share else ""
+def _torchrl_beside_bare(comparison: Comparison, metric: Metric) -> str:
+    ratio = comparison.ratio(metric, System.TORCHRL)
+    figure = _figure(comparison, System.TORCHRL, metric.figure)
+    name = f"{comparison.workload.name}: torchrl's {metric.figure}"
+    return f"{name} is {figure}, {_short(ratio.value)} of the bare model's" if ratio else ""
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:

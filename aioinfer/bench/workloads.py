@@ -102,6 +102,7 @@ class Workload:
         swap: whether our server has ``swap_weights=True``.
         processes: number of other processes that share the callers; with 0 they are in the server's. Awaiting callers
             have one event loop in each.
+        think_time: seconds from a reply to the next request of a blocking caller in another process.
     """
 
     name: str
@@ -117,11 +118,17 @@ class Workload:
     weights: WeightSet | None = None
     swap: bool = False
     processes: int = 0
+    think_time: float = 0.0
 
     @property
     def shares_cores(self) -> bool:
         """Whether other processes take part."""
         return self.weights is not None or self.processes > 0
+
+    @property
+    def has_latencies(self) -> bool:
+        """Whether latencies are measured, perhaps beside a rate."""
+        return any(metric.figure.startswith("p") for metric in self.metrics)
 
     def ways(self, system: System) -> tuple[str, ...]:
         """The transports or schemes by which ``system`` is tried on this workload; empty if it takes no part."""
@@ -168,6 +175,34 @@ def _awaiting(name: str, summary: str, callers: int, metrics: tuple[Metric, ...]
     return Workload(name, summary, Pattern.TASKS, model, callers, metrics, ("process slots",), ways, processes=2)
 
 
+def _slow(
+    name: str,
+    summary: str,
+    pattern: Pattern,
+    metrics: tuple[Metric, ...],
+    way: str = "threading",
+    *,
+    callers: int = 8,
+    torchrl: bool = False,
+    processes: int = 0,
+    think_time: float = 0.0,
+) -> Workload:
+    """A pass of 10 ms, whatever the batch. The bare model is what all callers in one batch would get."""
+    return Workload(
+        name,
+        f"{summary}, passes of 10 ms",
+        pattern,
+        "slow",
+        callers,
+        metrics,
+        (way,),
+        (way,) if torchrl else (),
+        stretch=0.7,
+        processes=processes,
+        think_time=think_time,
+    )
+
+
 def _send(name: str, summary: str, tensors: int, bar: float, aim: float) -> Workload:
     """``send(sync=True)`` of 1 MB until applied, over torchrl's scheme."""
     metrics, weights = (Metric("p50", bar, aim),), WeightSet(1_000_000, tensors)
@@ -190,6 +225,8 @@ def _bare(model: str, rows: int) -> Workload:
 
 
 _THREADING = ("threading",)
+_TOGETHER = Metric("rate", 0.875, 0.95, System.BARE)
+_ALONE = Metric("p50", 1.1, 1.04, System.BARE)
 _COPY = Metric("p50", 3, 1.6, System.OURS, over="memcpy")
 _GAP = Metric("gap", 1.5, 0.05, System.OURS, over="memcpy")
 
@@ -232,6 +269,45 @@ WORKLOADS: tuple[Workload, ...] = (
     _awaiting("processes-2x16", "2 processes of 16 asyncio tasks, mlp", 32, _rate(4, 6)),
     _awaiting("processes-2x64", "2 processes of 64 asyncio tasks, mlp", 128, _rate(6, 9)),
     _awaiting("processes-images", "2 processes of 16 asyncio tasks, uint8 [3, 84, 84], cnn", 32, _rate(2, 4), "cnn"),
+    _slow("slow-tasks-8", "8 asyncio tasks", Pattern.TASKS, (_TOGETHER,), torchrl=True),
+    _slow("slow-threads-8", "8 blocking threads", Pattern.THREADS, (_TOGETHER,), torchrl=True),
+    _slow(
+        "slow-processes-8",
+        "8 processes, one blocking caller each",
+        Pattern.THREADS,
+        (Metric("rate", 0.8, 0.9, System.BARE), Metric("p50", 1.28, 1.12, System.BARE)),
+        "process slots",
+        torchrl=True,
+        processes=8,
+    ),
+    _slow(
+        "slow-processes-8-pickles",
+        "8 processes, one blocking caller each, pickled",
+        Pattern.THREADS,
+        (Metric("rate", 0.8, 0.9, System.BARE), Metric("p50", 1.28, 1.12, System.BARE)),
+        "pickles",
+        processes=8,
+    ),
+    _slow(
+        "slow-processes-8-thinking",
+        "8 processes, each of which thinks for 3 ms between requests",
+        Pattern.THREADS,
+        (_TOGETHER,),
+        "process slots",
+        processes=8,
+        think_time=0.003,
+    ),
+    _slow("slow-one-thread", "one blocking caller", Pattern.ONE_THREAD, (_ALONE,), callers=1),
+    _slow("slow-one-task", "one awaiting caller", Pattern.ONE_TASK, (_ALONE,), callers=1),
+    _slow(
+        "slow-process-one",
+        "one blocking caller in another process",
+        Pattern.ONE_THREAD,
+        (_ALONE,),
+        "process slots",
+        callers=1,
+        processes=1,
+    ),
     _send("weights-1mb-8", "1 MB in 8 tensors until applied in another process", 8, 1.0, 0.4),
     _send("weights-1mb-200", "1 MB in 200 tensors until applied in another process", 200, 0.5, 0.25),
     _large("weights-420mb", "420 MB until applied in another process", _COPY, "queues", swap=False),

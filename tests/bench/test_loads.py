@@ -92,6 +92,15 @@ async def test_gaps_are_measured_with_and_without_an_update() -> None:
     assert 0 < without < time.perf_counter() - started
 
 
+def test_each_latency_of_a_timed_call_is_taken_once() -> None:
+    timed = load.TimedCall(str.upper, think_time=1e-9)
+    assert [timed("a"), timed("b")] == ["A", "B"]
+    assert len(timed.take()) == 2
+    assert timed.take() == []
+    timed("c")
+    assert len(timed.take()) == 1
+
+
 def test_a_reply_that_is_none_is_not_measured() -> None:
     policy = Policy("tiny")
     with pytest.raises(RuntimeError, match=r"shape \[3, 2\], expected \[2\]"):
@@ -108,6 +117,13 @@ def test_ours_is_measured_on_every_transport(name: str, way: str) -> None:
 def test_ours_and_the_bare_model_are_measured_where_there_is_one_way() -> None:
     assert set(measure.measure(job("open-loop"))) == {"p50", "p99", "count"}
     assert measure.measure(job("bare-tiny-64", System.BARE, "none"))["rate"] > 0
+
+
+def test_what_all_callers_in_one_batch_would_get_counts_what_they_think_between() -> None:
+    assert set(measure.measure(job("slow-processes-8", System.BARE, "none"))) == {"rate", "p50", "p99", "count"}
+    thinking = BY_NAME["slow-processes-8-thinking"]
+    (rate,) = measure.measure(job(thinking.name, System.BARE, "none")).values()
+    assert 0 < rate < thinking.callers / (0.01 + thinking.think_time)
 
 
 # -- with a trainer ------------------------------------------------------------------------------------

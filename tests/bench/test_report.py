@@ -86,10 +86,10 @@ def test_a_gap_is_reported_beside_the_gap_without_an_update() -> None:
     assert "weights-gap-swap: the longest gap in as long a time without an update is 0.500 ms" in shown
 
 
-def test_the_share_of_the_bare_forward_also_shows_that_of_torchrl() -> None:
+def test_beside_the_share_of_the_bare_forward_that_of_torchrl_is_shown() -> None:
     shown = report.text(results(comparison("tasks-big", aioinfer=[900.0], torchrl=[500.0], bare=[1000.0])))
     assert "0.90" in shown
-    assert "torchrl's share is 0.50" in shown
+    assert "tasks-big: torchrl's rate is 500/s, 0.50 of the bare model's" in shown
 
 
 def test_without_torchrl_its_column_is_empty_and_ours_is_there() -> None:
