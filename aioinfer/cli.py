@@ -1,4 +1,4 @@
-"""The command ``aioinfer``: a demo on real environments, and the benchmark."""
+"""The command ``aioinfer``: a demo on real environments, the benchmark, and a simulation of rules for batches."""
 
 from __future__ import annotations
 
@@ -44,10 +44,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     import argparse
 
     from aioinfer import bench, demo
+    from aioinfer.bench import simulation
 
     parser = argparse.ArgumentParser(prog="aioinfer", description="One PyTorch policy, served to many callers at once.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, module in (("demo", demo), ("bench", bench)):
+    for name, module in (("demo", demo), ("bench", bench), ("simulate", simulation)):
         summary = (module.__doc__ or "").splitlines()[0]
         command = commands.add_parser(name, help=summary, description=summary)
         module.add_arguments(command)
