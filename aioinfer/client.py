@@ -43,6 +43,11 @@ def _only(transport: Any) -> Any:
 class _Handle(metaclass=_ClientType):
     """A handle on a transport. To copy it gives the same object, since a copy could not have a slot of its own."""
 
+    @property
+    def max_rows(self) -> int | None:
+        """How many rows a request of this client may have at most; ``None``: as many as it likes."""
+        return None
+
     def __copy__(self) -> Self:
         return self
 
@@ -76,11 +81,14 @@ class InferenceClient(_Handle):
         """Send one request without waiting for its reply.
 
         Args:
-            td: one request, without batch dimension unless the server's ``request_spec`` has one. It
-                belongs to the server until the reply is there: don't write to it before.
+            td: one row, ``[]``; or any number of rows, ``[n]``, of which each forward pass serves as many as it
+                takes (``max_batch_size``), all of them in one if it can. Where the server's ``request_spec`` has a
+                batch size ``[*size]``, a row is ``[*size]``, and rows are ``[n, *size]``. It belongs to the
+                server until the reply is there: don't write to it before.
 
         Returns:
-            A future of the standard library that resolves to the reply. Cancelling it before its batch
+            A future of the standard library that resolves to the reply: one row, or ``[n]`` rows in the order of the
+            request, each with the version of the weights that computed it. Cancelling it before its batch
             left keeps the request from being computed; later, its reply is thrown away.
 
         Where the server refuses the request, the future fails with :class:`ServerOverloadedError`,

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 
-from tensordict import TensorDictBase
+import torch
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import nn
@@ -17,9 +18,21 @@ from torch import nn
 from aioinfer.devices import Model, Placement
 from aioinfer.errors import InvalidRequestError, ModelError, describe
 from aioinfer.interaction_type import use_mode
-from aioinfer.tensors import UnlikeRequestsError, VersionTensorCache, check_output, group_by_layout, rows, stack
+from aioinfer.modes import long_lived
+from aioinfer.tensors import (
+    UnlikeRequestsError,
+    VersionTensorCache,
+    check_output,
+    concatenate,
+    empty_rows,
+    group_by_layout,
+    rows,
+    split,
+    stack,
+    unbind,
+)
 from aioinfer.transports.ipc.slots import SlotTable
-from aioinfer.transports.queue import WRITTEN_IN_PLACE, Request
+from aioinfer.transports.request import WRITTEN_IN_PLACE, Request
 
 __all__ = ["CollateFn", "ForwardPass", "Outcome"]
 
@@ -36,6 +49,10 @@ class Outcome:
     replies: Sequence[TensorDictBase] | None
     error: BaseException | None
     seconds: float
+    rows: int
+    """Of the requests."""
+    parts: int
+    """How many of the requests are parts of one that has too many rows."""
 
 
 class ForwardPass:
@@ -44,7 +61,7 @@ class ForwardPass:
     Args:
         model: batched TensorDict to batched TensorDict.
         placement: where it runs.
-        collate_fn: list of requests to a batch, whatever their layouts; ``None`` stacks those of like layout.
+        collate_fn: list of rows to a batch, whatever their layouts; ``None`` stacks those of like layout.
         out_keys: the entries that replies have; ``None``: the model's ``out_keys`` if it is a TensorDict module,
             else all that it returns.
         version_key: the entry of replies that says which weights computed them; ``None``: none does.
@@ -81,6 +98,7 @@ class ForwardPass:
         self._split_failed_batches = split_failed_batches
         self._look = look
         self._warned = False
+        self._empty: TensorDict | None = None
 
     @property
     def _takes_tensordicts(self) -> bool:
@@ -105,12 +123,13 @@ class ForwardPass:
 
     def _outcomes(self, requests: Sequence[Request], *, again: bool = False) -> Iterator[Outcome]:
         started = time.perf_counter()
+        batched = any([request.batched for request in requests])  # noqa: C419 - faster
         try:
-            replies = self._replies(requests)
+            replies = self._replies(requests, batched)
         except BaseException as error:  # also SystemExit: it must end these requests, not the model thread
             failure = self._explained(error)
         else:
-            yield Outcome(requests, replies, None, time.perf_counter() - started)
+            yield _outcome(requests, replies, None, time.perf_counter() - started, batched)
             return
         try:
             seconds = time.perf_counter() - started
@@ -119,7 +138,8 @@ class ForwardPass:
                 failure = InvalidRequestError("the request can't be stacked to a batch")
             if not isinstance(failure, UnlikeRequestsError):
                 rerun = set(map(id, chain.from_iterable(parts)))
-                yield Outcome([request for request in requests if id(request) not in rerun], None, failure, seconds)
+                left = [request for request in requests if id(request) not in rerun]
+                yield _outcome(left, None, failure, seconds, batched)
             served = True
             for part in parts:
                 for outcome in self._outcomes(part, again=again or not isinstance(failure, UnlikeRequestsError)):
@@ -133,7 +153,7 @@ class ForwardPass:
     def _parts(self, requests: Sequence[Request], failure: BaseException) -> list[Sequence[Request]]:
         """Which of the requests that have failed together run again, and which of them together."""
         if isinstance(failure, UnlikeRequestsError):
-            groups = group_by_layout([request.td for request in requests])
+            groups = group_by_layout([request.td for request in requests], _batched(requests))
             if len(groups) > 1:
                 return [[requests[i] for i in group] for group in groups]
         if isinstance(failure, ModelError):  # what it returned says nothing about which request is to blame
@@ -168,26 +188,60 @@ class ForwardPass:
                 describe(failure),
             )
 
-    def _replies(self, requests: Sequence[Request]) -> Sequence[TensorDictBase]:
-        count, store = len(requests), requests[0].store
+    def _replies(self, requests: Sequence[Request], batched: bool) -> Sequence[TensorDictBase]:
+        store = requests[0].store
+        count = sum([request.rows for request in requests]) if batched else len(requests)
         if store is None or any([request.store is not store for request in requests]):  # noqa: C419 - faster
-            batch, split = self._collate([request.td for request in requests]), self._split
+            batch = self._collate(requests, batched)
+            make = partial(self._split_rows, requests) if batched else self._split
         else:
-            batch, split = self._gather(store, requests), partial(self._scatter, store, requests)
+            batch, make = self._gather(store, requests), partial(self._scatter, store, requests)
         with use_mode(requests[0].mode):
-            return self._placement.run(self._model, batch, lambda output: check_output(output, count), split)
+            return self._placement.run(self._model, batch, lambda output: check_output(output, count), make)
 
     def _split(self, output: TensorDictBase) -> Sequence[TensorDictBase]:
-        if missing := self._required - set(output.keys()) if self._required else ():
-            raise ModelError(f"out_keys names {sorted(missing)}, the model returned {sorted(map(str, output.keys()))}")
+        self._check_keys(output)
         if self._version_key is None:
             return rows(output, self._keys)
         tensors = self._version_tensors.make(self._version(), output.batch_size, output.device)
         return rows(output, self._keys, {self._version_key: tensors})
 
+    def _split_rows(self, requests: Sequence[Request], output: TensorDictBase) -> Sequence[TensorDictBase]:
+        """Do as :meth:`_split`, where some of the requests have a dimension of rows."""
+        self._check_keys(output)
+        sizes = [request.rows if request.batched else None for request in requests]
+        if self._version_key is None:
+            return split(output, sizes, self._keys)
+        version, size, device = self._version(), output.batch_size[1:], output.device
+        single = self._version_tensors.make(version, torch.Size((max(1, sizes.count(None)), *size)), device)
+        left = iter(single)
+        tensors = [
+            next(left)
+            if rows is None
+            else torch.full((rows, *size), version, dtype=torch.int64, device=device or torch.device("cpu"))
+            for rows in sizes
+        ]
+        return split(output, sizes, self._keys, {self._version_key: tensors})
+
+    def _check_keys(self, output: TensorDictBase) -> None:
+        if missing := self._required - set(output.keys()) if self._required else ():
+            raise ModelError(f"out_keys names {sorted(missing)}, the model returned {sorted(map(str, output.keys()))}")
+        if self._empty is None:
+            with long_lived():
+                self._empty = empty_rows(output, self._keys)
+
+    def empty_reply(self, size: torch.Size) -> TensorDictBase:
+        """The reply to a request ``[0, *size]``, with the entries that the first pass has shown. Any thread."""
+        known = self._empty
+        reply = TensorDict({}, batch_size=(0, *size)) if known is None else known.clone()
+        if self._version_key is not None:
+            device = reply.device or torch.device("cpu")
+            reply[self._version_key] = torch.zeros(reply.batch_size, dtype=torch.int64, device=device)
+        return reply
+
     def _gather(self, store: SlotTable, requests: Sequence[Request]) -> TensorDictBase:
         if self._collate_fn is not None:
-            return self._collate_fn([request.td for request in requests])
+            return self._collate_fn(_rows(requests))
         return self._placement.build(lambda allocate: store.gather(requests, allocate))
 
     def _scatter(
@@ -196,15 +250,40 @@ class ForwardPass:
         store.scatter(requests, output, self._keys, self._version())
         return [WRITTEN_IN_PLACE] * len(requests)
 
-    def _collate(self, tds: list[TensorDictBase]) -> TensorDictBase:
+    def _collate(self, requests: Sequence[Request], batched: bool) -> TensorDictBase:
         if self._collate_fn is not None:
-            return self._collate_fn(tds)
+            return self._collate_fn(_rows(requests))
+        tds = [request.td for request in requests]
         try:
-            return self._placement.build(partial(stack, tds))
+            return self._placement.build(
+                partial(concatenate, tds, _batched(requests)) if batched else partial(stack, tds)
+            )
         except RuntimeError:
-            if len(group_by_layout(tds)) > 1:
+            if len(group_by_layout(tds, _batched(requests))) > 1:
                 raise UnlikeRequestsError("requests of unlike layout can't be stacked") from None
             raise
+
+
+def _outcome(
+    requests: Sequence[Request],
+    replies: Sequence[TensorDictBase] | None,
+    error: BaseException | None,
+    seconds: float,
+    batched: bool,
+) -> Outcome:
+    if not batched:
+        return Outcome(requests, replies, error, seconds, len(requests), 0)
+    rows, parts = sum([request.rows for request in requests]), sum([request.is_part for request in requests])
+    return Outcome(requests, replies, error, seconds, rows, parts)
+
+
+def _batched(requests: Sequence[Request]) -> list[bool]:
+    return [request.batched for request in requests]
+
+
+def _rows(requests: Sequence[Request]) -> list[TensorDictBase]:
+    """The rows of requests, each a TensorDict of its own."""
+    return unbind([request.td for request in requests], _batched(requests))
 
 
 def _entry(key: NestedKey) -> str:

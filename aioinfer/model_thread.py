@@ -21,7 +21,8 @@ from aioinfer.errors import ServerClosedError, clone_exception, describe
 from aioinfer.forward import ForwardPass, Outcome
 from aioinfer.futures import Future
 from aioinfer.stats import BatchRecord, StatsRecorder
-from aioinfer.transports.queue import Request, RequestQueue, set_exceptions, set_results
+from aioinfer.transports.queue import RequestQueue
+from aioinfer.transports.request import Request, set_exceptions, set_results
 
 __all__ = ["ModelThread", "Pause", "PendingPolicy", "check_policy"]
 
@@ -138,7 +139,7 @@ class ModelThread:
         with self._lock:
             self._terminated = error
             requests, self._unsettled = self._unsettled, ()
-        self._stats.fail(len(requests))
+        self._stats.fail(sum(not request.is_part for request in requests))
         self._fail(requests, error)
         try:
             self._queue.detach(error)  # last: it sees to it that the errors leave
@@ -261,7 +262,7 @@ class ModelThread:
             ):
                 if requests := self._queue.get_batch(min(left, self._max_batch_size)):
                     self._reply(requests, DispatchReason.DRAIN)
-                    left -= len(requests)
+                left = left - sum(request.rows for request in requests) if requests else 0
         finally:
             self._pauses.add(pause)
             if pause not in self._asked_pauses:  # it was given up meanwhile
@@ -313,7 +314,7 @@ class ModelThread:
             for outcome in self._forward(requests):
                 self._passes += 1
                 if outcome.error is None:
-                    self._scheduler.on_pass(sum([request.rows for request in outcome.requests]), outcome.seconds)
+                    self._scheduler.on_pass(outcome.rows, outcome.seconds)
                 if self._alternate:
                     self._seconds_alone = outcome.seconds
                 if not self._claim(outcome):  # terminated, and what is left need not be computed
@@ -352,7 +353,9 @@ class ModelThread:
                     forward=outcome.seconds,
                     settled_at=settled_at,
                     ok=outcome.error is None,
-                    cancelled=sum([request.receiver.done() for request in outcome.requests]),
+                    cancelled=sum([request.receiver.done() and not request.is_part for request in outcome.requests]),
+                    rows=outcome.rows,
+                    parts=outcome.parts,
                 )
             )
             if outcome.replies is not None:

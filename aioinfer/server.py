@@ -452,7 +452,13 @@ class InferenceServer(BaseServer):
     # -- the model thread ------------------------------------------------------------------------------
 
     def _attach(self) -> RequestQueue:
-        admission = Admission(self._request_spec, self._max_pending, self._stats, self.policy_version_key)
+        admission = Admission(
+            self._request_spec,
+            self._max_pending,
+            self._stats,
+            self.policy_version_key,
+            empty_reply=self._forward.empty_reply,
+        )
         several = sum(isinstance(transport, ProcessTransport) for transport in self._attached) > 1
         queue = RequestQueue(admission, self.max_batch_size, Selector() if several else None)
         queue.attach(self._attached)

@@ -43,16 +43,16 @@ class ServerStats:
     """A snapshot of a server's statistics since it was made, or since the last reset.
 
     Attributes:
-        ok: requests answered with a reply.
+        ok: requests answered with a reply, whatever their number of rows.
         failed: requests answered with an error: the model's, or that the server closed.
         cancelled: requests whose caller cancelled them, or whose deadline passed, before the answer.
         rejected: requests refused at ``submit``: invalid, or the queue was full; or by a pause.
-        pending: requests that wait for a batch now.
+        pending: rows that wait for a batch now; a request without a dimension of rows is one.
         batches: forward passes by the reason of their dispatch, failed ones included.
         failed_passes: forward passes that raised. Where the model raises on several requests, their halves run again: a
             model that can't batch takes ``2n - 1`` passes for ``n`` requests, of which ``n - 1`` fail.
-        mean_batch_size: requests answered per forward pass; 0 without one.
-        queue_wait: from ``submit`` until a batch took the request.
+        mean_batch_size: rows answered per forward pass; 0 without one.
+        queue_wait: from ``submit`` until a batch took the request, or a part of it.
         forward: one forward pass: collate, copy to the device, model, copy back.
         request: from ``submit`` until the reply was handed over.
         policy_version: the version of the weights in use, whether or not the statistics were reset.
@@ -97,7 +97,7 @@ class Health:
         ready: whether the server serves requests.
         pid: the process that serves; ``None`` before a server in a process of its own has started.
         policy_version: the version of the weights in use; ``None`` if the process did not answer.
-        pending: number of requests that wait now; ``None`` if the process did not answer.
+        pending: number of rows that wait now; ``None`` if the process did not answer.
         exit_code: of a process that has ended; a negative one is the signal that killed it; ``None`` if unknown.
         reason: why the server is not ready: it starts, it does not answer, its model thread died, it was killed, it is
             shut down. Empty if it is ready.
@@ -122,6 +122,8 @@ class BatchRecord(NamedTuple):
     settled_at: float  # when the replies were handed over
     ok: bool
     cancelled: int  # requests whose callers had gone away
+    rows: int
+    parts: int  # how many of the requests are parts of one, which is counted when it is settled
 
 
 class StatsRecorder:
@@ -175,6 +177,10 @@ class StatsRecorder:
         """Count requests that were dropped because their callers went away."""
         self._record(partial(self._add, "cancelled", count))
 
+    def succeed(self, count: int) -> None:
+        """Count requests that were answered outside of a forward pass."""
+        self._record(partial(self._add, "ok", count))
+
     def fail(self, count: int) -> None:
         """Count requests that ended with an error outside of a forward pass."""
         self._record(partial(self._add, "failed", count))
@@ -193,9 +199,9 @@ class StatsRecorder:
     def _add_batch(self, batch: BatchRecord) -> None:
         requests = len(batch.submitted_at)
         self._batches[batch.reason] += 1
-        self._batched += requests
+        self._batched += batch.rows
         self._counts["cancelled"] += batch.cancelled
-        self._counts["ok" if batch.ok else "failed"] += requests - batch.cancelled
+        self._counts["ok" if batch.ok else "failed"] += requests - batch.parts - batch.cancelled
         self._counts["failed_passes"] += not batch.ok
         self._window.append(batch)
         self._in_window += requests

@@ -28,12 +28,16 @@ __all__ = [
     "VersionTensorCache",
     "build",
     "check_output",
+    "concatenate",
+    "empty_rows",
     "entries",
     "group_by_layout",
     "is_nested",
     "layout",
     "rows",
+    "split",
     "stack",
+    "unbind",
     "unbind_rows",
 ]
 
@@ -158,12 +162,30 @@ def layout(td: TensorDictBase) -> Layout:
     return (td.batch_size, *sorted(entries, key=lambda entry: str(entry[0])))
 
 
-def group_by_layout(tds: Sequence[TensorDictBase]) -> list[list[int]]:
-    """Indices of ``tds``, those of like layout together, in order of arrival; what can't be described is alone."""
+def _row_layout(td: TensorDictBase, batched: bool) -> Layout:
+    """The layout of each row of ``td``, which is one unless it is ``batched``."""
+    if not batched:
+        return layout(td)
+    if isinstance(td, LazyStackedTensorDict):
+        layouts = tuple(map(layout, td.unbind(0)))
+        return layouts[0] if len(set(layouts)) == 1 else layouts
+    return layout(td[0])
+
+
+def group_by_layout(tds: Sequence[TensorDictBase], batched: Sequence[bool]) -> list[list[int]]:
+    """Put together whose rows are of like layout.
+
+    Args:
+        tds: what to group.
+        batched: which of them have a dimension of rows.
+
+    Returns:
+        Groups of indices of ``tds``, in order of arrival; what can't be described is alone.
+    """
     groups: dict[Any, list[int]] = {}
-    for index, td in enumerate(tds):
+    for index, (td, many) in enumerate(zip(tds, batched, strict=True)):
         try:
-            described: Any = layout(td)
+            described: Any = _row_layout(td, many)
         except Exception:  # a class of the user's may raise anything: such a request meets no other
             described = index
         groups.setdefault(described, []).append(index)
@@ -239,8 +261,74 @@ def _stack_column(values: tuple[Any, ...], allocate: Allocate | None) -> Any:
     return torch.stack(values)
 
 
+def concatenate(tds: Sequence[TensorDictBase], batched: Sequence[bool], allocate: Allocate | None = None) -> TensorDict:
+    """Join the rows of TensorDicts along one first dimension, leaf by leaf.
+
+    Args:
+        tds: at least one, each ``[*size]``, which is one row, or ``[n, *size]``.
+        batched: which of them have a dimension of rows.
+        allocate: makes the memory for a CPU leaf, given its shape and dtype.
+
+    Returns:
+        A TensorDict ``[N, *size]`` that shares no memory with ``tds``.
+
+    Raises:
+        UnlikeRequestsError: their rows differ in keys, dtypes or batch sizes.
+        RuntimeError: they differ in shapes or devices.
+    """
+    if any([isinstance(td, LazyStackedTensorDict) for td in tds]):  # noqa: C419 - faster
+        return _concatenate_lazily(tds, batched)  # type: ignore[no-any-return]
+    columns = list(map(entries, tds))
+    first = columns[0]
+    if any([len(column) != len(first) for column in columns]):  # noqa: C419 - faster
+        raise UnlikeRequestsError
+    try:
+        source = {name: _concatenate_column([column[name] for column in columns], batched, allocate) for name in first}
+    except KeyError:
+        raise UnlikeRequestsError from None
+    count = sum(td.batch_size[0] if many else 1 for td, many in zip(tds, batched, strict=True))
+    return build(source, torch.Size((count, *_row_size(tds[0], batched[0]))), tds[0].device)
+
+
+def unbind(tds: Sequence[TensorDictBase], batched: Sequence[bool]) -> list[TensorDictBase]:
+    """The rows of TensorDicts, each of which is one row, or has a dimension of rows, as views, in order."""
+    return [row for td, many in zip(tds, batched, strict=True) for row in (td.unbind(0) if many else (td,))]
+
+
+def _row_size(td: TensorDictBase, batched: bool) -> torch.Size:
+    return td.batch_size[1:] if batched else td.batch_size
+
+
+def _concatenate_lazily(tds: Sequence[TensorDictBase], batched: Sequence[bool]) -> Any:
+    """Do as :func:`concatenate` with lazy stacks, whose rows may be unlike each other."""
+    if len(group_by_layout(tds, batched)) > 1:
+        raise UnlikeRequestsError
+    rows: list[Any] = unbind(tds, batched)
+    return stack(rows) if len(set(map(layout, rows))) == 1 else lazy_stack([row.clone() for row in rows])
+
+
+def _concatenate_column(values: list[Any], batched: Sequence[bool], allocate: Allocate | None) -> Any:
+    kinds = set(map(type, values))
+    if kinds == _PLAIN or all(issubclass(kind, Tensor) for kind in kinds):
+        if len(set(map(_dtype, values))) != 1:  # torch.cat would promote them
+            raise UnlikeRequestsError
+        pieces = [value if many else value.unsqueeze(0) for value, many in zip(values, batched, strict=True)]
+        if allocate is None or values[0].device.type != "cpu":
+            return torch.cat(pieces)
+        shape = (sum(piece.shape[0] for piece in pieces), *pieces[0].shape[1:])
+        return torch.cat(pieces, out=allocate(shape, values[0].dtype))
+    if all(map(is_nested, values)):
+        if len({_row_size(value, many) for value, many in zip(values, batched, strict=True)}) != 1:
+            raise UnlikeRequestsError
+        return concatenate(values, batched, allocate)
+    rows = [row for value, many in zip(values, batched, strict=True) for row in (value.unbind(0) if many else (value,))]
+    if len(set(map(type, rows))) != 1:
+        raise UnlikeRequestsError
+    return torch.stack(rows)
+
+
 def check_output(output: Any, count: int) -> TensorDictBase:
-    """Return the model's output if it has one row for each of ``count`` requests, else raise :class:`ModelError`."""
+    """Return the model's output if it has ``count`` rows, as its batch had, else raise :class:`ModelError`."""
     if not isinstance(output, TensorDictBase):
         raise ModelError(
             f"the model returned {type(output).__qualname__}, expected a TensorDict of batch size [{count}, ...]"
@@ -248,7 +336,7 @@ def check_output(output: Any, count: int) -> TensorDictBase:
     if output.batch_size[:1] != (count,):
         raise ModelError(
             f"the model returned a TensorDict of batch size {list(output.batch_size)} "
-            f"for a batch of {count} requests, expected [{count}, ...]"
+            f"for a batch of {count} rows, expected [{count}, ...]"
         )
     return output
 
@@ -302,8 +390,87 @@ def _split(value: Any) -> Iterable[Any]:
     return value.clone().unbind(0)  # type: ignore[no-any-return]
 
 
+def split(
+    output: TensorDictBase,
+    sizes: Sequence[int | None],
+    keys: Container[str] | None = None,
+    extra: Mapping[str, Sequence[Tensor]] | None = None,
+) -> Sequence[TensorDict]:
+    """Take a model's output apart, one reply for each request.
+
+    Args:
+        output: ``[N, *size]``.
+        sizes: how many rows each reply has; ``None`` is one row, of a request that has no dimension of rows.
+        keys: the entries to take; ``None`` takes all.
+        extra: more entries, each with one tensor for each reply.
+
+    Returns:
+        TensorDicts ``[n, *size]`` and ``[*size]``, which share as much as those of :func:`rows`.
+    """
+    pieces: list[int | slice] = []
+    start = 0
+    for size in sizes:
+        pieces.append(start if size is None else slice(start, start + size))
+        start += 1 if size is None else size
+    return _split_pieces(output, pieces, keys, extra)
+
+
+def _split_pieces(
+    output: TensorDictBase,
+    pieces: Sequence[int | slice],
+    keys: Container[str] | None = None,
+    extra: Mapping[str, Sequence[Tensor]] | None = None,
+) -> Sequence[TensorDict]:
+    columns: dict[str, Sequence[Any]] = {
+        key: _take_pieces(value, pieces) for key, value in output.items() if keys is None or key in keys
+    }
+    if extra is not None:
+        columns.update(extra)
+    size, device = output.batch_size[1:], output.device
+    replies: list[TensorDict] = []
+    for index, piece in enumerate(pieces):
+        rows = torch.Size((piece.stop - piece.start, *size)) if isinstance(piece, slice) else size
+        replies.append(build({key: values[index] for key, values in columns.items()}, rows, device))
+    return replies
+
+
+def _take_pieces(value: Any, pieces: Sequence[int | slice]) -> Sequence[Any]:
+    if isinstance(value, Tensor):
+        single = [piece for piece in pieces if not isinstance(piece, slice)]
+        if len(single) > 1 and value.numel() * value.element_size() < OWN_MEMORY_BYTES * value.shape[0]:
+            shared = iter(unbind_rows(value.index_select(0, torch.tensor(single, device=value.device))))
+            return [_own(value[piece]) if isinstance(piece, slice) else next(shared) for piece in pieces]
+        return [_own(value[piece]) for piece in pieces]
+    if is_non_tensor(value):
+        return [value[piece] for piece in pieces]
+    if isinstance(value, TensorDictBase) and not isinstance(value, LazyStackedTensorDict):
+        return _split_pieces(value, pieces)
+    return [value[piece].clone() for piece in pieces]
+
+
+def _own(value: Tensor) -> Tensor:
+    return value.clone(memory_format=torch.contiguous_format)
+
+
+def empty_rows(output: TensorDictBase, keys: Container[str] | None = None) -> TensorDict:
+    """A reply ``[0, *size]`` with the entries of a model's output ``[N, *size]`` that are tensors.
+
+    Args:
+        output: what the model returned.
+        keys: the entries to take; ``None`` takes all.
+    """
+    source: dict[str, Any] = {}
+    for key, value in output.items():
+        if keys is None or key in keys:
+            if isinstance(value, Tensor):
+                source[key] = value[:0].clone()
+            elif is_nested(value):
+                source[key] = empty_rows(value)
+    return build(source, torch.Size((0, *output.batch_size[1:])), output.device)
+
+
 class RequestSpec:
-    """The layout that every request must have.
+    """The layout that every row of a request must have.
 
     Args:
         example: a TensorDict shaped as one request is; its values don't matter.
@@ -318,8 +485,8 @@ class RequestSpec:
         self.batch_size = example.batch_size
         self._leaves = {key: _describe(value) for key, value in _leaves(example)}
 
-    def check(self, td: TensorDictBase) -> None:
-        """Raise :class:`InvalidRequestError` if ``td`` has other keys, shapes or dtypes."""
+    def check(self, td: TensorDictBase, *, batched: bool = False) -> None:
+        """Raise :class:`InvalidRequestError` if ``td``, or where it is ``batched`` its rows, have another layout."""
         found = dict(_leaves(td))
         if found.keys() != self._leaves.keys():
             missing = [_name(key) for key in self._leaves if key not in found]
@@ -330,7 +497,9 @@ class RequestSpec:
             expected = ", ".join(map(_name, self._leaves))
             raise InvalidRequestError(f"the request {' and '.join(parts)}; requests to this server have {expected}")
         for key, value in found.items():
-            for what, got, wanted in zip(("shape", "dtype"), _describe(value), self._leaves[key], strict=True):
+            shape, dtype = _describe(value)
+            found_layout = (shape[1:] if batched and shape is not None else shape), dtype
+            for what, got, wanted in zip(("shape", "dtype"), found_layout, self._leaves[key], strict=True):
                 if got != wanted:
                     raise InvalidRequestError(
                         f"{_name(key)} has {what} {_show(got)}, requests to this server have {_show(wanted)}"

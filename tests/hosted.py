@@ -96,7 +96,7 @@ class BrokenTransport(MPTransport):
 
     def attach(self, queue: RequestQueue) -> None:
         super().attach(queue)
-        queue.get_batch = self._fail  # type: ignore[method-assign]
+        queue.get_batch = self._fail  # type: ignore[assignment, method-assign]
 
     def _fail(self, max_items: int) -> Any:
         raise OSError("the wire broke")

@@ -17,6 +17,7 @@ from aioinfer.testing.callers import (
     double,
     eventually,
     request,
+    request_of,
 )
 from aioinfer.testing.contract import CHECKS, check_transport
 
@@ -31,4 +32,5 @@ __all__ = [
     "double",
     "eventually",
     "request",
+    "request_of",
 ]

@@ -38,6 +38,12 @@ def request(value: float, *, size: int = 3) -> TensorDict:
     return TensorDict({"observation": torch.full((size,), float(value))}, batch_size=[])
 
 
+def request_of(*values: float, size: int = 3) -> TensorDict:
+    """Make a request of several rows, one for each value: ``observation`` ``[n, size]``."""
+    rows = torch.tensor(values, dtype=torch.float32).reshape(-1, 1)
+    return TensorDict({"observation": rows.repeat(1, size)}, batch_size=[len(values)])
+
+
 def double(td: TensorDictBase) -> TensorDictBase:
     """A model: ``action`` is twice the ``observation``."""
     return TensorDict({"action": td["observation"] * 2}, batch_size=td.batch_size)
@@ -58,6 +64,11 @@ def eventually(condition: Callable[[], bool], *, within: float = HANG_TIMEOUT) -
 def is_double(reply: TensorDictBase, value: float) -> bool:
     """Whether a reply is the one of :func:`double` to ``request(value)``."""
     return bool((reply["action"] == 2 * value).all())
+
+
+def are_doubles(reply: TensorDictBase, *values: float) -> bool:
+    """Whether a reply is the one of :func:`double` to ``request_of(*values)``."""
+    return reply.batch_size == (len(values),) and torch.equal(reply["action"], 2 * request_of(*values)["observation"])
 
 
 def raises(kind: type[E], action: Callable[[], Any]) -> E:

@@ -179,7 +179,7 @@ def invalid_requests_are_refused_at_once(harness: TransportHarness) -> None:
     bad = (
         "observation",
         {"observation": torch.ones(3)},
-        TensorDict({"observation": torch.ones(2, 3)}, batch_size=[2]),
+        TensorDict({"observation": torch.ones(2, 1, 3)}, batch_size=[2, 1]),
         TensorDict({"other": torch.ones(3)}),
         request(1, size=4),
         TensorDict({"observation": torch.ones(3).long()}),

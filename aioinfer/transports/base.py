@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 from tensordict import TensorDictBase
 
 from aioinfer.errors import ServerClosedError, ServerOverloadedError, clone_exception
-from aioinfer.transports.queue import Request, RequestQueue, set_exceptions, set_results
+from aioinfer.transports.queue import RequestQueue
+from aioinfer.transports.request import Request, set_exceptions, set_results
 
 __all__ = ["Transport"]
 
@@ -89,8 +90,8 @@ class Transport:
                 return
 
     def drain(self, max_items: int) -> tuple[list[TensorDictBase], list[Any]]:
-        """Take up to ``max_items`` pending requests, and for each a handle for ``resolve``."""
-        requests = self.queue.get_batch(max_items)
+        """Take pending requests of up to ``max_items`` rows, and for each a handle for ``resolve``."""
+        requests = self.queue.get_batch(max_items, largest=max_items)
         return [request.td for request in requests], requests
 
     def resolve(self, callback: Request, result: TensorDictBase) -> None:
@@ -103,8 +104,8 @@ class Transport:
 
     # -- callers that wait for space -------------------------------------------------------------------
 
-    def put_when_not_full(self, put: Callable[[], T], deadline: float | None) -> T:
-        """Call ``put`` until the queue has space, and return what it returns.
+    def put_when_not_full(self, td: TensorDictBase, put: Callable[[], T], deadline: float | None) -> T:
+        """Call ``put`` until the queue has space for the request ``td``, and return what it returns.
 
         Raises:
             TimeoutError: there was no space until ``deadline``, on the clock of ``time.monotonic``.
@@ -117,13 +118,17 @@ class Transport:
                     return put()
                 except ServerOverloadedError:
                     turn.clear()
-                    not_full.wait(deadline, turn)
+                    not_full.wait(self._rows(td), deadline, turn)
         except BaseException:
             if turn:
                 self.queue.not_full.notify(1)
             raise
 
-    async def aput_when_not_full(self, put: Callable[[], T]) -> T:
+    def _rows(self, td: TensorDictBase) -> int:
+        """How many rows an admitted request has."""
+        return 1 if td.batch_size == self.queue.admission.batch_size else td.batch_size[0]
+
+    async def aput_when_not_full(self, td: TensorDictBase, put: Callable[[], T]) -> T:
         """Do as :meth:`put_when_not_full`, without blocking the event loop."""
         turn: list[bool] = []  # has an element from when this caller is woken until it tries again
         try:
@@ -133,7 +138,7 @@ class Transport:
                     return put()
                 except ServerOverloadedError:
                     turn.clear()
-                    await not_full.await_space(turn)
+                    await not_full.await_space(self._rows(td), turn)
         except BaseException:
             if turn:
                 self.queue.not_full.notify(1)

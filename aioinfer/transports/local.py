@@ -122,7 +122,7 @@ class _ThreadClient(_LocalClient):
         try:
             if wait:
                 deadline = None if timeout is None else time.monotonic() + timeout
-                transport.put_when_not_full(partial(transport.put, td, waiter), deadline)
+                transport.put_when_not_full(td, partial(transport.put, td, waiter), deadline)
                 timeout = seconds_left(deadline)
             else:
                 transport.put(td, waiter)
@@ -169,7 +169,7 @@ class SlotTransport(_LocalTransport):
         num_slots: how many clients there can be, of both kinds together.
         preallocate: lay out one contiguous buffer ``[num_slots, ...]`` like the first request, and copy
             requests of that layout into it: a caller may then write to its request at once after
-            ``submit``. Requests of another layout are taken as they are.
+            ``submit``. Requests of another layout, and those with a dimension of rows, are taken as they are.
 
     Raises:
         ValueError: ``num_slots`` is no integer of at least 1.
@@ -265,8 +265,7 @@ class _Slot:
         if self._closed:
             raise ClientClosedError("the client was closed; make another one")
         buffer = self.transport._buffer
-        if buffer is not None:
-            self.transport.queue.admission.check(td)
+        if buffer is not None and not self.transport.queue.admission.check(td):
             td = buffer.write(self._index, td)
         self.transport.queue.put(td, receiver, sink, self._caller)
 
@@ -316,7 +315,7 @@ class _SlotClient(_LocalClient):
             if wait:
                 put = partial(slot.put, td, waiter, sink)
                 deadline = None if timeout is None else time.monotonic() + timeout
-                transport.put_when_not_full(put, deadline)
+                transport.put_when_not_full(td, put, deadline)
                 timeout = seconds_left(deadline)
             else:
                 slot.put(td, waiter, sink)

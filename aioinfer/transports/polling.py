@@ -21,8 +21,9 @@ from aioinfer.errors import ServerClosedError, clone_exception, describe
 from aioinfer.futures import Future, run_in_thread
 from aioinfer.interaction_type import attach_mode, caller_mode, detach_mode
 from aioinfer.transports.base import Transport
-from aioinfer.transports.queue import REFUSALS, RefusableAsyncClient, Request, RequestQueue, seconds_left
+from aioinfer.transports.queue import REFUSALS, RefusableAsyncClient, RequestQueue, RowCount, seconds_left
 from aioinfer.transports.replies import LockWaker
+from aioinfer.transports.request import Request
 
 __all__ = ["InferenceTransport", "PollingTransport"]
 
@@ -128,7 +129,8 @@ class PollingTransport(Transport):
         self._verbs = verbs
         # Requests of our clients that have no answer. The queue's lock guards how many of them count as pending.
         self._futures: set[concurrent.futures.Future[TensorDictBase]] = set()
-        self._drained: deque[None] = deque()  # an element for each; a count could not be changed in one step
+        self._submitted_rows = RowCount()  # of their requests
+        self._drained_rows = RowCount()  # of those of them that are in the queue or in a batch
         self._error: ServerClosedError | None = None
         self._pump: Future[None] | None = None
         self._pump_is_ready = False  # it has waited for work, and does not drain yet
@@ -145,30 +147,36 @@ class PollingTransport(Transport):
     def submit(self, td: TensorDictBase) -> concurrent.futures.Future[TensorDictBase]:
         """Check a request, count it against ``max_pending``, and submit it; raise what refuses it."""
         queue = self.queue
-        queue.admission.check(td)
+        rows = td.batch_size[0] if queue.admission.check(td) else 1
         if self._error is not None:
             raise clone_exception(self._error)
+        if rows == 0:
+            queue.admission.stats.succeed(1)
+            empty: Future[TensorDictBase] = Future()
+            empty.set_result(queue.admission.empty_reply())
+            return empty
         place = object()
         try:
-            if not queue.reserve(place):
+            if not queue.reserve(place, rows):
                 raise queue.admission.reject_overloaded()
             future = self._verbs.submit(attach_mode(td, caller_mode()))
+            self._submitted_rows.add(rows)
             self._futures.add(future)
-            queue.reserved.discard(place)
+            queue.reserved.pop(place, None)
         except BaseException:
-            if place in queue.reserved:
-                queue.reserved.discard(place)
-                queue.not_full.notify(1)
+            if queue.reserved.pop(place, None) is not None:
+                queue.not_full.notify(rows)
             raise
-        future.add_done_callback(self._on_done)
+        future.add_done_callback(partial(self._on_done, rows))
         if self._error is not None:
             _fail(future, self._error)
         return future
 
-    def _on_done(self, future: concurrent.futures.Future[TensorDictBase]) -> None:
+    def _on_done(self, rows: int, future: concurrent.futures.Future[TensorDictBase]) -> None:
         self._futures.discard(future)
+        self._submitted_rows.remove(rows)
         if future.cancelled():
-            self.queue.not_full.notify(1)
+            self.queue.not_full.notify(rows)
 
     def closed_error(self) -> Exception | None:
         """The error for a caller whose future was cancelled because the server closed."""
@@ -187,7 +195,7 @@ class PollingTransport(Transport):
 
     def held(self) -> int:
         # Too low by the drained requests whose callers have cancelled them since.
-        return max(0, len(self._futures) - len(self._drained))
+        return max(0, len(self._submitted_rows) - len(self._drained_rows))
 
     def read(self, *, wait: bool = False) -> None:
         if wait and self.held() and self._pump is not None and not self._pump.done():
@@ -208,7 +216,8 @@ class PollingTransport(Transport):
 
     def forget_parent(self) -> None:
         self._futures.clear()
-        self._drained.clear()
+        self._submitted_rows.clear()
+        self._drained_rows.clear()
         self._readers.clear()
         self._pump, self._pump_is_ready, self._turn = None, False, LockWaker()
 
@@ -258,24 +267,29 @@ class PollingTransport(Transport):
                 reader.notify()
 
     def _drain(self, queue: RequestQueue) -> int:
-        """Move pending requests into the queue; return how many there were."""
+        """Move pending requests into the queue; return how many rows there were."""
         inputs, callbacks = self._verbs.drain(queue.max_batch_size)
         now = time.perf_counter()
         requests: list[Request] = []
         for td, callback in zip(inputs, callbacks, strict=True):
             try:
                 td, mode = detach_mode(td)
+                request = Request(td, _Receiver(callback), self, now, mode)
+                if td.batch_size != queue.admission.batch_size and queue.admission.check_layout(td):
+                    request.set_rows()
+                    request.receiver.rows = request.rows
             except BaseException as error:  # of what is no TensorDict, say
                 self._fail_callback(callback, clone_exception(error))
             else:
-                requests.append(Request(td, _Receiver(callback), self, now, mode))
-        queue.put_reserved(requests, lambda: self._drained.extend([None] * len(requests)))
-        return len(inputs)
+                requests.append(request)
+        rows = sum(request.rows for request in requests)
+        queue.put_reserved(requests, partial(self._drained_rows.add, rows))
+        return rows + len(inputs) - len(requests)
 
     # -- replies ---------------------------------------------------------------------------------------
 
     def set_results(self, receivers: Sequence[_Receiver], replies: Sequence[TensorDictBase]) -> None:
-        self._forget_drained(len(receivers))
+        self._forget_drained(receivers)
         for receiver, reply in zip(receivers, replies, strict=True):
             try:
                 self._verbs.resolve(receiver.callback, reply)
@@ -283,17 +297,16 @@ class PollingTransport(Transport):
                 self._fail_callback(receiver.callback, clone_exception(error))
 
     def set_exceptions(self, receivers: Sequence[_Receiver], errors: Sequence[Exception]) -> None:
-        self._forget_drained(len(receivers))
+        self._forget_drained(receivers)
         for receiver, error in zip(receivers, errors, strict=True):
             self._fail_callback(receiver.callback, error)
 
     def discard(self, receiver: _Receiver) -> None:
-        self._forget_drained(1)
+        self._forget_drained([receiver])
         self._fail_callback(receiver.callback, CancelledError())  # the transport may keep something for it
 
-    def _forget_drained(self, count: int) -> None:
-        for _ in range(min(count, len(self._drained))):
-            self._drained.pop()
+    def _forget_drained(self, receivers: Sequence[_Receiver]) -> None:
+        self._drained_rows.remove(sum(receiver.rows for receiver in receivers))
 
     def _fail_callback(self, callback: Any, error: Exception) -> None:
         try:
@@ -305,10 +318,11 @@ class PollingTransport(Transport):
 class _Receiver:
     """The opaque handle of one request; whether its caller went away can be seen where it is a future."""
 
-    __slots__ = ("callback",)
+    __slots__ = ("callback", "rows")
 
     def __init__(self, callback: Any) -> None:
         self.callback = callback
+        self.rows = 1
 
     def done(self) -> bool:
         return isinstance(self.callback, concurrent.futures.Future) and self.callback.done()
@@ -348,7 +362,7 @@ class _Client(InferenceClient):
         transport = self._transport
         put = partial(transport.submit, td)
         deadline = None if timeout is None else time.monotonic() + timeout
-        future = transport.put_when_not_full(put, deadline) if wait else put()
+        future = transport.put_when_not_full(td, put, deadline) if wait else put()
         try:
             return future.result(seconds_left(deadline))
         except CancelledError:

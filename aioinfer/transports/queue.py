@@ -35,28 +35,25 @@ from aioinfer.errors import (
     clone_exception,
 )
 from aioinfer.futures import run_in_thread
-from aioinfer.interaction_type import Mode, caller_mode
+from aioinfer.interaction_type import caller_mode
 from aioinfer.ipc.selector import Selector
 from aioinfer.stats import StatsRecorder
 from aioinfer.tensors import RequestSpec
 from aioinfer.transports.replies import ALREADY_NOTIFIED, LockWaker, ThreadReplySink, TransportSink, Waker
+from aioinfer.transports.request import Request, set_exceptions, set_results, split
 
 if TYPE_CHECKING:
     from aioinfer.transports.base import Transport
-    from aioinfer.transports.ipc.slots import SlotTable
     from aioinfer.transports.polling import PollingTransport
 
 __all__ = [
     "REFUSALS",
-    "WRITTEN_IN_PLACE",
     "Admission",
     "NotFull",
     "RefusableAsyncClient",
-    "Request",
     "RequestQueue",
+    "RowCount",
     "seconds_left",
-    "set_exceptions",
-    "set_results",
 ]
 
 REFUSALS = (ServerClosedError, ServerPausedError, ServerOverloadedError)
@@ -70,85 +67,6 @@ MOST_LINGER = 0.005
 _log = logging.getLogger("aioinfer")
 
 
-WRITTEN_IN_PLACE = TensorDict({}, batch_size=[])
-"""Stands for a reply that lies in a store."""
-
-
-class Request:
-    """One request on its way: what is asked, in which mode, since when, by whom, and where the reply goes.
-
-    ``store`` is the shared memory in which the request lies and the reply is expected, if there is one. ``rows`` is how
-    many rows it has, and ``batched`` whether it has a dimension for them, as its reply then has. ``caller`` is who
-    makes one request after the other, where that is known.
-    """
-
-    store: SlotTable | None = None
-
-    __slots__ = ("batched", "caller", "mode", "receiver", "rows", "sink", "submitted_at", "td")
-
-    def __init__(
-        self,
-        td: TensorDictBase,
-        receiver: Any,
-        sink: TransportSink,
-        submitted_at: float,
-        mode: Mode,
-        caller: Caller | None = None,
-    ) -> None:
-        self.td = td
-        self.receiver = receiver
-        self.sink = sink
-        self.submitted_at = submitted_at
-        self.mode = mode
-        self.caller = caller
-        self.rows = 1
-        self.batched = False
-
-
-def set_results(requests: Sequence[Request], replies: Sequence[TensorDictBase]) -> None:
-    """Answer claimed requests, with one call for each sink.
-
-    It raises nothing: where a sink raises, its requests fail with that error, and the others are answered all the same.
-    """
-    _settle(requests, replies, failed=False)
-
-
-def set_exceptions(requests: Sequence[Request], errors: Sequence[Exception]) -> None:
-    """Fail claimed requests, each with an error of its own; see :func:`set_results`."""
-    _settle(requests, errors, failed=True)
-
-
-def _settle(requests: Sequence[Request], outcomes: Sequence[Any], *, failed: bool) -> None:
-    if not requests:
-        return
-    groups: dict[TransportSink, tuple[list[Any], Any]]
-    first = requests[0].sink
-    if not any([request.sink is not first for request in requests]):  # noqa: C419 - faster
-        groups = {first: ([request.receiver for request in requests], outcomes)}
-    else:
-        groups = {}
-        for request, outcome in zip(requests, outcomes, strict=True):
-            group = groups.get(request.sink)
-            if group is None:
-                group = groups[request.sink] = ([], [])
-            group[0].append(request.receiver)
-            group[1].append(outcome)
-    for sink, (receivers, own) in groups.items():
-        try:
-            (sink.set_exceptions if failed else sink.set_results)(receivers, own)
-        except BaseException as error:
-            _log.exception("replies could not be handed over")
-            _try_to_fail(sink, receivers, error)
-
-
-def _try_to_fail(sink: TransportSink, receivers: Sequence[Any], error: BaseException) -> None:
-    for receiver in receivers:
-        try:
-            sink.set_exceptions([receiver], [clone_exception(error)])
-        except BaseException:
-            _log.exception("a request could not be failed")
-
-
 class Admission:
     """The terms under which a server takes requests, checked in the caller's thread.
 
@@ -156,10 +74,11 @@ class Admission:
     something from them looks again afterwards.
 
     Args:
-        request_spec: an example of a request; ``None`` takes any layout without batch dimension.
-        max_pending: most requests that may wait; ``None`` is without bound.
+        request_spec: an example of one row; ``None`` takes rows of any layout without batch dimension.
+        max_pending: most rows that may wait; ``None`` is without bound.
         stats: counts what is refused and dropped.
         version_key: the entry of replies that has the version of the weights; ``None``: replies have none.
+        empty_reply: makes the reply to a request without rows, given the batch size of a row.
     """
 
     def __init__(
@@ -168,6 +87,7 @@ class Admission:
         max_pending: int | None = None,
         stats: StatsRecorder | None = None,
         version_key: str | None = None,
+        empty_reply: Callable[[torch.Size], TensorDictBase] | None = None,
     ) -> None:
         if max_pending is not None and (
             not isinstance(max_pending, int) or isinstance(max_pending, bool) or max_pending < 1
@@ -178,14 +98,18 @@ class Admission:
         self.max_pending = max_pending
         self.stats = StatsRecorder() if stats is None else stats
         self.version_key = version_key
+        self._empty_reply = empty_reply
         self.closed: ServerClosedError | None = None
         self.pauses: set[object] = set()
         """Pauses during which requests are refused."""
         self.unchecked = self.spec is None and max_pending is None
         """Whether a TensorDict of the right batch size needs no check but that requests are taken at all."""
 
-    def check(self, td: TensorDictBase) -> None:
+    def check(self, td: TensorDictBase) -> bool:
         """Let a request through, or count it as rejected and raise.
+
+        Returns:
+            Whether it has a dimension of rows.
 
         Raises:
             InvalidRequestError: no TensorDict, or not of the layout that the server takes.
@@ -196,30 +120,39 @@ class Admission:
             raise clone_exception(self.closed)
         if self.pauses:
             raise self.reject_paused()
-        self.check_layout(td)
+        return self.check_layout(td)
 
-    def check_layout(self, td: TensorDictBase) -> None:
+    def check_layout(self, td: TensorDictBase) -> bool:
         """Do as :meth:`check`, whether or not requests are taken now."""
         if not isinstance(td, TensorDictBase):
             self.stats.reject()
             raise InvalidRequestError(f"a request must be a TensorDict, got {type(td).__qualname__}")
-        if td.batch_size != self.batch_size:
+        found, row = list(td.batch_size), list(self.batch_size)
+        batched = found != row
+        if batched and (not found or found[1:] != row):
             self.stats.reject()
+            several = ", ".join(map(str, ["n", *row]))
             raise InvalidRequestError(
-                f"the request has batch size {list(td.batch_size)}, "
-                f"requests to this server have {list(self.batch_size)}"
-                " (send each row as a request of its own, or give the server a request_spec)"
+                f"the request has batch size {found}, requests to this server have {row}, or [{several}] for n rows"
+                " (flatten its batch dimensions to one, or give the server a request_spec)"
             )
-        self.check_spec(td)
+        self.check_spec(td, batched=batched)
+        return batched
 
-    def check_spec(self, td: TensorDictBase) -> None:
+    def check_spec(self, td: TensorDictBase, *, batched: bool = False) -> None:
         """Do as :meth:`check_layout`, where the transport knows the layout, but not the server's ``request_spec``."""
         if self.spec is not None:
             try:
-                self.spec.check(td)
+                self.spec.check(td, batched=batched)
             except InvalidRequestError:
                 self.stats.reject()
                 raise
+
+    def empty_reply(self) -> TensorDictBase:
+        """The reply to a request without rows."""
+        if self._empty_reply is None:
+            return TensorDict({}, batch_size=(0, *self.batch_size))
+        return self._empty_reply(self.batch_size)
 
     def reject_paused(self) -> ServerPausedError:
         """Count a request as rejected and return the error for its caller."""
@@ -230,7 +163,7 @@ class Admission:
         """Count a request as rejected and return the error for its caller."""
         self.stats.reject()
         return ServerOverloadedError(
-            f"{self.max_pending} requests are pending already (max_pending={self.max_pending}); "
+            f"the queue is full: at most {self.max_pending} rows may be pending (max_pending={self.max_pending}); "
             "try again later, or call with wait=True"
         )
 
@@ -248,10 +181,10 @@ class NotFull:
     unannounced: ``wait`` and ``await_space`` add an element to ``turn`` where the caller was woken.
 
     Args:
-        full: whether the queue has no space now.
+        full: whether the queue has no space now for so many rows.
     """
 
-    def __init__(self, full: Callable[[], bool]) -> None:
+    def __init__(self, full: Callable[[int], bool]) -> None:
         self._full = full
         self._waiters: deque[Callable[[], bool]] = deque()  # each wakes a caller, and returns whether it could
 
@@ -269,8 +202,8 @@ class NotFull:
                 return
             left -= wake()  # the turn of a caller whose event loop is closed goes to the next
 
-    def wait(self, deadline: float | None, turn: list[bool]) -> None:
-        """Block until there may be space.
+    def wait(self, rows: int, deadline: float | None, turn: list[bool]) -> None:
+        """Block until there may be space for so many rows.
 
         Raises:
             TimeoutError: there was none until ``deadline``, on the clock of ``time.monotonic``.
@@ -282,7 +215,7 @@ class NotFull:
             return True
 
         try:
-            self._add_waiter(wake)
+            self._add_waiter(wake, rows)
             if not waker.wait(seconds_left(deadline)):
                 raise TimeoutError("there was no room in the queue of pending requests within the timeout")
             turn.append(True)
@@ -290,8 +223,8 @@ class NotFull:
             self._remove_waiter(wake)
             raise
 
-    async def await_space(self, turn: list[bool]) -> None:
-        """Suspend until there may be space."""
+    async def await_space(self, rows: int, turn: list[bool]) -> None:
+        """Suspend until there may be space for so many rows."""
         loop = asyncio.get_running_loop()
         woken = asyncio.Event()
 
@@ -303,16 +236,16 @@ class NotFull:
             return True
 
         try:
-            self._add_waiter(wake)
+            self._add_waiter(wake, rows)
             await woken.wait()
             turn.append(True)
         except BaseException:
             self._remove_waiter(wake)
             raise
 
-    def _add_waiter(self, wake: Callable[[], bool]) -> None:
+    def _add_waiter(self, wake: Callable[[], bool], rows: int) -> None:
         self._waiters.append(wake)
-        if not self._full():  # there may have been space before we were in line
+        if not self._full(rows):  # there may have been space before we were in line
             self.notify(1)
 
     def _remove_waiter(self, wake: Callable[[], bool]) -> None:
@@ -320,6 +253,18 @@ class NotFull:
             self._waiters.remove(wake)
         except ValueError:  # it was woken already
             self.notify(1)
+
+
+class RowCount(bytearray):
+    """A count of rows that any thread changes in one step: an element for each, since an integer would take two."""
+
+    def add(self, rows: int) -> None:
+        """Count so many more."""
+        self.extend(bytes(rows))
+
+    def remove(self, rows: int) -> None:
+        """Count so many less."""
+        del self[:rows]
 
 
 class RefusableAsyncClient(AsyncInferenceClient):
@@ -344,7 +289,7 @@ class RefusableAsyncClient(AsyncInferenceClient):
             async with asyncio.timeout(timeout):
                 return await self(td, wait=wait)
         if wait:
-            return await (await self._transport.aput_when_not_full(partial(self._put, td)))
+            return await (await self._transport.aput_when_not_full(td, partial(self._put, td)))
         return await self._put(td)
 
 
@@ -386,9 +331,10 @@ class RequestQueue:
         """An element for each wake-up that the last batch has caused, until its tasks or its thread have run, and for
         each tick of an event loop in which there were requests, until it ends."""
         self.not_full = NotFull(self.full)
-        self.reserved: set[object] = set()
-        """Space for requests on their way into a transport."""
+        self.reserved: dict[object, int] = {}
+        """Space for requests on their way into a transport: rows."""
         self._requests: deque[Request] = deque()
+        self._more_rows = RowCount()  # of these requests, beyond the first of each; counted before it is appended
         self._waiting_remote: deque[Request] = deque()  # requests of other processes that wait for space
         self._closed: ServerClosedError | None = None
         self._failed: list[Transport] = []
@@ -408,6 +354,7 @@ class RequestQueue:
         """In a forked child: the requests and the model thread are the parent's, and so is the news of its end."""
         for shared in (self._requests, self._waiting_remote, self.wakeups_in_flight, self._to_be_woken, self.reserved):
             shared.clear()
+        self._more_rows.clear()
         self.admission.stats.forget_parent()
         if self.serving:
             self.serving = False
@@ -424,12 +371,12 @@ class RequestQueue:
             transport.forget_parent()
 
     def __len__(self) -> int:
-        """How many requests wait, cancelled ones left out."""
+        """How many rows wait, those of cancelled requests left out."""
         held = sum([transport.held() for transport in self.transports])
-        return held + sum(not request.receiver.done() for request in tuple(self._requests))
+        return held + sum([request.rows for request in tuple(self._requests) if not request.receiver.done()])
 
     def pending(self) -> int:
-        """How many requests wait now; what other processes have sent is read first."""
+        """How many rows wait now; what other processes have sent is read first."""
         if isinstance(self.waker, Selector):
             _uninterrupted(self.read, "aioinfer-read")
         return len(self)
@@ -473,9 +420,11 @@ class RequestQueue:
         return self.waker
 
     def callers(self) -> int | None:
-        """How many requests could be pending at most; ``None`` if that is unknown."""
+        """How many rows will be pending if no further request brings several; ``None`` if that is unknown."""
         counts = [transport.callers() for transport in self.transports]
-        return None if None in counts else sum([count for count in counts if count is not None])
+        if None in counts:
+            return None
+        return sum([count for count in counts if count is not None]) + len(self._more_rows)
 
     def _redirect(self) -> None:
         """Hand over the requests of transports that are attached to another queue, and fail the others if closed."""
@@ -489,7 +438,7 @@ class RequestQueue:
         if queue is self:
             if self._closed is not None:
                 self._fail_all(self._closed)
-        elif _remove(self._requests, request):
+        elif self._remove(request):
             queue.put_remote(request, checked=True)
             queue.notify()
         elif _remove(self._waiting_remote, request):
@@ -524,7 +473,8 @@ class RequestQueue:
         ):
             self._requests.append(request)
         else:
-            admission.check(td)
+            if admission.check(td):
+                request.set_rows()
             if not self._put_bounded(request):
                 self.notify()  # callers that were interrupted may not have done so
                 raise admission.reject_overloaded()
@@ -534,7 +484,13 @@ class RequestQueue:
     def put_remote_all(self, requests: Sequence[Request]) -> None:
         """Do as :meth:`put_remote` with several."""
         admission = self.admission
-        if admission.unchecked and admission.closed is None and not admission.pauses and not self._stray:
+        if (
+            admission.unchecked
+            and admission.closed is None
+            and not admission.pauses
+            and not self._stray
+            and not any([request.batched for request in requests])  # noqa: C419 - faster
+        ):
             self._requests.extend(requests)
             if self._stray:
                 self._redirect()
@@ -556,7 +512,7 @@ class RequestQueue:
         elif admission.pauses and not checked:
             set_exceptions([request], [admission.reject_paused()])
         elif checked:
-            self._requests.append(request)
+            self._append(request)
         elif not self._put_bounded(request, wait=wait):
             set_exceptions([request], [admission.reject_overloaded()])
         if self._stray:
@@ -564,31 +520,49 @@ class RequestQueue:
 
     def _put_bounded(self, request: Request, *, wait: bool = False) -> bool:
         """Append a request if there is space, or let it ``wait`` for space; return whether it was one of both."""
-        if self.admission.max_pending is None:
-            self._requests.append(request)
+        rows = request.rows
+        if self.admission.max_pending is None or rows == 0:
+            self._append(request)
             return True
         with self._lock:
-            cancelled = self._remove_cancelled() if self.full() else []
-            full = self.full()
+            cancelled = self._remove_cancelled() if self.full(rows) else []
+            full = self.full(rows)
             if not full:
-                self._requests.append(request)
+                self._append(request)
             elif wait:
                 self._waiting_remote.append(request)
         self._drop(cancelled)  # which may call the code of a custom transport
-        if self._waiting_remote and not self.full():  # the model thread may have made space, and not got the lock
+        if self._has_space_for_waiting():  # the model thread may have made space, and not got the lock
             with self._lock:
                 self._move_waiting()
         return wait or not full
 
-    def reserve(self, place: object) -> bool:
+    def _append(self, request: Request) -> None:
+        """Append an admitted request; one without rows is answered at once."""
+        if request.rows == 0:
+            self.admission.stats.succeed(1)
+            set_results([request], [self.admission.empty_reply()])
+            return
+        if request.rows > 1:
+            self._more_rows.add(request.rows - 1)
+        self._requests.append(request)
+
+    def _remove(self, request: Request) -> bool:
+        """Take one pending request out; return whether it was there, and not taken by another thread."""
+        removed = _remove(self._requests, request)
+        if removed and request.rows > 1:
+            self._more_rows.remove(request.rows - 1)
+        return removed
+
+    def reserve(self, place: object, rows: int) -> bool:
         """Reserve space for a request on its way into a transport, if there is any; return whether there was."""
         with self._lock:
-            if not self.full():
-                self.reserved.add(place)
+            if not self.full(rows):
+                self.reserved[place] = rows
                 return True
             cancelled = self._remove_cancelled()
-            if reserved := not self.full():
-                self.reserved.add(place)
+            if reserved := not self.full(rows):
+                self.reserved[place] = rows
         self._drop(cancelled)
         return reserved
 
@@ -596,7 +570,12 @@ class RequestQueue:
         """Append requests that their transport has counted as pending, and ``note`` that it need not do so any more."""
         with self._lock:
             note()
-            self._requests.extend(requests)
+            for request in requests:
+                if request.rows:
+                    self._append(request)
+        for request in requests:
+            if not request.rows:
+                self._append(request)
         if self._stray:
             self._redirect()
         self.notify()
@@ -604,35 +583,43 @@ class RequestQueue:
     def _remove_cancelled(self) -> list[Request]:
         """Take cancelled requests out, which must be dropped then. Under the lock."""
         cancelled = [request for request in tuple(self._requests) if request.receiver.done()]
-        return [request for request in cancelled if _remove(self._requests, request)]
+        return [request for request in cancelled if self._remove(request)]
+
+    def _has_space_for_waiting(self) -> bool:
+        """Whether the request that has waited longest for space may become pending."""
+        try:
+            return bool(self._waiting_remote) and not self.full(self._waiting_remote[0].rows)
+        except IndexError:  # another thread was quicker
+            return False
 
     def _move_waiting(self) -> None:
         """Let requests become pending that have waited for space. Under the lock."""
-        while self._waiting_remote and not self.full():
+        while self._has_space_for_waiting():
             for request in _pop(self._waiting_remote, 1):  # none, if the queue is closed meanwhile
                 if request.receiver.done():
                     self._drop([request])
                 elif self.admission.pauses:
                     set_exceptions([request], [self.admission.reject_paused()])
                 else:
-                    self._requests.append(request)
+                    self._append(request)
                     if self._stray:
                         self._redirect_one(request)
 
-    def full(self) -> bool:
-        """Whether the queue has no space now."""
+    def full(self, rows: int = 1) -> bool:
+        """Whether the queue has no space now for so many rows; more than it may ever have find space while none is."""
         admission = self.admission
         limit = admission.max_pending
         if limit is None or admission.closed is not None or self.released:
             return False
         held = sum([transport.held() for transport in self.transports])
-        return len(self._requests) + len(self.reserved) + held >= limit
+        pending = len(self._requests) + len(self._more_rows) + sum(self.reserved.values()) + held
+        return pending + min(rows, limit) > limit
 
     def notify(self) -> None:
         """Wake the model thread if it sleeps and what it waits for is there."""
         if (
             self._to_be_woken
-            and self._wanted <= (count := len(self._requests))
+            and self._wanted <= (count := len(self._requests) + len(self._more_rows))
             and (not self.wakeups_in_flight or count >= self._enough)
         ):
             try:
@@ -674,12 +661,12 @@ class RequestQueue:
         """Block until requests are pending, ``wake`` was called, or ``timeout`` seconds passed.
 
         Args:
-            at_least: how many requests to wait for.
+            at_least: how many rows to wait for.
             enough: with so many, don't wait for the callers that the batch before has woken.
             timeout: seconds; ``None`` waits for ever. With 0, all that callers have sent is taken in first.
 
         Returns:
-            How many are pending, cancelled ones included.
+            How many are pending, those of cancelled requests included.
         """
         if timeout == 0:
             self.read(wait=True)
@@ -690,18 +677,18 @@ class RequestQueue:
         if timeout != 0:
             for pump in self.pumps:
                 pump.on_wait()
-        pending = len(self._requests)
+        pending = len(self._requests) + len(self._more_rows)
         if timeout != 0 and pending < enough and self.wakeups_in_flight:
             self._linger(MOST_LINGER if timeout is None else min(timeout, MOST_LINGER))
         elif pending < at_least:
             self._wake_threads()  # no woken thread is on the way that would
             self._enough = 0  # no caller is waited for now, even if another thread settles requests
-            if len(self._requests) < at_least:
+            if len(self._requests) + len(self._more_rows) < at_least:
                 self.waker.wait(timeout)
         self._to_be_woken.clear()
         if self._failure is not None:
             raise self._failure
-        return len(self._requests)
+        return len(self._requests) + len(self._more_rows)
 
     def stand_by(self) -> None:
         """Block until ``wake`` was called, whatever is pending; it may return early."""
@@ -731,30 +718,94 @@ class RequestQueue:
         except IndexError:
             return now
 
-    def get_batch(self, max_items: int) -> list[Request]:
-        """Claim up to ``max_items`` requests; requests whose callers went away are dropped and don't count."""
+    def get_batch(self, max_rows: int, *, largest: int | None = None) -> list[Request]:
+        """Claim requests in order, as long as they fit; those whose callers went away are dropped and don't count.
+
+        Args:
+            max_rows: how many rows at most.
+            largest: a request of more rows is split, and its parts are pending in its place; by default
+                ``max_batch_size``.
+        """
         taken: list[Request] = []
-        dropped = 0
-        while self._requests and (space := max_items - len(taken)) > 0:
-            some = _pop(self._requests, space)
+        rows = dropped = 0
+        while self._requests and (space := max_rows - rows) > 0:
+            if self._more_rows:
+                some = self._pop_fitting(space, largest or self.max_batch_size)
+                if not some:  # the first one does not fit
+                    break
+            else:
+                some = _pop(self._requests, space)
+                if self._more_rows:  # since the look
+                    some = self._put_back_unfitting(some, space)
             if any([request.receiver.done() for request in some]):  # noqa: C419 - faster, and all are false
                 cancelled, some = _partition(some)
-                dropped += len(cancelled)
+                dropped += sum([request.rows for request in cancelled])
                 self._drop(cancelled)
             taken += some
+            rows += sum([request.rows for request in some])
         if self._waiting_remote and self._lock.acquire(blocking=False):  # else the thread that has the lock does it
             try:
                 self._move_waiting()
             finally:
                 self._lock.release()
         if self.not_full:
-            self.not_full.notify(len(taken) + dropped)
+            self.not_full.notify(rows + dropped)
         return taken
+
+    def _pop_fitting(self, space: int, largest: int) -> list[Request]:
+        """Take requests out, in order, as long as they fit; and those before them whose callers went away."""
+        popped: list[Request] = []
+        while space > 0:
+            try:
+                first = self._requests[0]
+            except IndexError:
+                break
+            if first.receiver.done():
+                if self._remove(first):
+                    popped.append(first)
+            elif first.rows > largest:
+                self._split(first, largest)
+            elif first.rows > space:
+                break
+            elif self._remove(first):
+                popped.append(first)
+                space -= first.rows
+        return popped
+
+    def _put_back_unfitting(self, popped: list[Request], space: int) -> list[Request]:
+        """Return those of the requests just taken out that fit; the others are pending again."""
+        for index, request in enumerate(popped):
+            if request.rows > space:
+                self._put_back(popped[index:])
+                popped = popped[:index]
+                break
+            space -= request.rows
+        self._more_rows.remove(sum([request.rows - 1 for request in popped]))
+        return popped
+
+    def _put_back(self, requests: Sequence[Request]) -> None:
+        self._requests.extendleft(reversed(requests))
+        if self._stray:
+            self._redirect()
+
+    def _split(self, request: Request, max_rows: int) -> None:
+        """Replace the first request, which has too many rows, by its parts."""
+        try:
+            parts = split(request, max_rows)
+        except BaseException as error:  # a class of the user's may raise anything
+            if self._remove(request):
+                self.admission.stats.fail(1)
+                set_exceptions([request], [clone_exception(error)])
+            return
+        if _remove(self._requests, request):
+            self._put_back(parts)
+            self._more_rows.remove(len(parts) - 1)
 
     def _drop(self, requests: Sequence[Request]) -> None:
         for request in requests:
             request.sink.discard(request.receiver)
-            self.admission.stats.cancel(1)
+            if not request.is_part:
+                self.admission.stats.cancel(1)
 
     async def serve(self) -> None:
         """Read what other processes send where requests must be refused while the model is busy."""
@@ -829,9 +880,12 @@ class RequestQueue:
 
     def _fail_all(self, error: ServerClosedError) -> None:
         for queue in (self._requests, self._waiting_remote):
-            cancelled, live = _partition(_pop(queue, len(queue)))
+            popped = _pop(queue, len(queue))
+            if queue is self._requests:
+                self._more_rows.remove(sum([request.rows - 1 for request in popped]))
+            cancelled, live = _partition(popped)
             self._drop(cancelled)
-            self.admission.stats.fail(len(live))
+            self.admission.stats.fail(sum(not request.is_part for request in live))
             set_exceptions(live, [clone_exception(error) for _ in live])
 
 

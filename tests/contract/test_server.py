@@ -17,7 +17,7 @@ from aioinfer import (
 from aioinfer.model_thread import PendingPolicy
 from aioinfer.testing import GatedModel, double, eventually, request
 from aioinfer.testing.callers import is_double
-from aioinfer.transports.queue import Request
+from aioinfer.transports.request import Request
 from tests.limits import HANG
 from tests.transports import TRANSPORTS, FiveVerbs
 
@@ -190,7 +190,7 @@ def test_requests_that_were_just_taken_are_not_forgotten_by_a_shutdown_that_does
         assert go_on.wait(HANG)
         return requests
 
-    transport.queue.get_batch = get_batch_and_stand_still  # type: ignore[method-assign]
+    transport.queue.get_batch = get_batch_and_stand_still  # type: ignore[assignment, method-assign]
     server.start()
     reply = server.client().submit(request(1))
     assert taken.wait(HANG)

@@ -447,7 +447,7 @@ def test_a_worker_that_dies_fails_what_is_pending_and_says_of_what(caplog: pytes
         raise Abrupt("the wire broke")
 
     server = InferenceServer(double, transport)
-    transport.queue.get_batch = broken  # type: ignore[method-assign]
+    transport.queue.get_batch = broken  # type: ignore[assignment, method-assign]
     server.start()
     with pytest.raises(ServerClosedError, match="Abrupt: the wire broke"):
         server.client()(request(1), HANG)

@@ -1,12 +1,24 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from tensordict import LazyStackedTensorDict, NonTensorData, TensorDict, TensorDictBase
+from tensordict import LazyStackedTensorDict, NonTensorData, TensorDict, TensorDictBase, lazy_stack
 from torch import nn
 
 from aioinfer import InvalidRequestError, ModelError, tensors
-from aioinfer.tensors import RequestSpec, UnlikeRequestsError, check_output, group_by_layout, layout, rows, stack
+from aioinfer.tensors import (
+    RequestSpec,
+    UnlikeRequestsError,
+    check_output,
+    concatenate,
+    group_by_layout,
+    layout,
+    rows,
+    split,
+    stack,
+)
 
 
 def nested(value: float) -> TensorDict:
@@ -58,6 +70,40 @@ def test_the_order_of_entries_does_not_matter() -> None:
     assert torch.equal(batch["b"], torch.zeros(2, 2))
 
 
+@pytest.mark.usefixtures("_constructor")
+def test_rows_of_requests_come_back_as_they_were_whatever_each_request_brought() -> None:
+    def with_task(value: float) -> Any:
+        return nested(value).set_non_tensor("task", f"task {value}")
+
+    requests: list[Any] = [
+        torch.stack([with_task(0), with_task(1), with_task(2)]),
+        with_task(3),
+        torch.stack([with_task(4)]),
+        lazy_stack([with_task(5), with_task(6)]),
+        with_task(7),
+    ]
+    sizes = [3, None, 1, 2, None]
+    batch = concatenate(requests, [size is not None for size in sizes])
+    assert batch.batch_size == batch["inner"].batch_size == (8,)
+    assert [row["task"] for row in batch.unbind(0)] == [f"task {value}" for value in range(8)]
+    for request, reply in zip(requests, split(batch, sizes), strict=True):
+        assert reply.batch_size == request.batch_size
+        assert reply["inner"].batch_size == request.batch_size
+        for key in ("observation", ("inner", "pixels"), ("inner", "done"), "empty"):
+            assert torch.equal(reply[key], request[key])
+            reply[key].fill_(1)
+        for found, asked in zip(*[td.unbind(0) if td.batch_dims else [td] for td in (reply, request)], strict=True):
+            assert found["task"] == asked["task"]
+    assert batch["observation"][0].sum() == 0
+
+
+def test_rows_that_are_unlike_each_other_meet_nobody_but_may_share_a_request() -> None:
+    unlike = lazy_stack([TensorDict({"a": torch.ones(2)}), TensorDict({"a": torch.ones(3)})])
+    assert concatenate([unlike], [True])[1]["a"].shape == (3,)
+    with pytest.raises(UnlikeRequestsError):
+        concatenate([unlike, TensorDict({"a": torch.ones(2)})], [True, False])
+
+
 @pytest.mark.parametrize(
     "other",
     [
@@ -74,7 +120,9 @@ def test_requests_of_unlike_layout_are_not_stacked(other: TensorDictBase) -> Non
     for pair in ([like, other], [other, like]):
         with pytest.raises((UnlikeRequestsError, RuntimeError)):
             stack(pair)
-        assert group_by_layout([*pair, like]) in ([[0, 2], [1]], [[0], [1, 2]])
+        with pytest.raises((UnlikeRequestsError, RuntimeError)):
+            concatenate([pair[0].unsqueeze(0), pair[1]], [True, False])
+        assert group_by_layout([*pair, like], [False] * 3) in ([[0, 2], [1]], [[0], [1, 2]])
 
 
 def test_a_parameter_and_a_tensor_may_meet() -> None:

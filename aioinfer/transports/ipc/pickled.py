@@ -89,7 +89,8 @@ class _PickleServerCodec(ServerCodec):
             raise InvalidRequestError(
                 f"the request can't be unpickled in the server's process: {type(error).__qualname__}: {error}"
             ) from error
-        self._connection.transport.queue.admission.check_layout(request.td)
+        if self._connection.transport.queue.admission.check_layout(request.td):
+            request.set_rows()
 
     def find(self, number: int) -> RemoteRequest | None:
         return self._requests.get(number)

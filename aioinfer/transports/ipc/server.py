@@ -29,7 +29,8 @@ from aioinfer.transports.ipc.client import Endpoint
 from aioinfer.transports.ipc.connection import ClientCodec
 from aioinfer.transports.ipc.protocol import FromClient, FromServer, State, StatusPage
 from aioinfer.transports.polling import InferenceTransport
-from aioinfer.transports.queue import Admission, Request, RequestQueue
+from aioinfer.transports.queue import Admission, RequestQueue
+from aioinfer.transports.request import Request
 
 __all__ = ["ProcessTransport", "RemoteRequest", "ServerCodec", "ServerConnection", "TransportHandoff"]
 

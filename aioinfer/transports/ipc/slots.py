@@ -29,7 +29,8 @@ from aioinfer.transports.ipc.client import Endpoint
 from aioinfer.transports.ipc.connection import ClientCodec, OutgoingRequest
 from aioinfer.transports.ipc.protocol import CLIENT_INDEX, StatusPage
 from aioinfer.transports.ipc.server import ProcessTransport, RemoteRequest, ServerCodec, ServerConnection
-from aioinfer.transports.queue import WRITTEN_IN_PLACE, RequestQueue
+from aioinfer.transports.queue import RequestQueue
+from aioinfer.transports.request import WRITTEN_IN_PLACE
 
 __all__ = ["ProcessSlotTransport"]
 
