@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from copy import copy
 from itertools import compress
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -16,12 +16,13 @@ from aioinfer.errors import InvalidRequestError, ModelError
 from aioinfer.modes import long_lived
 from aioinfer.tensors import OWN_MEMORY_BYTES, Allocate, build, entries, is_nested, unbind_rows
 
-__all__ = ["LeafSpec", "RowLayout", "RowTable"]
+__all__ = ["LeafSpec", "RowBlock", "RowLayout", "RowTable"]
 
 Path: TypeAlias = tuple[str, ...]
 
 _ALIGNMENT = 64
 _STRIDED = torch.strided
+_ONE_ROW = torch.Size([])
 # So many small rows are stacked first and copied with one call: 16 of 256 bytes take 10 us instead of 18, 64 take 21
 # instead of 72.
 _MANY = 8
@@ -40,6 +41,18 @@ class LeafSpec:
         self.name = f'"{path[0]}"' if len(path) == 1 else repr(path)
 
 
+class RowBlock(NamedTuple):
+    """What a TensorDict ``[n, *batch_size]`` of several rows holds.
+
+    Attributes:
+        rows: ``n``, which may be 0.
+        values: its tensors, each ``[n, *shape]``, in the order of the layout's ``leaves``.
+    """
+
+    rows: int
+    values: Sequence[Tensor]
+
+
 class RowLayout:
     """The layout of a row: taken from an example, checked against what a caller or a model hands in. It pickles.
 
@@ -47,17 +60,19 @@ class RowLayout:
         example: a TensorDict shaped as one row is; its values don't matter.
         what: what messages call it.
         drop_undeclared: leave entries out that the example does not have, instead of refusing them.
+        rows: most rows that a caller may hand in at a time.
 
     Raises:
         TypeError: ``example`` is no TensorDict, or has entries that are no plain tensors.
     """
 
-    def __init__(self, example: TensorDictBase, what: str, *, drop_undeclared: bool = False) -> None:
+    def __init__(self, example: TensorDictBase, what: str, *, drop_undeclared: bool = False, rows: int = 1) -> None:
         if not isinstance(example, TensorDictBase):
             raise TypeError(f"{what}_spec must be a TensorDict, got {type(example).__qualname__}")
         self.what = what
         self.batch_size = example.batch_size
         self.drop_undeclared = drop_undeclared
+        self.rows = rows
         self.leaves: list[LeafSpec] = []
         self.sizes: dict[Path, torch.Size] = {(): example.batch_size}
         self._read(example, ())
@@ -103,11 +118,12 @@ class RowLayout:
         sizes = ", ".join(f"{path} {list(size)}" for path, size in self.sizes.items() if path)
         return f"{self.what} {list(self.batch_size)} of {leaves}" + (f" in {sizes}" if sizes else "")
 
-    def values(self, td: TensorDictBase) -> list[Tensor]:
-        """The tensors of ``td`` in the order of ``leaves``.
+    def values(self, td: TensorDictBase) -> list[Tensor] | RowBlock:
+        """The tensors of ``td`` in the order of ``leaves``: of one row ``[*batch_size]``, or of ``[n, *batch_size]``.
 
         Raises:
-            InvalidRequestError: its layout is another one; the message names key, found and expected.
+            InvalidRequestError: its layout is another one, or it has too many rows; the message names key, found and
+                expected.
         """
         if (type(td) is TensorDict or isinstance(td, TensorDictBase)) and td.batch_size == self.batch_size:
             found: dict[Any, Any] = entries(td) if self._is_flat else _flat(td)
@@ -125,7 +141,32 @@ class RowLayout:
                         return values
             except (KeyError, AttributeError, RuntimeError):  # one is not there, or no tensor, or a nested one
                 pass
+        elif isinstance(td, TensorDictBase) and td.batch_dims and td.batch_size[1:] == self.batch_size:
+            return self._block(td)
         raise InvalidRequestError(self._mismatch(td))
+
+    def _block(self, td: TensorDictBase) -> RowBlock:
+        count = td.batch_size[0]
+        found: dict[Any, Any] = entries(td) if self._is_flat else _flat(td)
+        values: list[Tensor] = []
+        try:
+            for name, dtype, shape in self._expected:
+                value = found[name]
+                if value.layout is not _STRIDED or value.dtype is not dtype or not value.is_cpu:
+                    break
+                if value.shape[:1] != (count,) or value.shape[1:] != shape:
+                    break
+                values.append(value)
+        except (KeyError, AttributeError, RuntimeError):  # as in `values`
+            pass
+        if len(values) < len(self._expected) or (len(found) > len(values) and not self.drop_undeclared):
+            raise InvalidRequestError(self._mismatch(td, rows=td.batch_size[:1]))
+        if count > self.rows:
+            raise InvalidRequestError(
+                f"the {self.what} has {count} rows, this transport takes at most {self.rows} in one {self.what}; "
+                f"send fewer at a time, or make the ProcessSlotTransport with rows={count}"
+            )
+        return RowBlock(count, values)
 
     def batch_values(self, output: TensorDictBase, keys: Set[str] | None) -> list[Tensor]:
         """The tensors ``[B, *shape]`` of a batch of rows, on the CPU, in the order of ``leaves``.
@@ -163,11 +204,15 @@ class RowLayout:
         own = self._own(output, keys)
         return ModelError(self._mismatch(build(own, output.batch_size, None)[0].to("cpu"), batch_size=False))
 
-    def _mismatch(self, td: Any, *, batch_size: bool = True) -> str:
+    def _mismatch(self, td: Any, *, batch_size: bool = True, rows: Sequence[int] = ()) -> str:
         if not isinstance(td, TensorDictBase):
             return f"a {self.what} must be a TensorDict, got {type(td).__qualname__}"
-        if batch_size and td.batch_size != self.batch_size:
-            return f"the {self.what} has batch size {list(td.batch_size)}, expected {list(self.batch_size)}"
+        if batch_size and list(td.batch_size) != [*rows, *self.batch_size]:
+            several = ", ".join(map(str, ["n", *self.batch_size]))
+            return (
+                f"the {self.what} has batch size {list(td.batch_size)}, expected {list(self.batch_size)}, "
+                f"or [{several}] for n rows"
+            )
         found = _flat(td)
         missing = [leaf.name for leaf in self.leaves if leaf.path not in found]
         declared = {leaf.path for leaf in self.leaves}
@@ -183,17 +228,17 @@ class RowLayout:
                 return f"{leaf.name} of the {self.what} is a {type(value).__qualname__}, expected a tensor"
             if kind := _odd_kind(value):
                 return f"{leaf.name} of the {self.what} is {kind}, expected a plain tensor"
-            if value.shape != leaf.shape:
-                return f"{leaf.name} of the {self.what} has shape {list(value.shape)}, expected {list(leaf.shape)}"
+            if list(value.shape) != [*rows, *leaf.shape]:
+                return f"{leaf.name} of the {self.what} has shape {list(value.shape)}, expected {[*rows, *leaf.shape]}"
             if value.dtype != leaf.dtype:
                 return f"{leaf.name} of the {self.what} has dtype {value.dtype}, expected {leaf.dtype}"
             if value.device.type != "cpu":
                 return f"{leaf.name} of the {self.what} is on device {value.device}, expected cpu"
         return f"the {self.what} does not fit"
 
-    def tree(self, values: Iterable[Any]) -> dict[str, Any]:
-        """The nested entries of a TensorDict with these leaves."""
-        return self._nest(values, torch.Size([]))
+    def tree(self, values: Iterable[Any], rows: torch.Size = _ONE_ROW) -> dict[str, Any]:
+        """The nested entries of a TensorDict ``[*rows, *batch_size]`` with these leaves."""
+        return self._nest(values, rows)
 
     def assemble(self, values: Iterable[Any], rows: torch.Size) -> TensorDict:
         """Build a TensorDict ``[*rows, *batch_size]`` of its leaves, without a check."""
@@ -229,31 +274,41 @@ def _flat(td: TensorDictBase, above: Path = ()) -> dict[Path, Any]:
     return found
 
 
+Rows: TypeAlias = Tensor | range
+"""Numbers of rows: ``[B]``, or those that follow each other."""
+
+
 class RowTable:
     """Rows of like layout in one piece of memory, one contiguous column ``[rows, *shape]`` for each leaf.
+
+    Several rows that follow each other make a place, as many as the layout says. What is written and read by place is
+    the first row of each, or a block of its first rows.
 
     It knows nothing of who may touch which row when; that is its user's to order.
 
     Args:
         layout: of a row.
-        count: how many rows.
+        count: how many places.
         memory: at least ``nbytes(layout, count)`` bytes, ``[nbytes]``.
-        index: makes a tensor of the numbers of rows, which must be usable under any mode of torch.
+        index: makes a tensor of the numbers of places, which must be usable under any mode of torch.
     """
 
     @long_lived()
     def __init__(self, layout: RowLayout, count: int, memory: Tensor, index: Callable[[Sequence[int]], Tensor]) -> None:
         self.layout = layout
+        self._count = count
         self._index = index
         self._columns: list[Tensor] = []
+        rows = count * layout.rows
         for leaf, start in zip(layout.leaves, _starts(layout, count), strict=False):
-            piece = memory[start : start + count * leaf.nbytes]
-            self._columns.append(piece.view(leaf.dtype).view(count, *leaf.shape))
-        self._rows = self._take_apart(count)
+            piece = memory[start : start + rows * leaf.nbytes]
+            self._columns.append(piece.view(leaf.dtype).view(rows, *leaf.shape))
+        self._take_apart()
 
-    def _take_apart(self, count: int) -> list[tuple[Tensor, ...]]:
-        rows = zip(*[column.unbind(0) for column in self._columns], strict=True)
-        return [tuple(row) for row in rows] or [()] * count
+    def _take_apart(self) -> None:
+        self._first_rows = [column[:: self.layout.rows] for column in self._columns]
+        rows = zip(*[column.unbind(0) for column in self._first_rows], strict=True)
+        self._rows: list[tuple[Tensor, ...]] = [tuple(row) for row in rows] or [()] * self._count
 
     def without(self, key: str) -> RowTable:
         """The same rows, but for one entry."""
@@ -262,81 +317,99 @@ class RowTable:
         kept = [leaf.path != (key,) for leaf in self.layout.leaves]
         other._columns = list(compress(self._columns, kept))
         with long_lived():
-            other._rows = other._take_apart(len(self._rows))
+            other._take_apart()
         return other
 
     @staticmethod
     def nbytes(layout: RowLayout, count: int) -> int:
-        """How much memory ``count`` rows take."""
+        """How much memory ``count`` places take."""
         return list(_starts(layout, count))[-1]
 
-    def write_one(self, row: int, values: Sequence[Tensor]) -> None:
-        """Copy what ``layout.values`` returned into a row."""
-        places = self._rows[row]
+    def write_one(self, place: int, values: Sequence[Tensor]) -> None:
+        """Copy what ``layout.values`` returned for one row into the first row of a place."""
+        places = self._rows[place]
         for number, value in enumerate(values):
             places[number].copy_(value.detach() if value.requires_grad else value)
 
-    def write(self, rows: Sequence[int], requests: Sequence[Sequence[Tensor]]) -> None:
+    def write(self, places: Sequence[int], requests: Sequence[Sequence[Tensor]]) -> None:
         """Do as :meth:`write_one` with several."""
-        if len(rows) < _MANY:
-            for row, values in zip(rows, requests, strict=True):
-                self.write_one(row, values)
+        if len(places) < _MANY:
+            for place, values in zip(places, requests, strict=True):
+                self.write_one(place, values)
             return
-        index = self._index(rows)
-        for leaf, column, values in zip(self.layout.leaves, self._columns, zip(*requests, strict=True), strict=True):
+        index = self._index(places)
+        for leaf, column, values in zip(self.layout.leaves, self._first_rows, zip(*requests, strict=True), strict=True):
             if leaf.nbytes < OWN_MEMORY_BYTES:
                 column.index_copy_(0, index, torch.stack(values).detach())
             else:
-                for row, value in zip(rows, values, strict=True):
-                    column[row].copy_(value.detach())
+                for place, value in zip(places, values, strict=True):
+                    column[place].copy_(value.detach())
 
-    def row(self, row: int) -> TensorDict:
-        """A row as it lies in memory."""
-        return self.layout.assemble(self._rows[row], torch.Size([]))
+    def read(self, place: int) -> dict[str, Any]:
+        """Copy the entries of the first row of a place."""
+        return self.layout.tree([value.clone() for value in self._rows[place]])
 
-    def view(self, row: int) -> dict[str, Any]:
-        """The entries of a row as they lie in memory."""
-        return self.layout.tree(self._rows[row])
+    def view(self, place: int) -> dict[str, Any]:
+        """The entries of the first row of a place as they lie in memory."""
+        return self.layout.tree(self._rows[place])
 
-    def read(self, row: int) -> dict[str, Any]:
-        """Copy the entries of a row."""
-        return self.layout.tree([value.clone() for value in self._rows[row]])
-
-    def read_many(self, rows: Sequence[int]) -> list[dict[str, Any]]:
-        """Copy the entries of several rows; those of a leaf below 1 KiB are parts of one allocation."""
-        index = self._index(rows)
+    def read_many(self, places: Sequence[int]) -> list[dict[str, Any]]:
+        """Copy the entries of several first rows; those of a leaf below 1 KiB are parts of one allocation."""
+        index = self._index(places)
         columns = [
             unbind_rows(column.index_select(0, index))
             if leaf.nbytes < OWN_MEMORY_BYTES
-            else [column[row].clone() for row in rows]
-            for leaf, column in zip(self.layout.leaves, self._columns, strict=True)
+            else [column[place].clone() for place in places]
+            for leaf, column in zip(self.layout.leaves, self._first_rows, strict=True)
         ]
         if self.layout.is_simple and len(columns) == 1:  # for speed
             name = self.layout.leaves[0].path[0]
             return [{name: value} for value in columns[0]]
-        return [self.layout.tree(values) for values in (zip(*columns, strict=True) if columns else [()] * len(rows))]
+        return [self.layout.tree(values) for values in (zip(*columns, strict=True) if columns else [()] * len(places))]
 
-    def gather(self, rows: Tensor, allocate: Allocate | None) -> TensorDict:
-        """Copy rows into a batch ``[len(rows), *batch_size]``.
+    def block(self, rows: range) -> Sequence[Tensor]:
+        """The tensors of rows that follow each other as they lie in memory, each ``[len(rows), *shape]``."""
+        return [column[rows.start : rows.stop] for column in self._columns]
+
+    def td(self, rows: int | range) -> TensorDict:
+        """A row as it lies in memory; or rows that follow each other, ``[len(rows), *batch_size]``."""
+        if isinstance(rows, int):
+            return self.layout.assemble([column[rows] for column in self._columns], _ONE_ROW)
+        return self.layout.assemble(self.block(rows), torch.Size([len(rows)]))
+
+    def gather(self, rows: Rows, allocate: Allocate | None) -> TensorDict:
+        """Copy rows into a batch ``[B, *batch_size]``.
 
         Args:
-            rows: their numbers, ``[B]``.
+            rows: their numbers.
             allocate: makes the memory, given shape and dtype.
         """
-        count = rows.numel()
-        if allocate is None:
-            values = [column.index_select(0, rows) for column in self._columns]
+        if isinstance(rows, range):
+            count = len(rows)
+            values = [_cloned(block, allocate) for block in self.block(rows)]
         else:
-            values = [
-                torch.index_select(column, 0, rows, out=allocate((count, *column.shape[1:]), column.dtype))
-                for column in self._columns
-            ]
+            count = rows.numel()
+            if allocate is None:
+                values = [column.index_select(0, rows) for column in self._columns]
+            else:
+                values = [
+                    torch.index_select(column, 0, rows, out=allocate((count, *column.shape[1:]), column.dtype))
+                    for column in self._columns
+                ]
         return self.layout.assemble(values, torch.Size([count]))
 
-    def scatter(self, rows: Tensor, values: Sequence[Tensor]) -> None:
-        """Copy the rows of a batch's leaves, each ``[len(rows), *shape]``, to where they belong."""
+    def scatter(self, rows: Rows, values: Sequence[Tensor]) -> None:
+        """Copy the rows of a batch's leaves, each ``[B, *shape]``, to where they belong."""
+        if isinstance(rows, range):
+            for block, value in zip(self.block(rows), values, strict=True):
+                block.copy_(value)
+            return
         for column, value in zip(self._columns, values, strict=True):
             column.index_copy_(0, rows, value)
+
+
+def _cloned(block: Tensor, allocate: Allocate | None) -> Tensor:
+    return block.clone() if allocate is None else allocate(tuple(block.shape), block.dtype).copy_(block)
 
 
 def _starts(layout: RowLayout, count: int) -> Iterator[int]:
@@ -344,5 +417,5 @@ def _starts(layout: RowLayout, count: int) -> Iterator[int]:
     start = 0
     for leaf in layout.leaves:
         yield start
-        start += -(-count * leaf.nbytes // _ALIGNMENT) * _ALIGNMENT
+        start += -(-count * layout.rows * leaf.nbytes // _ALIGNMENT) * _ALIGNMENT
     yield start

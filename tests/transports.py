@@ -51,7 +51,10 @@ class FiveVerbs(InferenceTransport):
 
 def process_slots(asked: TensorDictBase | None = None, reply: TensorDictBase | None = None) -> ProcessSlotTransport:
     return ProcessSlotTransport(
-        request(0) if asked is None else asked, double(request(0)) if reply is None else reply, num_slots=16
+        request(0) if asked is None else asked,
+        double(request(0)) if reply is None else reply,
+        num_slots=16,
+        rows=16,
     )
 
 

@@ -4,6 +4,8 @@ A frame is a header of 64 bits, native byte order, and often nothing else::
 
     payload follows? (1 bit) | kind (3 bits) | mode (4 bits) | number of the request (56 bits)
 
+Where requests lie in slots, a mode takes 3 bits, and the bit above it says whether the request has a dimension of rows.
+
 A payload is its length, 64 bits too, and as many bytes, padded to whole words.
 """
 

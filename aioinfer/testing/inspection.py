@@ -17,7 +17,7 @@ from aioinfer.server import InferenceServer
 from aioinfer.transports.ipc.client import ClientBase
 from aioinfer.transports.ipc.connection import ClientConnection
 from aioinfer.transports.ipc.server import ProcessTransport
-from aioinfer.transports.ipc.slots import ProcessSlotTransport
+from aioinfer.transports.ipc.slots import ProcessSlotTransport, SlotTable
 from aioinfer.weight_sync.channel import Channel
 from aioinfer.weight_sync.schemes import QueuedWeightSyncScheme
 from aioinfer.weight_sync.sender import Sender
@@ -32,6 +32,7 @@ __all__ = [
     "locks_of",
     "put_bytes",
     "sender_of",
+    "slot_table_of",
     "weight_sender_of",
 ]
 
@@ -80,6 +81,14 @@ def locks_of(transport: ProcessTransport, client: object) -> list[AbstractContex
     own += [client._endpoint._lock, connection._lock, connection._socket._lock]
     slots = [transport._lock] if isinstance(transport, ProcessSlotTransport) else []
     return [*own, connections.selector.lock, *slots, connections._lock]
+
+
+def slot_table_of(client: object) -> SlotTable:
+    """The shared memory of the slots, as a client of :class:`ProcessSlotTransport` that has connected has mapped it."""
+    connection = connection_of(client)
+    assert connection is not None, "the client has not connected"
+    table: SlotTable = connection._codec._table  # type: ignore[attr-defined]
+    return table
 
 
 def ignore_in_wait(selector: Selector, source: Source) -> None:

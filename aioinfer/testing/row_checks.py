@@ -78,7 +78,10 @@ def a_request_without_rows_is_answered_at_once(harness: TransportHarness) -> Non
     with harness.serve(model) as (server, callers):
         first = callers.call(0, request(0))
         assert model.entered.wait(HANG_TIMEOUT)
-        reply = callers.call(1, request_of()).result(HANG_TIMEOUT)
+        without = callers.call(1, request_of())
+        if harness.remote:  # the server may read what other processes send when the pass is over
+            model.open()
+        reply = without.result(HANG_TIMEOUT)
         assert reply.batch_size == reply["policy_version"].shape == (0,)
         model.open()
         assert is_double(first.result(HANG_TIMEOUT), 0)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from aioinfer.testing import CHECKS, AwaitingCallers, BlockingCallers, Callers, TransportHarness, row_checks
+from aioinfer.testing import CHECKS, AwaitingCallers, BlockingCallers, Callers, TransportHarness
 from tests.transports import CANNOT_DROP_CANCELLED, FIXED_LAYOUT, REMOTE, TRANSPORTS
 
 
@@ -14,8 +14,6 @@ from tests.transports import CANNOT_DROP_CANCELLED, FIXED_LAYOUT, REMOTE, TRANSP
 def test_every_transport_holds_the_contract(
     check: Callable[[TransportHarness], None], transport: str, callers: type[Callers]
 ) -> None:
-    if transport in FIXED_LAYOUT and check.__module__ == row_checks.__name__:
-        pytest.skip("its slots have one row each")
     harness = TransportHarness(
         TRANSPORTS[transport],
         callers,

@@ -141,7 +141,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "another dtype": (request(0).int(), r"has dtype torch\.int32, expected torch\.float32"),
     "another batch size": (
         TensorDict({"observation": torch.ones(3)}, batch_size=[3]),
-        r"the request has batch size \[3\], expected \[\]",
+        r'"observation" of the request has shape \[3\], expected \[3, 3\]',
     ),
     "another device": (request(0).to("meta"), r'"observation" of the request is on device meta, expected cpu'),
     "no tensor": (TensorDict({"observation": NonTensorData("x")}), r'"observation" of the request is a .*, expected a'),

@@ -14,6 +14,7 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
 from aioinfer import InferenceServer, MPTransport, ProcessSlotTransport, connect
+from aioinfer.interaction_type import MODES as CODES
 from tests.limits import HANG
 
 COUNT = 10
@@ -64,7 +65,7 @@ def make_model() -> TensorDictModule:
 
 def slots() -> ProcessSlotTransport:
     reply = TensorDict({"action": torch.zeros(3, dtype=torch.float32, device="cpu")})
-    return ProcessSlotTransport(ask(0), reply, num_slots=4 * COUNT + 8)
+    return ProcessSlotTransport(ask(0), reply, num_slots=4 * COUNT + 8, rows=3)
 
 
 MAKES: list[Any] = [slots, MPTransport]
@@ -80,8 +81,13 @@ def check(reply: TensorDictBase, value: float, version: int) -> None:
 
 
 def call_in_every_way(source: Any, clients: list[Any], tasks: list[Any], version: int) -> None:
-    """Blocking, with futures, and as tasks of one tick: few are copied one by one, many at once."""
+    """Blocking, with futures, and as tasks of one tick: few are copied one by one, many at once; and several rows."""
     check(source.client()(ask(1), HANG), 1, version)
+    for rows in (3, 1, 3):
+        reply = clients[0](ask(5).expand(rows).contiguous(), HANG)
+        assert reply.batch_size == (rows,)
+        for row in reply.unbind(0):
+            check(row, 5, version)
     for value, client in enumerate(clients):
         check(client(ask(value), HANG), value, version)
     futures = [client.submit(ask(value)) for value, client in enumerate(clients)]
@@ -143,3 +149,7 @@ def test_rows_of_replies_that_came_together_have_histories_of_their_own() -> Non
     second["action"].mul_(weight)
     assert weight.grad is not None
     assert torch.equal(weight.grad, torch.zeros(3))
+
+
+def test_the_code_of_a_mode_leaves_a_bit_of_the_header_for_requests_of_several_rows() -> None:
+    assert len(CODES) <= 8

@@ -17,11 +17,12 @@ from typing import Any
 
 import pytest
 
-from aioinfer import InferenceServer, MPTransport, ProcessSlotTransport
+from aioinfer import InferenceServer, MPTransport, PeerDiedError, ProcessSlotTransport
 from aioinfer.ipc.pickling import dumps
 from aioinfer.ipc.sockets import connect_unix, frame, header
-from aioinfer.testing import double, eventually, request
+from aioinfer.testing import double, eventually, request, request_of
 from aioinfer.testing.callers import is_double
+from aioinfer.testing.inspection import slot_table_of
 from aioinfer.transports.ipc.protocol import FromClient
 from tests.idle import used_within
 from tests.ipc.callers import Worker
@@ -212,6 +213,37 @@ def test_a_process_that_is_gone_before_it_was_taken_in_takes_no_slot() -> None:
         assert transport.callers() == 0
     with server:
         assert is_double(transport.client()(request(1), HANG), 1)
+
+
+class _Counts:
+    """Takes any number of rows for another one."""
+
+    def __init__(self, counts: Any, lie: int) -> None:
+        self._counts = counts
+        self._lie = lie
+
+    def __setitem__(self, slot: int, _: int) -> None:
+        self._counts[slot] = self._lie
+
+
+def test_a_number_of_rows_that_no_slot_has_is_hung_up_on_and_a_wrong_one_shows_only_the_own_slot() -> None:
+    """A client can write any number to shared memory, at any time; the server looks once."""
+    transport = process_slots()
+    with InferenceServer(double, transport), neighbours(transport):
+        for lie in (-(2**63), -1, 0, 17, 2**32, 2**63 - 1):
+            client = transport.client()
+            client(request(1), HANG)
+            table = slot_table_of(client)
+            table.counts = _Counts(table.counts, lie)  # type: ignore[assignment]
+            with pytest.raises(PeerDiedError):
+                client(request_of(1, 2), HANG)
+        for lie in (1, 16):
+            with transport.client() as client:
+                client(request_of(*range(16)), HANG)
+                table = slot_table_of(client)
+                table.counts = _Counts(table.counts, lie)  # type: ignore[assignment]
+                assert set(client(request_of(1, 2), HANG)["action"][:, 0].tolist()) <= {0, 2, 4}
+        eventually(lambda: len(transport.connections.connections) == 1)
 
 
 @pytest.mark.parametrize("make", MAKES)

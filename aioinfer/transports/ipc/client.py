@@ -236,6 +236,10 @@ class ClientBase:
     def __setstate__(self, state: tuple[Endpoint, int]) -> None:
         self.__init__(*state)  # type: ignore[misc]
 
+    @property
+    def max_rows(self) -> int | None:
+        return self._endpoint.codec.max_rows
+
     def close(self) -> None:
         endpoint, self._endpoint = self._endpoint, _CLOSED
         endpoint.remove(self)

@@ -44,7 +44,7 @@ from aioinfer.ipc.sockets import (
     unix_socket,
 )
 from aioinfer.modes import long_lived
-from aioinfer.transports.ipc.protocol import CLIENT_INDEX, FromClient, FromServer, State, StatusPage
+from aioinfer.transports.ipc.protocol import ANSWERED, CLIENT_INDEX, REFUSED, FromClient, FromServer, State, StatusPage
 from aioinfer.transports.replies import LockWaker, ReplySink
 
 if TYPE_CHECKING:
@@ -87,10 +87,18 @@ class ClientCodec(ABC):
     """Whether requests must not be sent before the server has accepted this process."""
     copies = True
     """Whether replies are copied out of the memory in which they came."""
+    max_rows: int | None = None
+    """How many rows a request may have at most."""
+    answers: dict[int, TensorDictBase]
+    """By number, replies to requests that ``encode`` has answered itself, instead of putting them anywhere."""
+
+    def __init__(self) -> None:
+        self.answers = {}
 
     def new(self, *, copy: bool | None = None) -> Self:
         """Another one of the same kind, for another connection or with another ``copies``."""
         other = copy_of(self)
+        other.answers = {}
         if copy is not None:
             other.copies = copy
         return other
@@ -182,6 +190,13 @@ class PendingCalls(dict[int, Call]):
         call = self.get(number)
         if call is not None:
             call[1].set_exceptions([call[0]], [error])
+            self.pop(number, None)
+
+    def succeed(self, number: int, reply: TensorDictBase) -> None:
+        """Settle one call with its reply."""
+        call = self.get(number)
+        if call is not None:
+            call[1].set_results([call[0]], [reply])
             self.pop(number, None)
 
     def fail_all(self, error: Exception) -> None:
@@ -659,6 +674,8 @@ class ClientConnection:
                     raise
             else:
                 self._socket.send(data)
+            if self._codec.answers:
+                self._settle_answers()
         finally:
             self._encoding.discard(token)
             if self.dead is not None:
@@ -680,6 +697,15 @@ class ClientConnection:
             else:
                 self._socket.send(data)
         return all_were
+
+    def _settle_answers(self) -> None:
+        """Settle the requests that the codec has answered."""
+        answers = self._codec.answers
+        for number in list(answers):
+            reply = answers.pop(number, None)
+            if reply is not None:
+                self._say(FromClient.SETTLED_LOCALLY, ANSWERED)
+                self.calls.succeed(number, reply)
 
     def _refuse(self, number: int, status: StatusPage, state: int, *, sent: bool = True) -> None:
         """Fail a request that the server may have got, or not, as it does not take any now; the server counts it."""
@@ -712,7 +738,7 @@ class ClientConnection:
 
     def count_rejection(self) -> None:
         """Tell the server that a request was refused here."""
-        self._say(FromClient.REJECTED_LOCALLY)
+        self._say(FromClient.SETTLED_LOCALLY, REFUSED)
 
     def _say(self, kind: FromClient, number: int = 0) -> None:
         if self._connected and self.dead is None:

@@ -9,10 +9,13 @@ from aioinfer.ipc.memory import AnonymousSharedMemory
 from aioinfer.ipc.pickling import dump_exception, load_exception
 from aioinfer.modes import long_lived
 
-__all__ = ["CLIENT_INDEX", "FromClient", "FromServer", "State", "StatusPage"]
+__all__ = ["ANSWERED", "CLIENT_INDEX", "REFUSED", "FromClient", "FromServer", "State", "StatusPage"]
 
 CLIENT_INDEX = (1 << 32) - 1
 """The bits of a request's number that say which client of its process made it."""
+
+
+REFUSED, ANSWERED = 0, 1
 
 
 class FromClient(IntEnum):
@@ -22,8 +25,8 @@ class FromClient(IntEnum):
     REQUEST_WAIT = 1
     """A request that waits for space where the queue is full."""
     CANCEL = 2
-    REJECTED_LOCALLY = 3
-    """A request was refused in the client process: the server counts it."""
+    SETTLED_LOCALLY = 3
+    """A request ended in the client process: the server counts it. The number is ``REFUSED`` or ``ANSWERED``."""
     HELLO = 4
     DESCRIBE = 5
     """Asks for an endpoint, from which a separately started process can make clients."""

@@ -23,11 +23,11 @@ from aioinfer.errors import InvalidRequestError, ServerClosedError, clone_except
 from aioinfer.interaction_type import Mode
 from aioinfer.ipc.pickling import dump_exception, dumps, loads
 from aioinfer.ipc.selector import Selector
-from aioinfer.ipc.sockets import NUMBER, Frame, FramedSocket, Listener, frame, header, wait_for_any
+from aioinfer.ipc.sockets import NUMBER, PLAIN, Frame, FramedSocket, Listener, frame, header, wait_for_any
 from aioinfer.transports.base import Transport
 from aioinfer.transports.ipc.client import Endpoint
 from aioinfer.transports.ipc.connection import ClientCodec
-from aioinfer.transports.ipc.protocol import FromClient, FromServer, State, StatusPage
+from aioinfer.transports.ipc.protocol import REFUSED, FromClient, FromServer, State, StatusPage
 from aioinfer.transports.polling import InferenceTransport
 from aioinfer.transports.queue import Admission, RequestQueue
 from aioinfer.transports.request import Request
@@ -87,7 +87,7 @@ class ServerCodec(ABC):
 
     @abstractmethod
     def decode(self, headers: Sequence[int]) -> Sequence[RemoteRequest]:
-        """Note requests, as far as their headers say; raise for rubbish."""
+        """Note requests, as far as their headers say, without their kinds; raise for rubbish."""
 
     @abstractmethod
     def check(self, request: RemoteRequest, payload: bytes | None) -> None:
@@ -180,8 +180,9 @@ class ServerConnection:
                 request = self.codec.find(first & NUMBER)
                 if request is not None:
                     request.cancelled = True
-            elif kind == FromClient.REJECTED_LOCALLY:
-                self.transport.queue.admission.stats.reject()
+            elif kind == FromClient.SETTLED_LOCALLY:
+                stats = self.transport.queue.admission.stats
+                stats.reject() if first & NUMBER == REFUSED else stats.succeed(1)
             elif kind in (FromClient.REQUEST, FromClient.REQUEST_WAIT):
                 self._queue(first, payload, wait=kind == FromClient.REQUEST_WAIT)
             else:
@@ -219,7 +220,7 @@ class ServerConnection:
                 self._queue(first, None, wait=False)
 
     def _queue(self, first: int, payload: bytes | None, *, wait: bool) -> None:
-        (request,) = self.codec.decode([first])
+        (request,) = self.codec.decode([first % PLAIN])
         try:
             self.codec.check(request, payload)
         except InvalidRequestError as error:
