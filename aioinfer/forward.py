@@ -115,15 +115,14 @@ class ForwardPass:
             Outcomes that cover each request once, computed as they are asked for.
         """
         first = requests[0].mode
-        if not any([request.mode is not first for request in requests]):  # noqa: C419 - faster
-            return self._outcomes(requests)
+        if not any([request.mode is not first or request.batched for request in requests]):  # noqa: C419 - faster
+            return self._outcomes(requests, batched=False)
         modes = {request.mode for request in requests}
-        groups = ([request for request in requests if request.mode is mode] for mode in modes)
-        return chain.from_iterable(map(self._outcomes, groups))
+        groups = [[request for request in requests if request.mode is mode] for mode in modes]
+        return chain.from_iterable(self._outcomes(group, batched=any(_batched(group))) for group in groups)
 
-    def _outcomes(self, requests: Sequence[Request], *, again: bool = False) -> Iterator[Outcome]:
+    def _outcomes(self, requests: Sequence[Request], *, batched: bool, again: bool = False) -> Iterator[Outcome]:
         started = time.perf_counter()
-        batched = any([request.batched for request in requests])  # noqa: C419 - faster
         try:
             replies = self._replies(requests, batched)
         except BaseException as error:  # also SystemExit: it must end these requests, not the model thread
@@ -142,7 +141,8 @@ class ForwardPass:
                 yield _outcome(left, None, failure, seconds, batched)
             served = True
             for part in parts:
-                for outcome in self._outcomes(part, again=again or not isinstance(failure, UnlikeRequestsError)):
+                repeated = again or not isinstance(failure, UnlikeRequestsError)
+                for outcome in self._outcomes(part, batched=any(_batched(part)), again=repeated):
                     served &= outcome.error is None or not outcome.requests
                     yield outcome
             if len(parts) > 1 and served and not again and not isinstance(failure, UnlikeRequestsError):

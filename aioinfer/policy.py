@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from typing import Any
 
-from tensordict import TensorDictBase, lazy_stack
+import torch
+from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 
 from aioinfer.client import InferenceClient
-from aioinfer.errors import ClientBusyError, InvalidRequestError, ServerOverloadedError
+from aioinfer.errors import InvalidRequestError
 from aioinfer.interaction_type import InteractionType, interaction_type, requests_carry
 
 __all__ = ["PolicyClientModule"]
@@ -59,13 +61,13 @@ class PolicyClientModule(TensorDictModuleBase):
         self.out_keys = list(out_keys or [])  # type: ignore[arg-type]
         self.interaction_type = None if interaction_type is None else InteractionType(interaction_type)
         self.policy_version_key = policy_version_key
-        self._request_dims: int | None = None  # of a request's batch size; None: not known yet
+        self._row_dims = 0  # of a row's batch size, as far as known from replies
 
     def submit(self, td: TensorDictBase) -> Future[TensorDictBase]:
         """Send one request; the future resolves to the server's reply, and ``td`` is left alone.
 
         Args:
-            td: one request, with the ``in_keys``: ``[]``, or of the batch size of the server's ``request_spec``.
+            td: one request, with the ``in_keys``: a row, or ``[n, ...]`` rows; see :meth:`InferenceClient.submit`.
         """
         with self._calling():
             return self.client.submit(self._request(td))
@@ -82,74 +84,60 @@ class PolicyClientModule(TensorDictModuleBase):
 
         Args:
             td: ``[*batch]``, with the ``in_keys``, or ``[*batch, *size]`` where the server's ``request_spec`` is of
-                batch size ``[*size]``. Each element of ``batch`` is a request of its own, and may meet those of other
-                callers in one forward pass. A client with a slot sends one after the other; others send as many at a
-                time as the server has room for.
+                batch size ``[*size]``. All elements of ``batch`` are the rows of one request, or of as few as the
+                client can send (:attr:`InferenceClient.max_rows`), one after the other.
 
         Returns:
-            ``td`` with the ``out_keys`` written to it, and the policy version.
+            ``td`` with the ``out_keys`` written to it, and the policy version of each row.
         """
-        if 0 in td.batch_size:
-            raise ValueError(f"an empty batch can't be sent to a server, got batch size {list(td.batch_size)}")
-        reply = self._reply(td)
+        reply = self._reply(self._request(td))
         if self.out_keys:
             version = self.policy_version_key
-            reply = reply.select(*self.out_keys, *([version] if version is not None and version in reply else []))
+            written = [*self.out_keys, *([version] if version is not None and version in reply else [])]
+            reply = reply.select(*written, strict=bool(reply.numel()))  # without rows, its entries may be unknown
         return td.update(reply)
 
     def _reply(self, td: TensorDictBase) -> TensorDictBase:
-        """The server's reply to all elements of a batch."""
-        if self._request_dims is None and td.batch_dims:  # ask once with each number of dimensions, the largest first
-            for dims in range(td.batch_dims, 0, -1):
-                try:
-                    reply = self._reply_in_parts(td, dims)
-                except InvalidRequestError:
-                    continue
-                self._request_dims = dims
-                return reply
-            reply = self._reply_in_parts(td, 0)
-            self._request_dims = 0
-            return reply
-        return self._reply_in_parts(td, min(self._request_dims or 0, td.batch_dims))
-
-    def _reply_in_parts(self, td: TensorDictBase, dims: int) -> TensorDictBase:
-        """The reply to requests of so many batch dimensions each."""
-        if dims == td.batch_dims:
-            with self._calling():
-                return self.client(self._request(td), wait=True)
-        size = td.batch_size[td.batch_dims - dims :]
-        replies = self._replies(list(td.reshape(-1, *size).unbind(0)))
-        return lazy_stack(replies).contiguous().reshape(td.batch_size)
-
-    def _replies(self, requests: list[TensorDictBase]) -> list[TensorDictBase]:
-        """Send requests, as many at a time as the client and the server take."""
-        replies: dict[int, TensorDictBase] = {}
-        while left := [index for index in range(len(requests)) if index not in replies]:
-            pending: list[tuple[int, Future[TensorDictBase]]] = []
-            before = len(replies)
+        """The server's reply to all elements of a batch, which has the entries to be sent."""
+        if td.batch_dims == 0:
+            return self._call(td)
+        refusal: InvalidRequestError | None = None
+        # One row and rows that are sent as they are look the same.
+        most = td.batch_dims if self._exceeds_client(td) else td.batch_dims - 1
+        expected = min(self._row_dims, most)
+        for dims in (expected, *[dims for dims in range(most + 1) if dims != expected]):
             try:
-                for index in left:
-                    try:
-                        pending.append((index, self.submit(requests[index])))
-                    except ClientBusyError:  # it has one request under way at a time
-                        break
-                    if _is_overloaded(pending[-1][1]):
-                        break
-                for index, future in pending:
-                    try:
-                        replies[index] = future.result()
-                    except ServerOverloadedError:  # again, when some of the others are answered
-                        continue
-            except BaseException:
-                for _, future in pending:
-                    future.cancel()
-                raise
-            if len(replies) == before:  # other callers have all the room
-                with self._calling():
-                    replies[left[0]] = self.client(self._request(requests[left[0]]), wait=True)
-        return [replies[index] for index in range(len(requests))]
+                reply = self._reply_to_rows(td, dims)
+            except InvalidRequestError as error:
+                refusal = refusal or error
+            else:
+                if dims != expected:
+                    self._row_dims = dims
+                return reply
+        assert refusal is not None
+        try:
+            raise refusal
+        finally:
+            del refusal  # its traceback leads here: it must not lead back
 
+    def _exceeds_client(self, rows: TensorDictBase) -> bool:
+        return self.client.max_rows is not None and rows.batch_size[0] > self.client.max_rows
 
-def _is_overloaded(future: Future[TensorDictBase]) -> bool:
-    """Whether the server has refused a request already, since it has no room."""
-    return future.done() and not future.cancelled() and isinstance(future.exception(), ServerOverloadedError)
+    def _reply_to_rows(self, td: TensorDictBase, dims: int) -> TensorDictBase:
+        """The reply to rows of so many batch dimensions each."""
+        if dims == td.batch_dims:
+            return self._call(td)
+        split = td.batch_dims - dims
+        rows = td if split == 1 else td.reshape(math.prod(td.batch_size[:split]), *td.batch_size[split:])
+        if self._exceeds_client(rows):
+            # Each reply may lie in memory that the client's next request overwrites.
+            parts: list[Any] = [self._call(some).clone() for some in rows.split(self.client.max_rows or 1)]
+            reply: Any = torch.cat(parts)
+        else:
+            reply = self._call(rows)
+        shaped: TensorDictBase = reply if split == 1 else reply.reshape(td.batch_size)
+        return shaped
+
+    def _call(self, td: TensorDictBase) -> TensorDictBase:
+        with self._calling():
+            return self.client(td, wait=True)

@@ -729,20 +729,20 @@ class RequestQueue:
         taken: list[Request] = []
         rows = dropped = 0
         while self._requests and (space := max_rows - rows) > 0:
-            if self._more_rows:
+            if several := bool(self._more_rows):
                 some = self._pop_fitting(space, largest or self.max_batch_size)
                 if not some:  # the first one does not fit
                     break
             else:
                 some = _pop(self._requests, space)
-                if self._more_rows:  # since the look
+                if several := bool(self._more_rows):  # since the look
                     some = self._put_back_unfitting(some, space)
             if any([request.receiver.done() for request in some]):  # noqa: C419 - faster, and all are false
                 cancelled, some = _partition(some)
                 dropped += sum([request.rows for request in cancelled])
                 self._drop(cancelled)
             taken += some
-            rows += sum([request.rows for request in some])
+            rows += sum([request.rows for request in some]) if several else len(some)
         if self._waiting_remote and self._lock.acquire(blocking=False):  # else the thread that has the lock does it
             try:
                 self._move_waiting()

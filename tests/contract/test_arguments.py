@@ -230,7 +230,7 @@ def test_requests_with_a_batch_size_of_their_own_go_whole(transport: str) -> Non
             td = TensorDict({"observation": torch.randn(*size, 3)}, batch_size=size)
             torch.testing.assert_close(remote(td)["action"], 2 * td["observation"])
             assert td["policy_version"].shape == torch.Size(size)
-        assert server.stats().ok == 4
+        assert server.stats().ok == (4 if transport == "process-slots" else 2)
 
 
 def test_a_batch_that_fails_leaves_nothing_to_be_computed() -> None:

@@ -43,16 +43,17 @@ def test_it_refuses_what_does_not_block() -> None:
         PolicyClientModule(ThreadingTransport().async_client())
 
 
-def test_each_element_of_a_batch_is_a_request() -> None:
+def test_a_batch_of_any_shape_is_one_request() -> None:
     local = policy()
     td = TensorDict({"observation": torch.randn(2, 5, 3)}, batch_size=[2, 5])
     expected = local(td.clone())["action"]
     with InferenceServer(local, ThreadingTransport()) as server:
         remote = PolicyClientModule(server.client(), in_keys=["observation"], out_keys=["action"])
         torch.testing.assert_close(remote(td)["action"], expected)
-        assert server.stats().ok == 2
-        with pytest.raises(ValueError, match="empty"):
-            remote(td[:, :0])
+        assert td["policy_version"].shape == (2, 5)
+        assert remote(td[:, :0])["action"].shape == (2, 0, 2)
+        stats = server.stats()
+        assert (stats.ok, stats.rejected, stats.mean_batch_size) == (2, 0, 10)
 
 
 def test_it_stands_in_a_sequence_and_may_be_copied() -> None:
