@@ -104,13 +104,15 @@ class InferenceServer(BaseServer):
             one thread of the server's own, under ``torch.no_grad``; its ``train``/``eval`` mode is left alone.
         transport: how requests and replies travel; several transports, in a list, serve tasks, threads and
             processes at once. Clients that the server makes are then the first one's.
-        max_batch_size: most requests in one forward pass.
-        min_batch_size: after the first request arrived, gather until this many are there, or
+        max_batch_size: most rows in one forward pass. A request of more rows is split over several; no other is, and
+            one that does not fit beside others waits for the next pass.
+        min_batch_size: after the first request arrived, gather until this many rows are there, or
             ``batch_timeout`` passes. 1 dispatches at once; while the model is busy, requests gather anyway.
         batch_timeout: seconds that a partial batch may wait, counted from its oldest request; 0.01 by default.
         timeout: the name that torchrl has for ``batch_timeout``. Give one of the two.
-        collate_fn: list of request TensorDicts to a batched TensorDict, whatever their layouts. The default
-            stacks requests of like layout, and runs those of unlike layout apart.
+        collate_fn: list of rows to a batched TensorDict ``[B]`` with as many rows in the same order, whatever their
+            layouts. Each row is a TensorDict without a dimension of rows, also where a request has several. The
+            default joins requests of like layout, and runs those of unlike layout apart.
         device: where batches are moved, and the model at the start; ``None`` moves nothing.
         out_keys: the entries that replies have, each of which the model must return. By default the ``out_keys`` of
             the model if it is a TensorDict module, so that requests are not sent back; all that it returns if it is
@@ -122,14 +124,16 @@ class InferenceServer(BaseServer):
         weight_sync_model_id: the name under which this model's weights are published.
         policy_version: the version of the weights that the model has at the start.
         policy_version_key: the entry of each reply that says which version computed it, an integer tensor
-            with the batch size of the reply; ``None``: none does.
+            with the batch size of the reply: a number for each row. ``None``: none does.
         swap_weights: fill new weights into a spare copy beside the forward passes, and let the parameters take over its
             memory between two of them: no pass waits for a copy, unless :meth:`update_weights` is given weights
             of another device or dtype. By default new weights are copied into the
             memory that the parameters have, as CUDA graphs and other code that knows its address need it.
-        request_spec: an example of a request. Others are refused with :class:`InvalidRequestError`
-            where they are submitted. Without it, requests of any layout are taken that have no batch dimension.
-        max_pending: most requests that may wait; beyond, :class:`ServerOverloadedError`.
+        request_spec: an example of one row. Requests that are neither such a row, of its batch size ``[*size]``, nor
+            any number of such rows, ``[n, *size]``, are refused with :class:`InvalidRequestError` where they are
+            submitted. Without it, rows of any layout are taken that have no batch dimension.
+        max_pending: most rows that may wait; beyond, :class:`ServerOverloadedError`. A request that has more rows than
+            this is taken while no other waits.
         split_failed_batches: where the model raises on a batch, run its halves again, until only those
             requests fail that the model can't serve alone (at most two extra passes for each request). Switch
             it off for a model whose passes must not be repeated. A batch that fails is then run again in one case: a
@@ -222,7 +226,7 @@ class InferenceServer(BaseServer):
 
     @property
     def max_batch_size(self) -> int:
-        """Most requests in one forward pass."""
+        """Most rows in one forward pass."""
         return self._limits.max_batch_size
 
     @property

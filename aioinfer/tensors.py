@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from functools import partial
-from operator import attrgetter
+from itertools import groupby
+from operator import attrgetter, itemgetter
 from sys import getrefcount
 from typing import Any, TypeAlias, TypeGuard
 
@@ -312,7 +313,10 @@ def _concatenate_column(values: list[Any], batched: Sequence[bool], allocate: Al
     if kinds == _PLAIN or all(issubclass(kind, Tensor) for kind in kinds):
         if len(set(map(_dtype, values))) != 1:  # torch.cat would promote them
             raise UnlikeRequestsError
-        pieces = [value if many else value.unsqueeze(0) for value, many in zip(values, batched, strict=True)]
+        pieces: list[Tensor] = []
+        for many, run in groupby(zip(batched, values, strict=True), itemgetter(0)):
+            some = [value for _, value in run]
+            pieces += some if many else [torch.stack(some)]
         if allocate is None or values[0].device.type != "cpu":
             return torch.cat(pieces)
         shape = (sum(piece.shape[0] for piece in pieces), *pieces[0].shape[1:])

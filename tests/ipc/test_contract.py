@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 
-from aioinfer.testing import CHECKS, TransportHarness, eventually, row_checks
+from aioinfer.testing import CHECKS, TransportHarness, eventually
 from tests.ipc.callers import AwaitingElsewhere, BlockingElsewhere, Worker
 from tests.limits import HANG
 from tests.methods import SPAWN
@@ -40,8 +40,6 @@ def test_the_contract_holds_for_callers_of_another_process(
     callers: type[BlockingElsewhere] | type[AwaitingElsewhere],
     worker: Worker,
 ) -> None:
-    if transport in FIXED_LAYOUT and check.__module__ == row_checks.__name__:
-        pytest.skip("its slots have one row each")
     harness = TransportHarness(
         TRANSPORTS[transport], partial(callers, worker), fixed_layout=transport in FIXED_LAYOUT, remote=True
     )
