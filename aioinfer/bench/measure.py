@@ -28,7 +28,7 @@ import torch
 
 from aioinfer.bench import load_generators as load
 from aioinfer.bench import systems, weights
-from aioinfer.bench.models import Policy
+from aioinfer.bench.models import Policy, step_environments
 from aioinfer.bench.peer_process import PeerProcess, Pipe
 from aioinfer.bench.report import Figures, percentiles
 from aioinfer.bench.systems import TaskCaller
@@ -52,7 +52,8 @@ def measure(job: Job) -> Figures:
 
     Returns:
         ``rate`` in requests/s, or ``p50`` and ``p99`` in seconds over ``count`` requests or updates, or all of these;
-        or ``gap`` in seconds. Beside them, the figures that they are compared with: ``quiet rate``, ``memcpy``.
+        or ``gap`` in seconds. Beside them, the figures that they are compared with: ``quiet rate``, ``memcpy``,
+        ``pass``, ``pass rate``.
     """
     torch.manual_seed(job.seed)
     workload = named(job.workload)
@@ -82,12 +83,24 @@ def _measure_bare(job: Job, workload: Workload, policy: Policy) -> Figures:
 
 
 def _measure_threads(job: Job, workload: Workload, policy: Policy) -> Figures:
-    requests = [policy.request() for _ in range(workload.callers)]
+    requests = [policy.request(*workload.batch_size) for _ in range(workload.callers)]
     with systems.serve_threads(job, policy.module, workload.callers) as callers:
-        policy.check(callers[0](requests[0]))
+        policy.check(callers[0](requests[0]), *workload.batch_size)
         if workload.pattern is Pattern.ONE_THREAD:
-            return percentiles(load.thread_latencies(callers[0], requests[0], job.warm_up, job.seconds))
+            return _measure_caller(job, workload, policy, callers[0])
         return {"rate": load.thread_rate(callers, requests, job.warm_up, job.seconds)}
+
+
+def _measure_caller(job: Job, workload: Workload, policy: Policy, client: Any) -> Figures:
+    """Latencies of one blocking caller, and the time of a bare ``pass`` by turns with them if that is compared."""
+    request = policy.request(*workload.batch_size)
+    if all(metric.over != "pass" for metric in workload.metrics):
+        return percentiles(load.thread_latencies(client, request, job.warm_up, job.seconds))
+    batch = request.clone()  # the model writes to it
+    actions = {"request": lambda: client(request), "pass": lambda: policy.module(batch)}
+    with torch.no_grad():
+        times = load.time_by_turns(actions, job.warm_up, job.seconds)
+    return {**percentiles(times["request"]), "pass": statistics.median(times["pass"])}
 
 
 async def _measure_tasks(job: Job, workload: Workload, policy: Policy) -> Figures:
@@ -112,22 +125,44 @@ def _measure_processes(job: Job, workload: Workload, policy: Policy) -> Figures:
     awaiting = workload.pattern is Pattern.TASKS
     context = multiprocessing.get_context("fork")
     transport = systems.make_process_transport(job, policy, workload.callers, context)
+    passes: list[float] = []
     with ExitStack() as stack:
         peers: list[PeerProcess] = []
         for _ in range(workload.processes):
             clients = systems.make_process_clients(job, transport, each, awaiting=awaiting)
             peers.append(stack.enter_context(PeerProcess(run_callers, job, workload, policy, clients, fork=True)))
+        if workload.pattern is Pattern.GROUPS:
+            _time_passes(policy, passes)
         stack.enter_context(systems.make_server(job, policy.module, transport))
         _ask_all(peers, "begin")
         if workload.pattern is Pattern.ONE_THREAD:
-            return percentiles(peers[0].answer())
+            found: Figures = peers[0].answer()
+            return found
         time.sleep(job.warm_up)
+        passes.clear()
         before = _ask_all(peers, "count")
         time.sleep(job.seconds)
         after = _ask_all(peers, "count")
         _ask_all(peers, "end")
+    figures = {"rate": sum(map(reply_rate, before, after))}
     latencies = [latency for *_, measured in after for latency in measured]
-    return {"rate": sum(map(reply_rate, before, after)), **(percentiles(latencies) if latencies else {})}
+    if latencies:
+        figures |= percentiles(latencies)
+    if passes:
+        figures["pass rate"] = 1 / statistics.fmean(passes)
+    return figures
+
+
+def _time_passes(policy: Policy, times: list[float]) -> None:
+    """Append the duration of each forward pass from now on."""
+    started = 0.0
+
+    def begin(*_: object) -> None:
+        nonlocal started
+        started = time.perf_counter()
+
+    policy.module.register_forward_pre_hook(begin)
+    policy.module.register_forward_hook(lambda *_: times.append(time.perf_counter() - started))
 
 
 def _ask_all(peers: Sequence[PeerProcess], question: str) -> list[Any]:
@@ -143,18 +178,18 @@ def reply_rate(before: _Count, after: _Count) -> float:
 
 def run_callers(pipe: Pipe, job: Job, workload: Workload, policy: Policy, clients: Sequence[Any]) -> None:
     """Make requests with ``clients`` as soon as the server runs: the other process of a measurement."""
-    requests = [policy.request() for _ in clients]
+    requests = [policy.request(*workload.batch_size) for _ in clients]
     pipe.send("ready")
     pipe.recv()
     if workload.pattern is Pattern.TASKS and job.system == System.OURS:
         asyncio.run(_run_tasks(pipe, policy, clients, requests))
         return
-    policy.check(clients[0](requests[0]))
+    policy.check(clients[0](requests[0]), *workload.batch_size)
     pipe.send("begun")
     if workload.pattern is Pattern.ONE_THREAD:
-        pipe.send(load.thread_latencies(clients[0], requests[0], job.warm_up, job.seconds))
+        pipe.send(_measure_caller(job, workload, policy, clients[0]))
         return
-    callers = _multiplex(job.way, clients)
+    callers = _multiplex(job.way, workload.pattern, clients)
     timed: list[load.TimedCall] = []
     if workload.think_time or workload.has_latencies:
         callers = timed = [load.TimedCall(call, workload.think_time) for call in callers]
@@ -177,8 +212,10 @@ def _report_counts(pipe: Pipe, replies: Callable[[], int], timed: Sequence[load.
         pipe.send(count)
 
 
-def _multiplex(way: str, clients: Sequence[Any]) -> Sequence[Callable[[Any], Any]]:
+def _multiplex(way: str, pattern: Pattern, clients: Sequence[Any]) -> Sequence[Callable[[Any], Any]]:
     """The callables of the threads: one client for each thread, or all of them in one thread."""
+    if pattern is Pattern.GROUPS:
+        return [MultiplexedCaller(clients, rounds=False, step=step_environments)]
     if way.endswith("in turn"):
         return [MultiplexedCaller(clients, rounds=False)]
     if way.endswith("in rounds"):
@@ -187,18 +224,20 @@ def _multiplex(way: str, clients: Sequence[Any]) -> Sequence[Callable[[Any], Any
 
 
 class MultiplexedCaller:
-    """Many callers in one thread, for replies that can't be awaited: all submit, and the thread waits for one by one.
+    """Several callers in one thread: all submit, and the thread waits for one by one.
 
     A call returns the reply of the caller that has waited longest.
 
     Args:
         clients: with a ``submit``, one for each caller.
         rounds: whether all callers submit again when all have their replies; otherwise each does at its own reply.
+        step: makes the next request of a caller out of its last one and the reply; ``None``: it stays the same.
     """
 
-    def __init__(self, clients: Sequence[Any], *, rounds: bool) -> None:
+    def __init__(self, clients: Sequence[Any], *, rounds: bool, step: Callable[[Any, Any], None] | None = None) -> None:
         self._clients = clients
         self._rounds = rounds
+        self._step = step
         self._pending: deque[tuple[Any, Any]] = deque()
 
     def __call__(self, request: Any) -> Any:
@@ -207,6 +246,8 @@ class MultiplexedCaller:
             pending.extend([(client, client.submit(request)) for client in self._clients])
         client, future = pending.popleft()
         reply = future.result()
+        if self._step is not None:
+            self._step(request, reply)
         if not self._rounds:
             pending.append((client, client.submit(request)))
         return reply

@@ -21,6 +21,7 @@ _LAYERS: dict[str, tuple[list[int], type[nn.Module]]] = {
 _IMAGE = (3, 84, 84)
 _PASS_TIME = 0.01
 """Seconds of a pass of the slow model, whatever the batch, during which it uses neither the GIL nor a core."""
+_STEP_OPERATORS = 16
 
 
 class Policy:
@@ -52,15 +53,23 @@ class Policy:
         observation = torch.randint(256, shape, dtype=torch.uint8) if self._sees else torch.randn(shape)
         return TensorDict({"observation": observation}, batch_size=rows)
 
-    def reply(self) -> TensorDict:
-        """An example of a reply."""
-        return TensorDict({"action": torch.zeros(self._outputs)}, batch_size=())
+    def reply(self, *rows: int) -> TensorDict:
+        """An example of a reply, to a request with as many rows."""
+        return TensorDict({"action": torch.zeros(*rows, self._outputs)}, batch_size=rows)
 
-    def check(self, reply: TensorDict) -> None:
+    def check(self, reply: TensorDict, *rows: int) -> None:
         """Make sure that a reply is one: a system that answers wrongly is not worth measuring."""
-        action = reply["action"]
-        if action.shape != (self._outputs,):
-            raise RuntimeError(f"the action has shape {list(action.shape)}, expected [{self._outputs}]")
+        action, expected = reply["action"], [*rows, self._outputs]
+        if list(action.shape) != expected:
+            raise RuntimeError(f"the action has shape {list(action.shape)}, expected {expected}")
+
+
+def step_environments(request: TensorDict, reply: TensorDict) -> None:
+    """Make the next request ``[rows]`` of its environments: about as many operators as a vectorised one needs."""
+    observation = request["observation"]
+    force = reply["action"].mean(-1, keepdim=True)
+    for _ in range(_STEP_OPERATORS):
+        observation.add_(force, alpha=0.02).clamp_(-1, 1)
 
 
 def _dense(widths: list[int], activation: type[nn.Module]) -> nn.Module:

@@ -191,7 +191,6 @@ def to_json(results: Results) -> str:
             "machine": results.machine,
             "seconds": results.seconds,
             "repeats": results.repeats,
-            "max_batch_size": MAX_BATCH_SIZE,
             "torchrl_collate": results.torchrl_collate,
             "workloads": {each.workload.name: _comparison_to_dict(each) for each in results.comparisons},
             "crashes": results.crashes,
@@ -207,7 +206,9 @@ def _comparison_to_dict(comparison: Comparison) -> dict[str, object]:
         measured = {**asdict(ratio), "verdict": metric.verdict(ratio.value)} if ratio is not None else {"value": None}
         ratios.append({**asdict(metric), **measured})
     entries = {str(system): asdict(entry) for system, entry in comparison.entries.items()}
-    return {"summary": comparison.workload.summary, "systems": entries, "ratios": ratios}
+    workload = comparison.workload
+    about = {"summary": workload.summary, "max_batch_size": workload.max_batch_size}
+    return {**about, "systems": entries, "ratios": ratios}
 
 
 def _judged(results: Results) -> list[tuple[Comparison, Metric]]:
@@ -252,12 +253,12 @@ def _notes(results: Results) -> list[str]:
     ]
     if kept:
         notes.append(f"transports or schemes kept (aioinfer / torchrl): {', '.join(kept)}")
+    divisors = {metric.over for _, metric in _judged(results)}
     patterns = {each.workload.pattern for each in comparisons}
     notes += [note for pattern, note in _PATTERN_NOTES.items() if pattern in patterns]
     if any(each.workload.processes for each in comparisons):
         notes.append(_PROCESSES_NOTE)
-    if any(metric.over == "memcpy" for _, metric in _judged(results)):
-        notes.append(_MEMCPY_NOTE)
+    notes += [note for figure, note in _DIVISOR_NOTES.items() if figure in divisors]
     for each in comparisons:
         if each.workload.pattern is Pattern.GAP:
             quiet = _figure(each, System.OURS, "quiet gap")
@@ -269,7 +270,8 @@ def _notes(results: Results) -> list[str]:
     return [
         *filter(None, notes),
         f"medians over {results.repeats} x {results.seconds:g} s, each in a fresh process, the systems by turns; "
-        f"max_batch_size={MAX_BATCH_SIZE}; with other processes OMP_NUM_THREADS=1",
+        f"max_batch_size={MAX_BATCH_SIZE}, or the rows of a request; with other processes or such requests "
+        f"OMP_NUM_THREADS=1",
         f"{about['cpu']}, {about['cores']} cores, {about['system']}, Python {about['python']}, "
         f"{', '.join(versions)}, load at the start {about['load']}, {about['date']}",
         *(f"CRASHED: {crash}" for crash in results.crashes),
@@ -286,7 +288,11 @@ _PROCESSES_NOTE = (
     "in other processes torchrl's clients block: where ours are awaited, one thread of a process has the "
     "requests of all its callers under way and waits for the replies in turn or in rounds"
 )
-_MEMCPY_NOTE = "memcpy is one copy of as many bytes, warm, in the process that is measured, by turns with updates"
+_DIVISOR_NOTES = {
+    "memcpy": "memcpy is one copy of as many bytes, warm, in the process that is measured, by turns with updates",
+    "pass": "a pass is one of the bare model over as many rows, in the caller's thread, by turns with its requests",
+    "pass rate": "the pass rate is what the model alone would make, by the time of its passes in the running server",
+}
 
 
 def _bare_rate(comparison: Comparison) -> str:

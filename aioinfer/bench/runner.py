@@ -18,8 +18,9 @@ from aioinfer.bench.workloads import Job, System, Workload, named
 MODULE = "aioinfer.bench.measure"
 """What the process of a measurement runs."""
 
-# For measurements with other processes, which need a core. torch.set_num_threads does not reach a server's own thread
-# until an operator there asks for it, and those for a few rows don't: OpenMP's threads would spin on all cores.
+# For measurements with other processes, which need a core, and those of large batches, which the bare model computes in
+# one thread. torch.set_num_threads does not reach a server's own thread until an operator there asks for it, and those
+# for a few rows don't: OpenMP's threads would spin on all cores.
 _ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 # All in seconds.
@@ -118,7 +119,7 @@ class _Process:
         self._errors = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115 - until close()
         self._process = subprocess.Popen(
             [sys.executable, "-m", MODULE, json.dumps(asdict(job))],
-            env=os.environ | (_ONE_THREAD if named(job.workload).shares_cores else {}),
+            env=os.environ | (_ONE_THREAD if named(job.workload).one_thread else {}),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

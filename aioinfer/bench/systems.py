@@ -18,9 +18,9 @@ import torch
 from tensordict.nn import TensorDictModule
 
 import aioinfer
-from aioinfer import InferenceServer, SlotTransport, ThreadingTransport
+from aioinfer import InferenceServer, PolicyClientModule, SlotTransport, ThreadingTransport
 from aioinfer.bench.models import Policy
-from aioinfer.bench.workloads import MAX_BATCH_SIZE, Job, System
+from aioinfer.bench.workloads import Job, System, named
 from aioinfer.weight_sync import MultiProcessWeightSyncScheme, SharedMemWeightSyncScheme
 
 
@@ -68,7 +68,7 @@ def make_server(
         weight_sync: a scheme of the system.
         swap: see ``swap_weights`` of our server.
     """
-    options: dict[str, Any] = {"max_batch_size": MAX_BATCH_SIZE, "weight_sync": weight_sync}
+    options: dict[str, Any] = {"max_batch_size": named(job.workload).max_batch_size, "weight_sync": weight_sync}
     if job.system == System.OURS:
         return InferenceServer(model, transport, swap_weights=swap, **options)
     if job.torchrl_collate == "stack":
@@ -82,7 +82,11 @@ def serve_threads(
 ) -> Iterator[list[Callable[[Any], Any]]]:
     """Serve ``model`` with the ``options`` of :func:`make_server`, and yield a blocking client for each caller."""
     with make_server(job, model, _make_transport(job, callers), **options) as server:
-        yield [server.client() for _ in range(callers)]
+        clients = [server.client() for _ in range(callers)]
+        if job.way == "policy module":
+            yield [PolicyClientModule(client, in_keys=["observation"], out_keys=["action"]) for client in clients]
+        else:
+            yield clients
 
 
 @asynccontextmanager
@@ -109,7 +113,9 @@ def make_process_transport(job: Job, policy: Policy, callers: int, context: Base
     package = load_package(job)
     if job.way == "pickles":
         return package.MPTransport(context)
-    return package.ProcessSlotTransport(policy.request(), policy.reply(), num_slots=callers, ctx=context)
+    rows = named(job.workload).rows
+    options = {"rows": rows} if rows else {}
+    return package.ProcessSlotTransport(policy.request(), policy.reply(), num_slots=callers, ctx=context, **options)
 
 
 def make_process_clients(job: Job, transport: Any, callers: int, *, awaiting: bool) -> list[Any]:

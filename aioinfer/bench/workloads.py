@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 MAX_BATCH_SIZE = 64
-"""Of both systems; it is also the default of both."""
+"""Of both systems, where a workload names no other; it is also the default of both."""
 
 COLLATES = ("default", "stack")
 """How torchrl's server stacks requests: with its default, or with ``collate_fn=torch.stack``."""
@@ -28,6 +28,7 @@ class Pattern(StrEnum):
     ONE_THREAD = "one thread"  # one blocking caller
     ONE_TASK = "one task"  # one awaiting caller on the server's own event loop
     OPEN_LOOP = "open loop"  # requests at random times, whether or not earlier ones were answered
+    GROUPS = "groups"  # closed loop: a thread steps one group of environments while the others wait for replies
     BARE = "bare"  # no requests: forward passes on a ready batch
     SEND = "send"  # no requests: a trainer sends weights to a server in another process until applied, in a loop
     PUBLISHING = "publishing"  # closed loop of tasks; by turns, a trainer in another process publishes at a rate
@@ -103,6 +104,8 @@ class Workload:
         processes: number of other processes that share the callers; with 0 they are in the server's. Awaiting callers
             have one event loop in each.
         think_time: seconds from a reply to the next request of a blocking caller in another process.
+        rows: rows of each request; with 0 a request is one row, and has no dimension for them.
+        max_batch_size: most rows in one forward pass.
     """
 
     name: str
@@ -119,11 +122,18 @@ class Workload:
     swap: bool = False
     processes: int = 0
     think_time: float = 0.0
+    rows: int = 0
+    max_batch_size: int = MAX_BATCH_SIZE
 
     @property
-    def shares_cores(self) -> bool:
-        """Whether other processes take part."""
-        return self.weights is not None or self.processes > 0
+    def one_thread(self) -> bool:
+        """Whether an operator gets one thread: other processes need a core, or a large batch would use all of them."""
+        return self.weights is not None or self.processes > 0 or self.rows > 0
+
+    @property
+    def batch_size(self) -> tuple[int, ...]:
+        """Of each request."""
+        return (self.rows,) if self.rows else ()
 
     @property
     def has_latencies(self) -> bool:
@@ -200,6 +210,33 @@ def _slow(
         stretch=0.7,
         processes=processes,
         think_time=think_time,
+    )
+
+
+def _rows(
+    name: str,
+    summary: str,
+    metric: Metric,
+    way: str = "threading",
+    *,
+    pattern: Pattern = Pattern.ONE_THREAD,
+    rows: int = 1024,
+    callers: int = 1,
+    processes: int = 0,
+) -> Workload:
+    """Requests of several rows, each of which fills a batch. torchrl's servers have none such."""
+    return Workload(
+        name,
+        summary,
+        pattern,
+        "mlp",
+        callers,
+        (metric,),
+        (way,),
+        (),
+        processes=processes,
+        rows=rows,
+        max_batch_size=rows,
     )
 
 
@@ -307,6 +344,30 @@ WORKLOADS: tuple[Workload, ...] = (
         "process slots",
         callers=1,
         processes=1,
+    ),
+    _rows("rows-1024", "one blocking caller with 1 024 rows, mlp", Metric("p50", 1.3, 1.1, System.OURS, over="pass")),
+    _rows(
+        "rows-1024-policy",
+        "a PolicyClientModule called with 1 024 rows, mlp",
+        Metric("p50", 1.3, 1.1, System.OURS, over="pass"),
+        "policy module",
+    ),
+    _rows(
+        "rows-1024-process",
+        "one blocking caller with 1 024 rows in another process, mlp",
+        Metric("p50", 1.6, 1.3, System.OURS, over="pass"),
+        "process slots",
+        processes=1,
+    ),
+    _rows(
+        "rows-2x2x64",
+        "2 processes of 2 groups of 64 environments, mlp",
+        Metric("rate", 0.85, 0.95, System.OURS, over="pass rate"),
+        "process slots",
+        pattern=Pattern.GROUPS,
+        rows=64,
+        callers=4,
+        processes=2,
     ),
     _send("weights-1mb-8", "1 MB in 8 tensors until applied in another process", 8, 1.0, 0.4),
     _send("weights-1mb-200", "1 MB in 200 tensors until applied in another process", 200, 0.5, 0.25),

@@ -24,8 +24,9 @@ def test_every_bar_is_easier_than_its_aim() -> None:
 def test_the_bare_model_takes_part_only_where_something_is_compared_with_it() -> None:
     with_bare = {workload.name for workload in WORKLOADS if workload.ways(System.BARE)}
     slow = {workload.name for workload in WORKLOADS if workload.model == "slow"}
-    assert with_bare - slow == {"tasks-big", "bare-tiny-64", "bare-mlp-64", "bare-big-64", "bare-cnn-32", "bare-mlp-1"}
-    assert with_bare >= slow > {"slow-tasks-8", "slow-processes-8"}
+    bare = {"bare-tiny-64", "bare-mlp-64", "bare-big-64", "bare-cnn-32", "bare-mlp-1"}
+    assert with_bare == {*slow, *bare, "tasks-big"}
+    assert slow > {"slow-tasks-8", "slow-processes-8"}
     assert BY_NAME["bare-mlp-1"].ways(System.OURS) == ()
 
 
@@ -49,9 +50,19 @@ def test_the_processes_of_a_workload_have_as_many_callers_each() -> None:
     assert BY_NAME["processes-2x16"].callers == 32
 
 
-@pytest.mark.parametrize(("name", "shared"), [("tasks-mlp", False), ("process-one", True), ("weights-1mb-8", True)])
-def test_a_measurement_knows_whether_it_shares_its_cores(name: str, shared: bool) -> None:
-    assert BY_NAME[name].shares_cores is shared
+@pytest.mark.parametrize(
+    ("name", "one_thread"),
+    [("tasks-mlp", False), ("process-one", True), ("weights-1mb-8", True), ("rows-1024", True)],
+)
+def test_a_measurement_beside_other_processes_or_of_large_batches_has_one_thread(name: str, one_thread: bool) -> None:
+    assert BY_NAME[name].one_thread is one_thread
+
+
+def test_requests_of_several_rows_fit_into_a_batch() -> None:
+    for workload in WORKLOADS:
+        assert workload.rows <= workload.max_batch_size, workload.name
+    assert BY_NAME["rows-1024"].batch_size == (1024,)
+    assert BY_NAME["one-thread"].batch_size == ()
 
 
 @pytest.mark.parametrize("name", ["weights-1mb-8", "weights-1mb-200", "weights-publishing"])

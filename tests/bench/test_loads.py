@@ -12,7 +12,7 @@ import pytest
 
 from aioinfer.bench import load_generators as load
 from aioinfer.bench import measure, runner, systems, weights, workloads
-from aioinfer.bench.models import Policy
+from aioinfer.bench.models import Policy, step_environments
 from aioinfer.bench.peer_process import PeerProcess, Pipe
 from aioinfer.bench.workloads import WORKLOADS, System, WeightSet
 from tests.bench.parts import BY_NAME, job
@@ -105,6 +105,8 @@ def test_a_reply_that_is_none_is_not_measured() -> None:
     policy = Policy("tiny")
     with pytest.raises(RuntimeError, match=r"shape \[3, 2\], expected \[2\]"):
         policy.check(policy.module(policy.request(3)))
+    with pytest.raises(RuntimeError, match=r"shape \[2\], expected \[3, 2\]"):
+        policy.check(policy.module(policy.request()), 3)
 
 
 @pytest.mark.parametrize("way", ["threading", "slots"])
@@ -112,6 +114,20 @@ def test_a_reply_that_is_none_is_not_measured() -> None:
 def test_ours_is_measured_on_every_transport(name: str, way: str) -> None:
     figures = measure.measure(job(name, way=way))
     assert figures[BY_NAME[name].metrics[0].figure] > 0
+
+
+def test_environments_that_step_have_new_observations() -> None:
+    request = Policy("mlp").request(4)
+    before = request["observation"].clone()
+    step_environments(request, Policy("mlp").reply(4))
+    after = request["observation"]
+    assert after.shape == before.shape
+    assert not after.equal(before)
+
+
+@pytest.mark.parametrize(("name", "way"), [("rows-1024", "threading"), ("rows-1024-policy", "policy module")])
+def test_requests_of_several_rows_are_measured(name: str, way: str) -> None:
+    assert set(measure.measure(job(name, way=way))) == {"p50", "p99", "count", "pass"}
 
 
 def test_ours_and_the_bare_model_are_measured_where_there_is_one_way() -> None:

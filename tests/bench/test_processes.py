@@ -37,14 +37,16 @@ def measured(system: System, *names_and_ways: tuple[str, str]) -> list[Figures]:
 
 
 def test_ours_is_measured_with_callers_in_other_processes() -> None:
-    *rates, both, one = measured(
+    *rates, rows, both, one = measured(
         System.OURS,
         ("processes-4-pickles", "pickles"),
         ("processes-images", "process slots"),
+        ("rows-2x2x64", "process slots"),
         ("slow-processes-8", "process slots"),
         ("process-one", "process slots"),
     )
     assert all(set(found) == {"rate"} and found["rate"] > 0 for found in rates)
+    assert rows["pass rate"] > 0 < rows["rate"]
     assert set(both) == {"rate", "p50", "p99", "count"}
     assert set(one) == {"p50", "p99", "count"}
 
@@ -161,6 +163,17 @@ def test_callers_in_one_thread_get_one_reply_a_call_and_ask_again_in_turn_or_in_
     seen = [(caller("td"), "".join(log)) for _ in range(4)]
     assert [reply for reply, _ in seen] == ["a1", "b1", "c1", "a2"]
     assert [so_far for _, so_far in seen] == asked
+
+
+def test_a_group_of_environments_steps_before_its_next_request_while_the_other_waits_for_its_reply() -> None:
+    log: list[str] = []
+
+    def step(request: str, reply: str) -> None:
+        log.append(f"{request} {reply} ")
+
+    caller = MultiplexedCaller([Client(name, log) for name in "ab"], rounds=False, step=step)
+    assert [caller("td") for _ in range(3)] == ["a1", "b1", "a2"]
+    assert "".join(log) == "abtd a1 atd b1 btd a2 a"
 
 
 def test_a_model_that_sees_is_asked_with_images() -> None:
