@@ -21,7 +21,7 @@ from aioinfer.bench.simulation.traces import (
     stragglers,
 )
 
-__all__ = ["CASES", "Case"]
+__all__ = ["CASES", "DRAWN", "Case"]
 
 _MS = 0.001
 
@@ -134,3 +134,25 @@ def _cases() -> list[Case]:
 
 
 CASES = tuple(_cases())
+
+DRAWN = (
+    "1 caller, exponential 3 ms; 10 ms",
+    "2 callers, exponential 6 ms; 10 ms",
+    "8 callers, think 1 ms; 10 ms",
+    "8 callers, think 3 ms; 10 ms",
+    "8 callers, think 3 ms; 5 + 0.2 n ms",
+    "8 callers, think 3 ms; 1 + n ms",
+    "8 callers, think 6 ms; 10 ms",
+    "8 callers, exponential 3 ms; 10 ms",
+    "8 callers, 1 or 20 ms; 10 ms",
+    "8 callers, 0.25, 0.5, ... 32 ms; 10 ms",
+    "8 callers, lognormal 3 ms; 10 ms",
+    "8 callers, Pareto 1.5 from 1 ms; 10 ms",
+    "8 callers, think 1 ms, 5 % 100 ms; 10 ms",
+    "8 come and go, 20 requests, 3 ms; 10 ms",
+    "64 callers, exponential 3 ms; 10 ms",
+    "1 000 callers, exponential 1 s; 10 ms",
+    "Poisson, 1 % of capacity; 10 ms",
+    "Poisson, 90 % of capacity; 10 ms",
+)
+"""Names of the cases that the plot shows."""

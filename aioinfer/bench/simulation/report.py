@@ -6,16 +6,17 @@ from collections.abc import Sequence
 
 from aioinfer.bench.simulation.comparison import SIMPLE, Comparison, Figures
 
-__all__ = ["HEADER", "line", "summary"]
+__all__ = ["HEADER", "line", "markdown", "summary"]
 
 _WIDTH = 52
 
 HEADER = (
     "Mean latency in ms: leave when free; full batches of (n); a timer of (n, ms); a learned linear model; ours.\n"
-    "Then ours by the best of the others: latency, throughput; p99 and cold start of ours by leave when free.\n"
+    "Then ours by the best of the others: latency, throughput; p99 and cold start of ours by leave when free;\n"
+    "latency by that of a clairvoyant, and by a bound that nobody can beat.\n"
     + " " * _WIDTH
     + "".join([f"{name:>19}" if name == "timer" else f"{name:>13}" for name in (*SIMPLE, "ours")])
-    + "   latency   thrpt     p99    cold"
+    + "   latency   thrpt     p99    cold  clairv.   bound"
 )
 
 
@@ -34,6 +35,8 @@ def line(comparison: Comparison) -> str:
         comparison.throughput_ratio("ours"),
         ours.p99 / free.p99,
         ours.cold / free.cold,
+        comparison.clairvoyant_ratio("ours"),
+        comparison.bound_ratio("ours"),
     )
     verdict = "PASS" if comparison.as_good_as_simple("ours") else "MISS"
     return f"{comparison.case:<{_WIDTH}}{''.join(cells)}  {''.join([f'{ratio:8.3f}' for ratio in ratios])}  {verdict}"
@@ -42,4 +45,28 @@ def line(comparison: Comparison) -> str:
 def summary(comparisons: Sequence[Comparison]) -> str:
     """Return the counts."""
     good = sum([comparison.as_good_as_simple("ours") for comparison in comparisons])
-    return f"At most 5 % worse than the best simple rule: {good} of {len(comparisons)}"
+    near = sum([comparison.clairvoyant_ratio("ours") <= 1.1 for comparison in comparisons])
+    nearest = sum([comparison.bound_ratio("ours") <= 1.1 for comparison in comparisons])
+    return (
+        f"Of {len(comparisons)} cases: at most 5 % worse than the best simple rule in {good}, "
+        f"within 10 % of the clairvoyant in {near}, of the bound in {nearest}"
+    )
+
+
+def markdown(comparisons: Sequence[Comparison]) -> str:
+    """Return the table for the documentation."""
+    headings = ["callers", "a pass takes", "free", "full (n)", "timer (n, time)", "linear", "aioinfer"]
+    headings += ["latency", "throughput", "by clairvoyant"]
+    rows = [headings, ["---", "---", *["---:"] * 8]]
+    for comparison in comparisons:
+        cells = [
+            f"{figures.latency * 1000:.2f}{f' ({figures.about})' if figures.about else ''}"
+            for figures in [comparison.rules[name] for name in (*SIMPLE, "ours")]
+        ]
+        ratios = (
+            comparison.latency_ratio("ours"),
+            comparison.throughput_ratio("ours"),
+            comparison.clairvoyant_ratio("ours"),
+        )
+        rows.append([*comparison.case.split("; "), *cells, *[f"{ratio:.2f}" for ratio in ratios]])
+    return "\n".join(["| " + " | ".join(row) + " |" for row in rows] + ["", summary(comparisons) + ".", ""])

@@ -59,12 +59,20 @@ class Arrivals(Protocol):
 
     Attributes:
         name: in tables.
+        callers: most requests at once; ``None``: there is no such limit.
+        closed: each of them always comes back.
         seconds: no request is made later.
         warm_up: requests that are made earlier count for the cold start only.
     """
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def callers(self) -> int | None: ...
+
+    @property
+    def closed(self) -> bool: ...
 
     @property
     def seconds(self) -> float: ...

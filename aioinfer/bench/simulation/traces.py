@@ -129,6 +129,10 @@ class ClosedLoop:
     warm_up: float = 1.0
     spread: float = 0.02
 
+    @property
+    def closed(self) -> bool:
+        return True
+
     def clients(self, seed: int, cost: Cost) -> list[Client]:
         made = []
         for number in range(self.callers):
@@ -143,7 +147,7 @@ class Turnover:
 
     Attributes:
         name: in tables.
-        callers: how many places there are.
+        places: how many there are at once, about.
         thinks: think times.
         requests: how many each makes, on average (geometric).
         gap: seconds from the last reply of one to the first request of the next, on average (exponential). It is
@@ -155,7 +159,7 @@ class Turnover:
     """
 
     name: str
-    callers: int
+    places: int
     thinks: Thinks
     requests: int
     gap: float
@@ -163,14 +167,22 @@ class Turnover:
     seconds: float = 10.0
     warm_up: float = 1.0
 
+    @property
+    def callers(self) -> None:
+        return None
+
+    @property
+    def closed(self) -> bool:
+        return False
+
     def clients(self, seed: int, cost: Cost) -> list[Client]:
         made = []
-        for place in range(self.callers):
+        for place in range(self.places):
             random = Random(f"{seed} {place}")
             time = random.uniform(0.0, 0.02)
             while time < self.seconds:
                 requests = 1 + int(random.expovariate(1 / self.requests))
-                times = list(islice(self.thinks(random, place, self.callers), requests))
+                times = list(islice(self.thinks(random, place, self.places), requests))
                 made.append(Client(time, iter(times[1:])))
                 time += math.fsum(times) + self.service * requests + random.expovariate(1 / self.gap)
         return made
@@ -193,6 +205,14 @@ class Poisson:
     load: float = 0.0
     seconds: float = 10.0
     warm_up: float = 1.0
+
+    @property
+    def callers(self) -> None:
+        return None
+
+    @property
+    def closed(self) -> bool:
+        return False
 
     def clients(self, seed: int, cost: Cost) -> list[Client]:
         random = Random(f"{seed} arrivals")
@@ -224,6 +244,14 @@ class Bursts:
     spread: float = 0.0
     seconds: float = 10.0
     warm_up: float = 1.0
+
+    @property
+    def callers(self) -> None:
+        return None
+
+    @property
+    def closed(self) -> bool:
+        return False
 
     def clients(self, seed: int, cost: Cost) -> list[Client]:
         random = Random(f"{seed} bursts")
