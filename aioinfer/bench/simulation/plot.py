@@ -48,8 +48,8 @@ _LABELS: Final = {
     "ours": "aioinfer",
 }
 _TITLE: Final = (
-    "The mean latency of five rules, by that of a clairvoyant, on some traces. No simple rule is near the "
-    "clairvoyant on all of them, even with the parameters that suit the trace best; aioinfer, which has none, mostly is."
+    "The mean latency of five rules, by that of a clairvoyant, on some traces. No simple rule is near the clairvoyant "
+    "on all of them, even with the parameters that suit the trace best; aioinfer, which has none, mostly is."
 )
 _LEFT, _RIGHT, _TOP, _STEP, _WIDTH = 312, 704, 92, 22, 720
 _MOST = 2.0

@@ -50,7 +50,8 @@ class LinearModelScheduler:
     """Decide as BentoML's dispatcher does, but at once where that one polls each millisecond.
 
     It fits ``a * n + b`` to the last 50 passes, keeps the average time that the oldest request of a batch waited, and
-    lets a batch of ``n`` leave once ``n * (seconds since the last arrival + 1 ms + a)`` exceeds 0.95 of that average.
+    lets a batch of ``n`` leave once ``n * (seconds since n changed + 1 ms + a)`` exceeds 0.95 of that average. Nothing
+    is cancelled, and there are no training passes.
     """
 
     _PASSES = 50
