@@ -149,8 +149,15 @@ def test_the_command_prints_a_table_and_writes_it_and_a_drawing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table, drawing = tmp_path / "table.md", tmp_path / "drawing.svg"
+    table.write_text(
+        "Before.\n\n<!-- aioinfer simulate -->\nold\n<!-- end of aioinfer simulate -->\n\nAfter.\n", encoding="utf-8"
+    )
     only = "^1 caller, exponential 3 ms"
     assert main(["simulate", "--only", only, "--processes", "1", "--markdown", str(table), "--plot", str(drawing)]) == 0
     assert "PASS" in capsys.readouterr().out
-    assert "| 1 caller, exponential 3 ms | 10 ms | 10.00 |" in table.read_text(encoding="utf-8")
+    text = table.read_text(encoding="utf-8")
+    assert "| 1 caller, exponential 3 ms | 10 ms | 10.00 |" in text
+    assert text.startswith("Before.\n\n<!-- aioinfer simulate -->\n\n| callers")
+    assert text.endswith(".\n\n<!-- end of aioinfer simulate -->\n\nAfter.\n")
+    assert "old" not in text
     assert ElementTree.fromstring(drawing.read_text(encoding="utf-8")).findtext("{http://www.w3.org/2000/svg}title")

@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--only", type=re.compile, default=re.compile(""), metavar="PATTERN", help="the cases whose names match alone"
     )
     parser.add_argument("--processes", type=int, help="how many at once (one per core)")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table for the documentation")
+    parser.add_argument("--markdown", type=Path, metavar="PAGE", help="write the table into this page")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw some of the cases, as SVG")
 
 
@@ -34,7 +34,8 @@ def run(options: argparse.Namespace) -> int:
         print(report.line(comparison), flush=True)
     print(report.summary(comparisons))
     if options.markdown is not None:
-        options.markdown.write_text(report.markdown(comparisons), encoding="utf-8")
+        page = options.markdown.read_text(encoding="utf-8")
+        options.markdown.write_text(report.update_page(page, comparisons), encoding="utf-8")
     if options.plot is not None:
         drawn = [comparison for comparison in comparisons if comparison.case in DRAWN]
         options.plot.write_text(draw(drawn), encoding="utf-8")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from aioinfer.bench.simulation.comparison import SIMPLE, Comparison, Figures
 
-__all__ = ["HEADER", "line", "markdown", "summary"]
+__all__ = ["HEADER", "line", "summary", "update_page"]
 
 _WIDTH = 52
 
@@ -53,8 +53,20 @@ def summary(comparisons: Sequence[Comparison]) -> str:
     )
 
 
-def markdown(comparisons: Sequence[Comparison]) -> str:
-    """Return the table for the documentation."""
+def update_page(page: str, comparisons: Sequence[Comparison]) -> str:
+    """Return a page of the documentation with the table between its two comments.
+
+    Raises:
+        ValueError: the page has no such comments.
+    """
+    before, begin, rest = page.partition("<!-- aioinfer simulate -->\n")
+    _, end, after = rest.partition("<!-- end of aioinfer simulate -->\n")
+    if not end:
+        raise ValueError("the page has no comments <!-- aioinfer simulate --> and <!-- end of aioinfer simulate -->")
+    return f"{before}{begin}\n{_markdown(comparisons)}\n{end}{after}"
+
+
+def _markdown(comparisons: Sequence[Comparison]) -> str:
     headings = ["callers", "a pass takes", "free", "full (n)", "timer (n, time)", "linear", "aioinfer"]
     headings += ["latency", "throughput", "by clairvoyant"]
     rows = [headings, ["---", "---", *["---:"] * 8]]
