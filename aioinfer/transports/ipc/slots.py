@@ -369,7 +369,7 @@ class SlotTable:
                 self.versions[span] = int(version.flatten()[0]) if version.numel() else 0
         elif isinstance(span, range) and isinstance(values, RowBlock) and values.rows == len(span):
             self._written.scatter(span, values.values)
-            if version is not None:
+            if version is not None and version.numel():
                 self._version_column[span.start : span.stop].copy_(version.reshape(len(span), -1)[:, 0])
         else:
             rows = "no dimension of rows" if isinstance(span, int) else f"{len(span)} rows"
