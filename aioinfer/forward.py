@@ -213,8 +213,8 @@ class ForwardPass:
         if self._version_key is None:
             return split(output, sizes, self._keys)
         version, size, device = self._version(), output.batch_size[1:], output.device
-        single = self._version_tensors.make(version, torch.Size((max(1, sizes.count(None)), *size)), device)
-        left = iter(single)
+        one_row = sizes.count(None)
+        left = iter(self._version_tensors.make(version, torch.Size((one_row, *size)), device) if one_row else ())
         tensors = [
             next(left)
             if rows is None

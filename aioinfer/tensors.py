@@ -501,9 +501,10 @@ class RequestSpec:
             expected = ", ".join(map(_name, self._leaves))
             raise InvalidRequestError(f"the request {' and '.join(parts)}; requests to this server have {expected}")
         for key, value in found.items():
-            shape, dtype = _describe(value)
-            found_layout = (shape[1:] if batched and shape is not None else shape), dtype
-            for what, got, wanted in zip(("shape", "dtype"), found_layout, self._leaves[key], strict=True):
+            described = _describe(value)
+            if batched:
+                described = described[0] and described[0][1:], described[1]
+            for what, got, wanted in zip(("shape", "dtype"), described, self._leaves[key], strict=True):
                 if got != wanted:
                     raise InvalidRequestError(
                         f"{_name(key)} has {what} {_show(got)}, requests to this server have {_show(wanted)}"

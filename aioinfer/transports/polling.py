@@ -173,8 +173,8 @@ class PollingTransport(Transport):
         return future
 
     def _on_done(self, rows: int, future: concurrent.futures.Future[TensorDictBase]) -> None:
-        self._futures.discard(future)
         self._submitted_rows.remove(rows)
+        self._futures.discard(future)
         if future.cancelled():
             self.queue.not_full.notify(rows)
 

@@ -127,13 +127,13 @@ class Admission:
         if not isinstance(td, TensorDictBase):
             self.stats.reject()
             raise InvalidRequestError(f"a request must be a TensorDict, got {type(td).__qualname__}")
-        found, row = list(td.batch_size), list(self.batch_size)
-        batched = found != row
-        if batched and (not found or found[1:] != row):
+        batched = td.batch_size != self.batch_size
+        if batched and td.batch_size[1:] != self.batch_size:
             self.stats.reject()
-            several = ", ".join(map(str, ["n", *row]))
+            several = ", ".join(map(str, ["n", *self.batch_size]))
             raise InvalidRequestError(
-                f"the request has batch size {found}, requests to this server have {row}, or [{several}] for n rows"
+                f"the request has batch size {list(td.batch_size)}, requests to this server have "
+                f"{list(self.batch_size)}, or [{several}] for n rows"
                 " (flatten its batch dimensions to one, or give the server a request_spec)"
             )
         self.check_spec(td, batched=batched)
@@ -334,7 +334,7 @@ class RequestQueue:
         self.reserved: dict[object, int] = {}
         """Space for requests on their way into a transport: rows."""
         self._requests: deque[Request] = deque()
-        self._more_rows = RowCount()  # of these requests, beyond the first of each; counted before it is appended
+        self._more_rows = RowCount()  # of these requests, beyond the first of each
         self._waiting_remote: deque[Request] = deque()  # requests of other processes that wait for space
         self._closed: ServerClosedError | None = None
         self._failed: list[Transport] = []
@@ -522,17 +522,20 @@ class RequestQueue:
         """Append a request if there is space, or let it ``wait`` for space; return whether it was one of both."""
         rows = request.rows
         if self.admission.max_pending is None or rows == 0:
-            self._append(request)
+            (self._requests.append if rows == 1 else self._append)(request)
             return True
+        cancelled: list[Request] = []
         with self._lock:
-            cancelled = self._remove_cancelled() if self.full(rows) else []
-            full = self.full(rows)
+            if full := self.full(rows):
+                cancelled = self._remove_cancelled()
+                full = self.full(rows)
             if not full:
                 self._append(request)
             elif wait:
                 self._waiting_remote.append(request)
         self._drop(cancelled)  # which may call the code of a custom transport
-        if self._has_space_for_waiting():  # the model thread may have made space, and not got the lock
+        # The model thread may have made space, and not got the lock.
+        if self._waiting_remote and self._has_space_for_waiting():
             with self._lock:
                 self._move_waiting()
         return wait or not full
@@ -543,16 +546,22 @@ class RequestQueue:
             self.admission.stats.succeed(1)
             set_results([request], [self.admission.empty_reply()])
             return
-        if request.rows > 1:
-            self._more_rows.add(request.rows - 1)
-        self._requests.append(request)
+        if request.rows == 1:
+            self._requests.append(request)
+        else:
+            count = partial(self._more_rows.extend, bytes(request.rows - 1))
+            _call_uninterrupted(count, partial(self._requests.append, request))
 
     def _remove(self, request: Request) -> bool:
         """Take one pending request out; return whether it was there, and not taken by another thread."""
-        removed = _remove(self._requests, request)
-        if removed and request.rows > 1:
-            self._more_rows.remove(request.rows - 1)
-        return removed
+        if request.rows == 1:
+            return _remove(self._requests, request)
+        discount = partial(self._more_rows.__delitem__, slice(request.rows - 1))
+        try:
+            _call_uninterrupted(partial(self._requests.remove, request), discount)
+        except ValueError:
+            return False
+        return True
 
     def reserve(self, place: object, rows: int) -> bool:
         """Reserve space for a request on its way into a transport, if there is any; return whether there was."""
@@ -588,8 +597,8 @@ class RequestQueue:
     def _has_space_for_waiting(self) -> bool:
         """Whether the request that has waited longest for space may become pending."""
         try:
-            return bool(self._waiting_remote) and not self.full(self._waiting_remote[0].rows)
-        except IndexError:  # another thread was quicker
+            return not self.full(self._waiting_remote[0].rows)
+        except IndexError:  # there is none, or another thread was quicker
             return False
 
     def _move_waiting(self) -> None:
@@ -612,8 +621,10 @@ class RequestQueue:
         if limit is None or admission.closed is not None or self.released:
             return False
         held = sum([transport.held() for transport in self.transports])
-        pending = len(self._requests) + len(self._more_rows) + sum(self.reserved.values()) + held
-        return pending + min(rows, limit) > limit
+        pending = len(self._requests) + len(self._more_rows) + held
+        if self.reserved:
+            pending += sum(self.reserved.values())
+        return pending > 0 and pending + rows > limit
 
     def notify(self) -> None:
         """Wake the model thread if it sleeps and what it waits for is there."""
@@ -895,6 +906,11 @@ def _uninterrupted(action: Callable[[], None], name: str) -> None:
         run_in_thread(action, name).result()
     else:
         action()
+
+
+def _call_uninterrupted(*calls: Callable[[], object]) -> None:
+    """Call functions of C, one after the other, so that no signal handler and no other thread runs in between."""
+    list(map(operator.call, calls))
 
 
 def _pop(queue: deque[Request], count: int) -> list[Request]:
