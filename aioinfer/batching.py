@@ -6,11 +6,12 @@ times are in seconds, on any one clock.
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 __all__ = [
     "BatchLimits",
@@ -19,21 +20,37 @@ __all__ = [
     "Caller",
     "DispatchReason",
     "Hold",
-    "LearnedRule",
     "LeaveWhenFree",
     "PassCost",
+    "Review",
+    "ScheduledRequest",
     "Situation",
 ]
 
 
-# Of a pass or a think time, what is learned keeps so much when the next one comes.
-_KEEP = 0.95
-_LEARN = 0.2
-# After so many passes, one that takes so many times as long as expected counts as one that takes so much.
-_FEW_PASSES = 4.0
+# Of the last think times, or passes of one size, the newest counts for so much.
+_THINK_TIME_SHARE = 0.2
+_PASS_SHARE = 0.1
+# What takes longer than so many times what was learned counts as so much, since one pause says little.
 _OUTLIER = 3.0
+# A size has been seen often enough for a figure of its own; the others come from a straight line.
+_FEW_PASSES = 4
+# Passes after which one of another size counts half for that line.
+_HALF_LIFE = 1000
 # A caller is forgotten until it comes back when it is late by so many deviations of its think time.
 _PATIENCE = 4.0
+# Seconds by which a caller may always be late: requests are on their way for as long.
+_LEAST_DEVIATION = 0.0001
+# Seconds; no caller that thinks for longer is waited for, and a time that another process claims may be wrong.
+_LONGEST_THINK_TIME = 60.0
+# So many callers are known at most, of so many requests of a batch it is learned.
+_MOST_CALLERS = 256
+_LEARNED_REQUESTS = 8
+# Passes from one review to the next; so many of them come too early to be measured.
+_REVIEW_PASSES = 32
+_SKIPPED_PASSES = 8
+
+_log = logging.getLogger("aioinfer")
 
 
 class DispatchReason(StrEnum):
@@ -64,8 +81,9 @@ class Caller:
         asked_at: when it made its last request.
         answered_at: when the last reply left for it; 0 before the first.
         rows: of its last request that was answered.
-        think_time: seconds from a reply to its next request, as learned; negative before it has come back.
+        think_time: mean of the seconds from a reply to its next request, as learned; negative before it has come back.
         deviation: mean absolute deviation of the think time, as learned.
+        expected: whether it came back when it was waited for last.
     """
 
     __slots__ = ("answered_at", "asked_at", "deviation", "expected", "rows", "think_time")
@@ -78,42 +96,112 @@ class Caller:
         self.deviation = 0.0
         self.expected = True
 
-    @property
-    def away(self) -> bool:
-        """Whether it has its reply and has not come back."""
-        return self.answered_at > self.asked_at
+    def come_back(self) -> bool:
+        """Learn from a request that follows a reply; return whether it does."""
+        seconds = self.asked_at - self.answered_at
+        if not (self.answered_at > 0.0 <= seconds < _LONGEST_THINK_TIME):
+            return False
+        self.expected = True
+        if self.think_time < 0:
+            self.think_time, self.deviation = seconds, seconds / 2
+        else:
+            error = min(seconds, _OUTLIER * self.think_time + _LEAST_DEVIATION) - self.think_time
+            self.think_time += _THINK_TIME_SHARE * error
+            self.deviation += _THINK_TIME_SHARE * (abs(error) - self.deviation)
+        return True
+
+    def remaining(self, now: float) -> float:
+        """Seconds until it is expected back, while it is away."""
+        left = self.answered_at + self.think_time - now
+        return max(left, self.deviation, _LEAST_DEVIATION)
+
+    def is_missed(self, now: float) -> bool:
+        """Whether it is away for so long that it is not waited for any more."""
+        patience = _PATIENCE * max(self.deviation, _LEAST_DEVIATION)
+        return now - self.answered_at - self.think_time > patience
+
+
+class ScheduledRequest(Protocol):
+    """What a scheduler reads of a request.
+
+    Attributes:
+        caller: who made it; ``None`` is a stranger.
+        rows: how many it has.
+        submitted_at: when it was made.
+    """
+
+    caller: Caller | None
+    rows: int
+    submitted_at: float
 
 
 class PassCost:
-    """Seconds that a forward pass takes by its number of rows, as learned: about ``a + b * rows``."""
+    """Seconds that a forward pass takes by its number of rows, as learned.
+
+    For a size that has been seen a few times it is the moving average of that size, for another one that of a straight
+    line through all of them: ``fixed + per_row * rows``.
+    """
 
     def __init__(self) -> None:
-        self._weight = self._rows = self._seconds = self._rows_squared = self._rows_seconds = 0.0
         self.fixed = 0.0
-        """Seconds of a pass, whatever its size: ``a``."""
+        """Seconds of a pass, whatever its size, by the straight line."""
         self.per_row = 0.0
-        """Seconds of each row: ``b``."""
+        """Seconds of each row, by the straight line."""
+        self._sizes: dict[int, _Size] = {}
+        self._passes = 0
 
     def add(self, rows: int, seconds: float) -> None:
-        """Learn from a pass that was made: least squares over the last passes, the later the more."""
-        if self._weight > _FEW_PASSES:  # a pass that something else disturbed says little
-            seconds = min(seconds, _OUTLIER * self(rows))
-        self._weight = self._weight * _KEEP + 1.0
-        self._rows = self._rows * _KEEP + rows
-        self._seconds = self._seconds * _KEEP + seconds
-        self._rows_squared = self._rows_squared * _KEEP + rows * rows
-        self._rows_seconds = self._rows_seconds * _KEEP + rows * seconds
-        mean_rows, mean_seconds = self._rows / self._weight, self._seconds / self._weight
-        variance = self._rows_squared / self._weight - mean_rows * mean_rows
-        slope = 0.0
-        if variance > 0.01 * mean_rows:
-            slope = (self._rows_seconds / self._weight - mean_rows * mean_seconds) / variance
+        """Learn from a pass that was made."""
+        self._passes += 1
+        size = self._sizes.get(rows)
+        if size is None:
+            size = self._sizes[rows] = _Size(seconds)
+        elif size.passes >= _FEW_PASSES:
+            seconds = min(seconds, _OUTLIER * size.seconds)
+        size.add(seconds, self._passes)
+        if self._passes % 8 == 0 or self._passes < 16:
+            self._fit()
+
+    def _fit(self) -> None:
+        """Least squares over the sizes, the more recently seen ones the more."""
+        weight = rows = seconds = squares = products = 0.0
+        for count, size in self._sizes.items():
+            share = size.passes * 0.5 ** ((self._passes - size.last_pass) / _HALF_LIFE)
+            weight += share
+            rows += share * count
+            seconds += share * size.seconds
+            squares += share * count * count
+            products += share * count * size.seconds
+        mean_rows, mean_seconds = rows / weight, seconds / weight
+        variance = squares / weight - mean_rows * mean_rows
+        slope = (products / weight - mean_rows * mean_seconds) / variance if variance > 0.01 * mean_rows else 0.0
         self.per_row = min(max(slope, 0.0), mean_seconds / mean_rows)
         self.fixed = mean_seconds - self.per_row * mean_rows
 
     def __call__(self, rows: int) -> float:
-        """Seconds that a pass over so many rows takes; 0 before the first."""
-        return self.fixed + self.per_row * rows
+        """Seconds that a pass over so many rows takes; 0 before the first pass."""
+        size = self._sizes.get(rows)
+        return self.fixed + self.per_row * rows if size is None or size.passes < _FEW_PASSES else size.seconds
+
+    def seen(self) -> dict[int, float]:
+        """Seconds by number of rows, for the sizes that were seen. Any thread."""
+        return {rows: size.seconds for rows, size in sorted(self._sizes.copy().items())}
+
+
+class _Size:
+    """Passes of one size."""
+
+    __slots__ = ("last_pass", "passes", "seconds")
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.passes = 0  # up to the number of those that count
+        self.last_pass = 0
+
+    def add(self, seconds: float, number: int) -> None:
+        self.passes = min(self.passes + 1, int(1 / _PASS_SHARE))
+        self.seconds += (seconds - self.seconds) / self.passes
+        self.last_pass = number
 
 
 @dataclass(slots=True)
@@ -151,8 +239,30 @@ class Hold(NamedTuple):
     seconds: float
 
 
+class Review(NamedTuple):
+    """How the batches of late went.
+
+    Attributes:
+        callers: that come back, as far as it is known.
+        latency: seconds from a request to its reply, on average; ``None`` if there were none.
+        max_batch_size: most rows in one forward pass.
+        cost: seconds that a pass takes by its number of rows.
+    """
+
+    callers: Sequence[Caller]
+    latency: float | None
+    max_batch_size: int
+    cost: PassCost
+
+
 class BatchingRule(ABC):
-    """Decides whether a batch that may leave is held back for more requests. One thread asks it, for one server."""
+    """Decides whether a batch that may leave is held back for more requests.
+
+    The thread of one server asks it. What it raises is logged once, and the batch leaves.
+    """
+
+    batch_size: int | None = None
+    """Most rows of the batch that leaves next; ``None``: ``max_batch_size``."""
 
     @abstractmethod
     def hold(self, situation: Situation) -> Hold | None:
@@ -162,37 +272,15 @@ class BatchingRule(ABC):
         over. The server ends a hold ``batch_timeout`` seconds after the model became free, whatever the rule says.
         """
 
+    def review(self, review: Review) -> None:  # noqa: B027 - most rules learn nothing
+        """Take note of how the last passes went; called once in a while between two batches."""
+
 
 class LeaveWhenFree(BatchingRule):
     """Never hold a batch back."""
 
     def hold(self, situation: Situation) -> Hold | None:
         return None
-
-
-class LearnedRule(BatchingRule):
-    """Hold a batch back while the requests that are expected save more than the waiting costs."""
-
-    def hold(self, situation: Situation) -> Hold | None:
-        now, n, cost = situation.now, situation.pending, situation.cost
-        alone = cost(n)
-        best: Hold | None = None
-        most = 0.0
-        expected = sorted([(remaining(caller, now), caller.rows) for caller in situation.away])
-        rows = 0
-        for seconds, more in expected:
-            rows += more
-            if n + rows > situation.max_batch_size:
-                break
-            gain = n * alone + rows * (alone + cost(rows)) - (n + rows) * (seconds + cost(n + rows))
-            if gain > most:
-                best, most = Hold(rows, seconds), gain
-        return best
-
-
-def remaining(caller: Caller, now: float) -> float:
-    """Seconds until a caller that is away is expected back."""
-    return max(caller.answered_at + caller.think_time - now, caller.deviation, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,8 +359,23 @@ class BatchScheduler:
         self.limits = limits
         self.rule = rule
         self.cost = PassCost()
-        self._callers: dict[Caller, None] = {}  # that have come back at least once
+        self.held_since: float | None = None
+        """Since when the batch that gathers could have left, or was waited for; ``None`` if it was not held back."""
+        self._callers: dict[Caller, None] = {}  # that come back
         self._target = 0  # pending rows that end the hold under way; 0: there is none
+        self._passes = 0
+        self._latency = 0.0  # of all requests since the last review together
+        self._measured = 0  # how many they are
+        self._warned = False
+
+    @property
+    def batch_size(self) -> int:
+        """Most rows of the batch that leaves now."""
+        return min(self.rule.batch_size or self.limits.max_batch_size, self.limits.max_batch_size)
+
+    def think_times(self) -> list[float]:
+        """Of each caller that comes back, the think time in seconds. Any thread."""
+        return [caller.think_time for caller in self._callers.copy()]
 
     def decide(
         self,
@@ -297,54 +400,82 @@ class BatchScheduler:
         limits = self.limits
         reason = limits.decide(pending=pending, waited=now - oldest, callers=callers, draining=draining)
         if reason is None:
+            self.held_since = self.held_since or now
             return Hold(limits.wanted(callers) - pending, oldest + limits.timeout - now)
         target, self._target = self._target, 0
         if reason is not DispatchReason.IDLE:
             return reason
         left = free_since + limits.timeout - now
-        if left > 0 and len(self._callers) > 0:
-            away = [caller for caller in self._callers if caller.answered_at > caller.asked_at]
-            away = [caller for caller in away if self._is_expected(caller, now)]
-            hold = None
-            if away or not isinstance(self.rule, LearnedRule):
-                situation = Situation(now, pending, oldest, free_since, limits.max_batch_size, away, self.cost)
-                hold = self.rule.hold(situation)
-            if hold is not None and hold.seconds > 0:
-                self._target = pending + hold.rows
-                return Hold(min(hold.rows, limits.max_batch_size - pending), min(hold.seconds, left))
-        elif target:
-            return DispatchReason.TIMEOUT
+        if left <= 0:
+            return DispatchReason.TIMEOUT if target else reason
+        hold = self._hold(now, pending, oldest, free_since)
+        if hold is not None and hold.rows > 0 and hold.seconds > 0:
+            self.held_since = self.held_since or now
+            self._target = pending + hold.rows
+            return Hold(min(hold.rows, limits.max_batch_size - pending), min(hold.seconds, left))
         if target:
             return DispatchReason.GATHERED if pending >= target else DispatchReason.OVERDUE
         return reason
 
-    def _is_expected(self, caller: Caller, now: float) -> bool:
-        late = now - caller.answered_at - caller.think_time
-        if caller.expected and late > _PATIENCE * caller.deviation:
-            caller.expected = False
-        return caller.expected
+    def _hold(self, now: float, pending: int, oldest: float, free_since: float) -> Hold | None:
+        away = [caller for caller in self._callers if caller.answered_at > caller.asked_at and caller.expected]
+        for caller in away:
+            if caller.is_missed(now):
+                caller.expected = False
+        situation = Situation(
+            now=now,
+            pending=pending,
+            oldest=oldest,
+            free_since=free_since,
+            max_batch_size=self.limits.max_batch_size,
+            away=[caller for caller in away if caller.expected],
+            cost=self.cost,
+        )
+        try:
+            return self.rule.hold(situation)
+        except Exception:  # of a user's rule: it must not end the server
+            self._warn()
+            return None
 
-    def on_batch(self, callers: Iterable[Caller | None]) -> None:
-        """Learn from requests that were taken into a batch."""
-        for caller in callers:
-            if caller is None or not caller.answered_at or caller.answered_at > caller.asked_at:
-                continue
-            seconds = caller.asked_at - caller.answered_at
-            caller.expected = True
-            if caller.think_time < 0:
-                caller.think_time, caller.deviation = seconds, seconds / 2
+    def _warn(self) -> None:
+        if not self._warned:
+            self._warned = True
+            _log.exception("%s raised; batches leave when the model is free. This is said once", type(self.rule))
+
+    def on_batch(self, requests: Sequence[ScheduledRequest]) -> None:
+        """Learn from requests that were taken into a batch, a few of them."""
+        self.held_since, self._target = None, 0
+        step = 1 + (len(requests) - 1) // _LEARNED_REQUESTS
+        for request in requests[self._passes // step % step :: step]:  # not in step with groups that take turns
+            caller = request.caller
+            if caller is not None and caller.come_back() and len(self._callers) < _MOST_CALLERS:
                 self._callers[caller] = None
-            else:
-                error = seconds - caller.think_time
-                caller.think_time += _LEARN * error
-                caller.deviation += _LEARN * (abs(error) - caller.deviation)
 
     def on_pass(self, rows: int, seconds: float) -> None:
         """Learn from a forward pass."""
         self.cost.add(rows, seconds)
+        self._passes += 1
 
-    def on_replies(self, callers: Iterable[Caller | None], now: float) -> None:
+    def on_replies(self, requests: Sequence[ScheduledRequest], now: float) -> None:
         """Note that replies are about to leave."""
-        for caller in callers:
+        for request in requests:
+            caller = request.caller
             if caller is not None:
                 caller.answered_at = now
+                caller.rows = request.rows
+        number = self._passes % _REVIEW_PASSES
+        if number == 0 or number >= _SKIPPED_PASSES:
+            self._measured += len(requests)
+            self._latency += len(requests) * now - sum([request.submitted_at for request in requests])
+            if number == 0:
+                self._review()
+
+    def _review(self) -> None:
+        latency = self._latency / self._measured if self._measured else None
+        self._latency, self._measured = 0.0, 0
+        for caller in [caller for caller in self._callers if not caller.expected]:
+            del self._callers[caller]
+        try:
+            self.rule.review(Review(tuple(self._callers), latency, self.limits.max_batch_size, self.cost))
+        except Exception:  # of a user's rule
+            self._warn()

@@ -291,7 +291,7 @@ class ModelThread:
         )
         if isinstance(decision, Hold):
             queue.wait(pending + decision.rows, linger_limit, decision.seconds)
-        elif requests := queue.get_batch(self._max_batch_size):
+        elif requests := queue.get_batch(scheduler.batch_size):
             self._reply(requests, decision)
             self._free_since = 0.0
 
@@ -310,7 +310,7 @@ class ModelThread:
             self._fail(requests, terminated)
             return
         try:
-            self._scheduler.on_batch([request.caller for request in requests])
+            self._scheduler.on_batch(requests)
             for outcome in self._forward(requests):
                 self._passes += 1
                 if outcome.error is None:
@@ -343,7 +343,7 @@ class ModelThread:
         failure = outcome.error
         settled_at = time.perf_counter()
         try:
-            self._scheduler.on_replies([request.caller for request in outcome.requests], settled_at)
+            self._scheduler.on_replies(outcome.requests, settled_at)
             # Before the replies leave, so that a caller who has its reply finds it in the statistics.
             self._stats.batch(
                 BatchRecord(

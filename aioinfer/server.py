@@ -21,13 +21,14 @@ from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import nn
 
-from aioinfer.batching import BatchingRule, BatchLimits, BatchScheduler, LearnedRule
+from aioinfer.batching import BatchingRule, BatchLimits, BatchScheduler
 from aioinfer.client import AsyncInferenceClient, ClientMaker, InferenceClient
 from aioinfer.devices import Model, place
 from aioinfer.errors import ServerClosedError, ServerNotRunningError, clone_exception
 from aioinfer.forward import CollateFn, ForwardPass
 from aioinfer.futures import Future, run_in_thread
 from aioinfer.ipc.selector import Selector
+from aioinfer.learned_rule import LearnedRule
 from aioinfer.model_thread import ModelThread, Pause, PendingPolicy, check_policy
 from aioinfer.stats import Health, ServerStats, StatsRecorder
 from aioinfer.transports.base import Transport

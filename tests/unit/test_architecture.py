@@ -16,7 +16,18 @@ from tests.limits import IMPORTS
 ROOT = Path(aioinfer.__file__).parent
 # Packages, and modules of the top, in their order: each imports from those above it only, or from its own package.
 LAYERS = (
-    {"errors", "interaction_type", "interrupts", "batching", "modes", "tensors", "stats", "client", "rows"}
+    {
+        "errors",
+        "interaction_type",
+        "interrupts",
+        "batching",
+        "learned_rule",
+        "modes",
+        "tensors",
+        "stats",
+        "client",
+        "rows",
+    }
     | {"devices", "futures", "ipc"},
     {"transports", "weight_sync"},
     {"forward", "policy", "model_thread", "weight_updates", "server"},

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
 
-from aioinfer.batching import BatchLimits, BatchScheduler, LearnedRule
+from aioinfer.batching import BatchLimits, BatchScheduler
 from aioinfer.bench.simulation.bounds import latency_bound
 from aioinfer.bench.simulation.cases import CASES, Case
 from aioinfer.bench.simulation.clairvoyant import ReplayScheduler, search
 from aioinfer.bench.simulation.rules import FixedScheduler, LinearModelScheduler
 from aioinfer.bench.simulation.simulator import Result, Scheduler, simulate
+from aioinfer.learned_rule import LearnedRule
 
 __all__ = ["Comparison", "Figures", "NewScheduler", "compare", "compare_all", "ours", "run"]
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Sequence
 
-from aioinfer.batching import Caller, DispatchReason, Hold
+from aioinfer.batching import DispatchReason, Hold, ScheduledRequest
 
 __all__ = ["FixedScheduler", "LinearModelScheduler"]
 
@@ -20,6 +21,7 @@ class FixedScheduler:
     def __init__(self, size: int, seconds: float) -> None:
         self.size = size
         self.seconds = seconds
+        self.batch_size = sys.maxsize
 
     def decide(
         self,
@@ -36,13 +38,13 @@ class FixedScheduler:
         left = oldest + self.seconds - now
         return Hold(self.size - pending, left) if left > 1e-9 else DispatchReason.TIMEOUT
 
-    def on_batch(self, callers: Iterable[Caller | None]) -> None:
+    def on_batch(self, requests: Sequence[ScheduledRequest]) -> None:
         """Learn nothing."""
 
     def on_pass(self, rows: int, seconds: float) -> None:
         """Learn nothing."""
 
-    def on_replies(self, callers: Iterable[Caller | None], now: float) -> None:
+    def on_replies(self, requests: Sequence[ScheduledRequest], now: float) -> None:
         """Learn nothing."""
 
 
@@ -59,7 +61,7 @@ class LinearModelScheduler:
     _DECAY = 0.95
 
     def __init__(self, max_batch_size: int = 64) -> None:
-        self._most = max_batch_size
+        self.batch_size = max_batch_size
         self._passes: deque[tuple[int, float, float]] = deque(maxlen=self._PASSES)
         self._seen = 0  # rows at the last call,
         self._last = 0.0  # and when the last of them was seen
@@ -79,7 +81,7 @@ class LinearModelScheduler:
     ) -> DispatchReason | Hold:
         if pending != self._seen:
             self._seen, self._last = pending, now
-        if pending < self._most and not draining:
+        if pending < self.batch_size and not draining:
             left = self._wait * self._DECAY / pending - self._TICK - self._per_row - (now - self._last)
             if left > 1e-9:
                 return Hold(1, left)
@@ -87,7 +89,7 @@ class LinearModelScheduler:
         self._seen = 0
         return DispatchReason.IDLE
 
-    def on_batch(self, callers: Iterable[Caller | None]) -> None:
+    def on_batch(self, requests: Sequence[ScheduledRequest]) -> None:
         """Learn nothing."""
 
     def on_pass(self, rows: int, seconds: float) -> None:
@@ -100,5 +102,5 @@ class LinearModelScheduler:
         self._per_row = max(slope, 0.000001)
         self._wait = sum([wait for _, _, wait in self._passes]) / count
 
-    def on_replies(self, callers: Iterable[Caller | None], now: float) -> None:
+    def on_replies(self, requests: Sequence[ScheduledRequest], now: float) -> None:
         """Learn nothing."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import heapq
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Protocol
 
-from aioinfer.batching import Caller, DispatchReason, Hold
+from aioinfer.batching import Caller, DispatchReason, Hold, ScheduledRequest
 from aioinfer.bench.simulation.costs import Cost
 
 __all__ = ["Arrivals", "Client", "Result", "Scheduler", "simulate"]
@@ -32,11 +32,21 @@ class Scheduler(Protocol):
         draining: bool = False,
     ) -> DispatchReason | Hold: ...
 
-    def on_batch(self, callers: Iterable[Caller | None]) -> None: ...
+    @property
+    def batch_size(self) -> int: ...
+
+    def on_batch(self, requests: Sequence[ScheduledRequest]) -> None: ...
 
     def on_pass(self, rows: int, seconds: float) -> None: ...
 
-    def on_replies(self, callers: Iterable[Caller | None], now: float) -> None: ...
+    def on_replies(self, requests: Sequence[ScheduledRequest], now: float) -> None: ...
+
+
+@dataclass(slots=True)
+class _Request:
+    caller: Caller | None
+    submitted_at: float
+    rows: int = 1
 
 
 @dataclass(slots=True)
@@ -174,15 +184,15 @@ def simulate(
                 take_until(now)
             if len(pending) < target:
                 now = deadline
-        batch = [pending.popleft() for _ in range(min(len(pending), max_batch_size))]
+        batch = [pending.popleft() for _ in range(min(len(pending), scheduler.batch_size, max_batch_size))]
         rows = len(batch)
-        callers = [client.caller for _, _, client in batch]
-        scheduler.on_batch(callers)
+        requests = [_Request(client.caller, asked_at) for asked_at, _, client in batch]
+        scheduler.on_batch(requests)
         seconds = cost(rows, noise)
         now += seconds
         passes += 1
         scheduler.on_pass(rows, seconds)
-        scheduler.on_replies(callers, now)
+        scheduler.on_replies(requests, now)
         last = now + transport
         for asked_at, number, client in batch:
             done.append((asked_at - transport, now - asked_at + 2 * transport))
