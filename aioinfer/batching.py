@@ -43,11 +43,16 @@ _PATIENCE = 4.0
 _LEAST_DEVIATION = 0.0001
 # Seconds; no caller that thinks for longer is waited for, and a time that another process claims may be wrong.
 _LONGEST_THINK_TIME = 60.0
-# So many callers are known at most, of so many requests of a batch it is learned.
+# So many callers are known at most, and so many requests of a batch are learned from. Learning takes 1 us for each of
+# them: where passes are short, in seconds, only one pass in so many is learned from after the first ones. (Five is not
+# in step with callers that take turns in two, three or four batches.)
 _MOST_CALLERS = 256
 _LEARNED_REQUESTS = 8
+_SHORT_PASS = 0.001
+_FIRST_PASSES = 200
+_LEARN_EVERY = 5
 # Passes from one review to the next; so many of them come too early to be measured.
-_REVIEW_PASSES = 32
+_REVIEW_PASSES = 24
 _SKIPPED_PASSES = 8
 
 _log = logging.getLogger("aioinfer")
@@ -127,12 +132,10 @@ class ScheduledRequest(Protocol):
     Attributes:
         caller: who made it; ``None`` is a stranger.
         rows: how many it has.
-        submitted_at: when it was made.
     """
 
     caller: Caller | None
     rows: int
-    submitted_at: float
 
 
 class PassCost:
@@ -263,6 +266,8 @@ class BatchingRule(ABC):
 
     batch_size: int | None = None
     """Most rows of the batch that leaves next; ``None``: ``max_batch_size``."""
+    always_asked: bool = True
+    """Whether it is asked also while no caller is expected back."""
 
     @abstractmethod
     def hold(self, situation: Situation) -> Hold | None:
@@ -278,6 +283,8 @@ class BatchingRule(ABC):
 
 class LeaveWhenFree(BatchingRule):
     """Never hold a batch back."""
+
+    always_asked = False
 
     def hold(self, situation: Situation) -> Hold | None:
         return None
@@ -366,12 +373,16 @@ class BatchScheduler:
         self._passes = 0
         self._latency = 0.0  # of all requests since the last review together
         self._measured = 0  # how many they are
+        self._learn_every = 1
+        self._strangers = False  # whether there were any since the last review
+        self._always_asks = rule.always_asked
         self._warned = False
 
     @property
     def batch_size(self) -> int:
         """Most rows of the batch that leaves now."""
-        return min(self.rule.batch_size or self.limits.max_batch_size, self.limits.max_batch_size)
+        chosen, most = self.rule.batch_size, self.limits.max_batch_size
+        return most if chosen is None else max(1, min(chosen, most))
 
     def think_times(self) -> list[float]:
         """Of each caller that comes back, the think time in seconds. Any thread."""
@@ -398,30 +409,34 @@ class BatchScheduler:
             draining: no further request will come.
         """
         limits = self.limits
-        reason = limits.decide(pending=pending, waited=now - oldest, callers=callers, draining=draining)
-        if reason is None:
-            self.held_since = self.held_since or now
-            return Hold(limits.wanted(callers) - pending, oldest + limits.timeout - now)
-        target, self._target = self._target, 0
-        if reason is not DispatchReason.IDLE:
+        target = self._target
+        if draining or not limits.min_batch_size <= pending < limits.max_batch_size:
+            reason = limits.decide(pending=pending, waited=now - oldest, callers=callers, draining=draining)
+            if reason is None:
+                self.held_since = self.held_since or now
+                return Hold(limits.wanted(callers) - pending, oldest + limits.timeout - now)
             return reason
+        if not target and not self._always_asks and not self._strangers and pending >= len(self._callers):
+            return DispatchReason.IDLE  # nobody else is known
         left = free_since + limits.timeout - now
         if left <= 0:
-            return DispatchReason.TIMEOUT if target else reason
+            return DispatchReason.TIMEOUT if target else DispatchReason.IDLE
         hold = self._hold(now, pending, oldest, free_since)
         if hold is not None and hold.rows > 0 and hold.seconds > 0:
             self.held_since = self.held_since or now
             self._target = pending + hold.rows
             return Hold(min(hold.rows, limits.max_batch_size - pending), min(hold.seconds, left))
-        if target:
-            return DispatchReason.GATHERED if pending >= target else DispatchReason.OVERDUE
-        return reason
+        if not target:
+            return DispatchReason.IDLE
+        return DispatchReason.GATHERED if pending >= target else DispatchReason.OVERDUE
 
     def _hold(self, now: float, pending: int, oldest: float, free_since: float) -> Hold | None:
         away = [caller for caller in self._callers if caller.answered_at > caller.asked_at and caller.expected]
         for caller in away:
             if caller.is_missed(now):
                 caller.expected = False
+        if not away and not self._always_asks:
+            return None
         situation = Situation(
             now=now,
             pending=pending,
@@ -443,38 +458,53 @@ class BatchScheduler:
             _log.exception("%s raised; batches leave when the model is free. This is said once", type(self.rule))
 
     def on_batch(self, requests: Sequence[ScheduledRequest]) -> None:
-        """Learn from requests that were taken into a batch, a few of them."""
-        self.held_since, self._target = None, 0
+        """Learn from requests that were taken into a batch: from a few of them, and not in each batch."""
+        self._target = 0
+        passes = self._passes
+        if passes % self._learn_every:
+            return
         step = 1 + (len(requests) - 1) // _LEARNED_REQUESTS
-        for request in requests[self._passes // step % step :: step]:  # not in step with groups that take turns
+        for request in requests[passes // step % step :: step]:
             caller = request.caller
-            if caller is not None and caller.come_back() and len(self._callers) < _MOST_CALLERS:
-                self._callers[caller] = None
+            if caller is not None and caller.come_back():
+                caller.rows = request.rows
+                if len(self._callers) < _MOST_CALLERS:
+                    self._callers[caller] = None
 
     def on_pass(self, rows: int, seconds: float) -> None:
-        """Learn from a forward pass."""
-        self.cost.add(rows, seconds)
-        self._passes += 1
+        """Learn from a forward pass, once in a while."""
+        self._passes = passes = self._passes + 1
+        if passes % self._learn_every == 0:
+            self.cost.add(rows, seconds)
 
-    def on_replies(self, requests: Sequence[ScheduledRequest], now: float) -> None:
-        """Note that replies are about to leave."""
+    def on_replies(self, requests: Sequence[ScheduledRequest], submitted_at: Sequence[float], now: float) -> None:
+        """Note that replies are about to leave.
+
+        Args:
+            requests: that are answered.
+            submitted_at: when each was made.
+            now: the time.
+        """
         for request in requests:
             caller = request.caller
             if caller is not None:
                 caller.answered_at = now
-                caller.rows = request.rows
+            else:
+                self._strangers = True
         number = self._passes % _REVIEW_PASSES
-        if number == 0 or number >= _SKIPPED_PASSES:
+        if number == 0 or (number >= _SKIPPED_PASSES and len(self._callers) > 1):
             self._measured += len(requests)
-            self._latency += len(requests) * now - sum([request.submitted_at for request in requests])
+            self._latency += len(requests) * now - sum(submitted_at)
             if number == 0:
                 self._review()
 
     def _review(self) -> None:
         latency = self._latency / self._measured if self._measured else None
-        self._latency, self._measured = 0.0, 0
+        self._latency, self._measured, self._strangers = 0.0, 0, False
         for caller in [caller for caller in self._callers if not caller.expected]:
             del self._callers[caller]
+        is_short = self._passes >= _FIRST_PASSES and self.cost.fixed < _SHORT_PASS
+        self._learn_every = _LEARN_EVERY if is_short else 1
         try:
             self.rule.review(Review(tuple(self._callers), latency, self.limits.max_batch_size, self.cost))
         except Exception:  # of a user's rule

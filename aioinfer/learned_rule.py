@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -16,15 +17,20 @@ _TRIED_ALL = 0.95
 _TRIED_TURNS = 0.88
 # It is kept while it is so much better than the others.
 _BETTER = 0.97
-# Callers take turns in at most so many batches.
+# Callers take turns in at most so many batches, and only where the passes of all groups together take so many times as
+# long as a group is away.
 _MOST_TURNS = 4
+_BUSY = 1.25
 # Reviews after which what was measured is forgotten, and reviews without a change before anything is tried.
 _FORGOTTEN = 64
-_SETTLED = 2
+_SETTLED = 3
+# Callers that were there in one of so many reviews count.
+_REMEMBERED = 8
 # The number of callers has changed if it did so by this share.
 _CHANGED = 0.2
-# Callers that think for so many passes are not waited for by a batch size.
+# Batch sizes are chosen for callers that think for less than so many passes, if so much of all requests is theirs.
 _SLOW = 2.0
+_MOST_REQUESTS = 0.8
 # Of callers whose think times vary, the last one of n comes back later than the mean by so many deviations for each
 # doubling of n.
 _SPREAD = 0.7
@@ -45,63 +51,63 @@ class LearnedRule(BatchingRule):
     better than what was measured is tried for a while, and kept only if it measures better.
     """
 
+    always_asked = False
+
     def __init__(self) -> None:
-        self._all = 0  # how many callers there were at the last review
-        self._settled = 0  # reviews since their number has changed
+        self._counts: deque[int] = deque(maxlen=_REMEMBERED)  # of callers, at the last reviews
+        self._settled_count = 0  # how many callers there were when their number has changed
+        self._settled = 0  # reviews since then
         self._reviews = 0
-        self._measured: dict[int | None, tuple[float, int]] = {}  # by batch size: the latency, and at which review
+        self._turns = 0  # in how many batches callers take turns now; 0: decide one pass ahead
+        self._gathered = 0  # how many rows such a batch has
+        self._measured: dict[int, tuple[float, int]] = {}  # by turns: the latency, and at which review
 
     # -- for each batch --------------------------------------------------------------------------------
 
     def hold(self, situation: Situation) -> Hold | None:
-        pending, away, now = situation.pending, situation.away, situation.now
-        if not away:
-            return None
-        missing = 0 if self._gathered is None else self._gathered - pending
+        away, now = situation.away, situation.now
+        missing = self._gathered - situation.pending
         if 0 < missing <= len(away):
             return Hold(missing, sorted([caller.remaining(now) for caller in away])[missing - 1])
         return _best_hold(situation)
-
-    _gathered: int | None = None
-    """The batch size for which callers are waited; ``None``: decide one pass ahead."""
 
     # -- from time to time -----------------------------------------------------------------------------
 
     def review(self, review: Review) -> None:
         self._reviews += 1
-        cost = review.cost
-        slow = _SLOW * cost(min(max(1, len(review.callers)), review.max_batch_size))
-        callers = [caller for caller in review.callers if caller.think_time <= slow]
-        count = len(callers)
-        if abs(count - self._all) > _CHANGED * self._all:
-            self._all, self._settled = count, 0
-            self._measured.clear()
+        cost, most = review.cost, review.max_batch_size
+        callers = _fast(review)
+        self._counts.append(len(callers))
+        count = max(self._counts)
         self._settled += 1
+        if abs(count - self._settled_count) > _CHANGED * self._settled_count:
+            self._settled_count, self._settled = count, 0
+            self._measured.clear()
         if review.latency is not None:
-            self._measured[self._gathered] = review.latency, self._reviews
-        expected = estimates(callers, cost, review.max_batch_size)
-        known = {
-            size: latency
-            for size, (latency, at) in self._measured.items()
-            if (size is None or size in expected) and (size == self._gathered or self._reviews - at < _FORGOTTEN)
+            self._measured[self._turns] = review.latency, self._reviews
+        expected = estimates(callers, count, cost, most)
+        measured = {
+            turns: latency
+            for turns, (latency, at) in self._measured.items()
+            if turns in (0, self._turns, *expected) and (turns == self._turns or self._reviews - at < _FORGOTTEN)
         }
-        self._measured = {size: self._measured[size] for size in known}
-        self._choose(known, expected if self._settled > _SETTLED else {}, count)
+        self._measured = {turns: self._measured[turns] for turns in measured}
+        if self._settled < _SETTLED:
+            expected = {}
+        self._choose(measured, expected)
+        size = -(-count // self._turns) if self._turns else 0
+        self._gathered = size if 1 < size <= most else 0
+        self.batch_size = self._gathered if self._gathered and self._turns > 1 else None
 
-    def _choose(self, measured: dict[int | None, float], expected: dict[int, float], count: int) -> None:
-        """Choose a batch size by what was measured, and for those that were not by what is expected."""
-        latencies: dict[int | None, float] = {None: measured.get(None, 0.0)}  # first, if it was not measured
-        latencies |= {
-            size: latency / (_TRIED_ALL if size == count else _TRIED_TURNS) for size, latency in expected.items()
-        }
+    def _choose(self, measured: dict[int, float], expected: dict[int, float]) -> None:
+        """Choose by what was measured, and where nothing was by what is expected."""
+        latencies = {0: 0.0}  # is tried first
+        for turns, latency in expected.items():
+            latencies[turns] = latency / (_TRIED_ALL if turns == 1 else _TRIED_TURNS)
         latencies |= measured
-        if self._gathered not in latencies:
-            self._gathered = None
-        best = min(latencies, key=lambda size: latencies[size])
-        if latencies[best] < _BETTER * latencies[self._gathered]:
-            self._gathered = best
-        takes_turns = self._gathered is not None and self._gathered < count
-        self.batch_size = self._gathered if takes_turns else None
+        best = min(latencies, key=lambda turns: latencies[turns])
+        if latencies[best] < _BETTER * latencies.get(self._turns, math.inf):
+            self._turns = best
 
 
 def _best_hold(situation: Situation) -> Hold | None:
@@ -122,28 +128,41 @@ def _best_hold(situation: Situation) -> Hold | None:
     return best
 
 
-def estimates(callers: Sequence[Caller], cost: PassCost, max_batch_size: int) -> dict[int, float]:
-    """The mean latency in seconds that batches of all callers, half, a third and a quarter of them would have.
+def _fast(review: Review) -> Sequence[Caller]:
+    """The callers that don't think for long beside a pass, if most of the requests are theirs."""
+    seconds = review.cost(min(max(1, len(review.callers)), review.max_batch_size))
+    fast = [caller for caller in review.callers if caller.think_time <= _SLOW * seconds]
+    rates = [sum([1 / (seconds + caller.think_time) for caller in callers]) for callers in (fast, review.callers)]
+    return fast if rates[0] >= _MOST_REQUESTS * rates[1] else ()
+
+
+def estimates(callers: Sequence[Caller], count: int, cost: PassCost, max_batch_size: int) -> dict[int, float]:
+    """The mean latency in seconds of callers that are served in one batch, or take turns in two, three or four.
 
     In one batch all of them wait for the last to come back. In several, each group thinks while the others are
     served, so that the model never rests; this is estimated only where thinking is short enough for that, and with
     the least that a pass of a size can take that was not seen yet.
+
+    Args:
+        callers: that are known now.
+        count: how many there are, with those that are away for longer.
+        cost: seconds that a pass takes by its number of rows.
+        max_batch_size: most rows in one forward pass.
     """
-    count = len(callers)
-    if count < 2:
+    if not callers or count < 2:
         return {}
-    think_time = sum([caller.think_time for caller in callers]) / count
+    think_time = sum([caller.think_time for caller in callers]) / len(callers)
     latencies: dict[int, float] = {}
-    for turns in range(_MOST_TURNS, 1, -1):
-        size = -(-count // turns)
-        seconds = _at_best(cost, size)
-        period = count / size * seconds
-        if 1 < size <= max_batch_size and period >= think_time + seconds:
-            latencies[size] = period - think_time
     if count <= max_batch_size:
         doublings = math.log2(count)
         last = max([caller.think_time + _SPREAD * doublings * caller.deviation for caller in callers])
-        latencies[count] = last + cost(count) - think_time
+        latencies[1] = last + cost(count) - think_time
+    for turns in range(2, _MOST_TURNS + 1):
+        size = -(-count // turns)
+        seconds = _at_best(cost, size)
+        period = count / size * seconds
+        if 1 < size <= max_batch_size and period >= _BUSY * (think_time + seconds):
+            latencies[turns] = period - think_time
     return latencies
 
 

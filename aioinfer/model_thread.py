@@ -343,12 +343,13 @@ class ModelThread:
         failure = outcome.error
         settled_at = time.perf_counter()
         try:
-            self._scheduler.on_replies(outcome.requests, settled_at)
+            submitted_at = [request.submitted_at for request in outcome.requests]
+            self._scheduler.on_replies(outcome.requests, submitted_at, settled_at)
             # Before the replies leave, so that a caller who has its reply finds it in the statistics.
             self._stats.batch(
                 BatchRecord(
                     reason=reason,
-                    submitted_at=[request.submitted_at for request in outcome.requests],
+                    submitted_at=submitted_at,
                     taken_at=taken_at,
                     forward=outcome.seconds,
                     settled_at=settled_at,

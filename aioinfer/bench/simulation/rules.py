@@ -44,7 +44,7 @@ class FixedScheduler:
     def on_pass(self, rows: int, seconds: float) -> None:
         """Learn nothing."""
 
-    def on_replies(self, requests: Sequence[ScheduledRequest], now: float) -> None:
+    def on_replies(self, requests: Sequence[ScheduledRequest], submitted_at: Sequence[float], now: float) -> None:
         """Learn nothing."""
 
 
@@ -102,5 +102,5 @@ class LinearModelScheduler:
         self._per_row = max(slope, 0.000001)
         self._wait = sum([wait for _, _, wait in self._passes]) / count
 
-    def on_replies(self, requests: Sequence[ScheduledRequest], now: float) -> None:
+    def on_replies(self, requests: Sequence[ScheduledRequest], submitted_at: Sequence[float], now: float) -> None:
         """Learn nothing."""

@@ -39,13 +39,12 @@ class Scheduler(Protocol):
 
     def on_pass(self, rows: int, seconds: float) -> None: ...
 
-    def on_replies(self, requests: Sequence[ScheduledRequest], now: float) -> None: ...
+    def on_replies(self, requests: Sequence[ScheduledRequest], submitted_at: Sequence[float], now: float) -> None: ...
 
 
 @dataclass(slots=True)
 class _Request:
     caller: Caller | None
-    submitted_at: float
     rows: int = 1
 
 
@@ -186,13 +185,13 @@ def simulate(
                 now = deadline
         batch = [pending.popleft() for _ in range(min(len(pending), scheduler.batch_size, max_batch_size))]
         rows = len(batch)
-        requests = [_Request(client.caller, asked_at) for asked_at, _, client in batch]
+        requests = [_Request(client.caller) for _, _, client in batch]
         scheduler.on_batch(requests)
         seconds = cost(rows, noise)
         now += seconds
         passes += 1
         scheduler.on_pass(rows, seconds)
-        scheduler.on_replies(requests, now)
+        scheduler.on_replies(requests, [asked_at for asked_at, _, _ in batch], now)
         last = now + transport
         for asked_at, number, client in batch:
             done.append((asked_at - transport, now - asked_at + 2 * transport))
