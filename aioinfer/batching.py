@@ -31,7 +31,9 @@ __all__ = [
 # Of the last think times, or passes of one size, the newest counts for so much.
 _THINK_TIME_SHARE = 0.2
 _PASS_SHARE = 0.1
-# What takes longer than so many times what was learned counts as so much, since one pause says little.
+# One pause says little: a think time counts as at most so many deviations from the mean, a pass as at most so many times
+# as long as those of its size.
+_UNUSUAL = 6.0
 _OUTLIER = 3.0
 # A size has been seen often enough for a figure of its own; the others come from a straight line.
 _FEW_PASSES = 4
@@ -110,7 +112,8 @@ class Caller:
         if self.think_time < 0:
             self.think_time, self.deviation = seconds, seconds / 2
         else:
-            error = min(seconds, _OUTLIER * self.think_time + _LEAST_DEVIATION) - self.think_time
+            limit = _UNUSUAL * max(self.deviation, _LEAST_DEVIATION)
+            error = min(max(seconds - self.think_time, -limit), limit)
             self.think_time += _THINK_TIME_SHARE * error
             self.deviation += _THINK_TIME_SHARE * (abs(error) - self.deviation)
         return True
