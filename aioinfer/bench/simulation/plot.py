@@ -48,8 +48,8 @@ _LABELS: Final = {
     "ours": "aioinfer",
 }
 _TITLE: Final = (
-    "The mean latency of five rules, by that of a clairvoyant, on some traces. No simple rule is near the clairvoyant "
-    "on all of them, even with the parameters that suit the trace best; aioinfer, which has none, mostly is."
+    "The mean latency of five rules for batches on some traces, as a multiple of that of a clairvoyant. The simple rules "
+    "have the parameters that suit the trace best; that of aioinfer has none."
 )
 _LEFT, _RIGHT, _TOP, _STEP, _WIDTH = 312, 704, 92, 22, 720
 _MOST = 2.0
@@ -76,7 +76,7 @@ def draw(comparisons: Sequence[Comparison]) -> str:
         )
     parts.append(
         f'  <text class="small" x="{(_LEFT + _RIGHT) / 2}" y="{bottom + 36}" text-anchor="middle">'
-        "mean latency, by that of a clairvoyant</text>"
+        "mean latency, as a multiple of that of a clairvoyant</text>"
     )
     for number, comparison in enumerate(comparisons):
         y = _TOP + number * _STEP
