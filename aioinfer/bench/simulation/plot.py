@@ -48,8 +48,8 @@ _LABELS: Final = {
     "ours": "aioinfer",
 }
 _TITLE: Final = (
-    "The mean latency of five rules for batches on some traces, as a multiple of that of a clairvoyant. The simple rules "
-    "have the parameters that suit the trace best; that of aioinfer has none."
+    "The mean latency of five rules for batches on some traces, as a multiple of that of a clairvoyant. The simple "
+    "rules have the parameters that suit the trace best; that of aioinfer has none."
 )
 _LEFT, _RIGHT, _TOP, _STEP, _WIDTH = 312, 704, 92, 22, 720
 _MOST = 2.0
