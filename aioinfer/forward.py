@@ -226,6 +226,9 @@ class ForwardPass:
     def _check_keys(self, output: TensorDictBase) -> None:
         if missing := self._required - set(output.keys()) if self._required else ():
             raise ModelError(f"out_keys names {sorted(missing)}, the model returned {sorted(map(str, output.keys()))}")
+        self._note_entries(output)
+
+    def _note_entries(self, output: TensorDictBase) -> None:
         if self._empty is None:
             with long_lived():
                 self._empty = empty_rows(output, self._keys)
@@ -248,6 +251,7 @@ class ForwardPass:
         self, store: SlotTable, requests: Sequence[Request], output: TensorDictBase
     ) -> Sequence[TensorDictBase]:
         store.scatter(requests, output, self._keys, self._version())
+        self._note_entries(output)
         return [WRITTEN_IN_PLACE] * len(requests)
 
     def _collate(self, requests: Sequence[Request], batched: bool) -> TensorDictBase:
