@@ -5,7 +5,7 @@ The way of a request inside one process, file by file::
     client.py           transports/local.py      transports/queue.py     batching.py          forward.py
     InferenceClient --> a client puts a      --> one queue for each  --> does a batch     --> stack, model, rows
     (what callers       request, with the        server, FIFO, with      leave now, and
-    hold)               sink of its reply        one bound               why?                      |
+    hold)               sink of its reply        one bound               why? learned_rule.py      |
                                                                                                    |
     await, or return <--------- transports/replies.py: one wake-up for each batch and loop <-------+
 
@@ -37,7 +37,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from aioinfer.batching import DispatchReason
+    from aioinfer.batching import BatchingRule, DispatchReason, LeaveWhenFree
     from aioinfer.client import AsyncInferenceClient, InferenceClient
     from aioinfer.errors import (
         ClientBusyError,
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
         ServerStartError,
         WeightSyncError,
     )
+    from aioinfer.learned_rule import LearnedRule
     from aioinfer.policy import PolicyClientModule
     from aioinfer.process_server import Health, ProcessInferenceServer
     from aioinfer.server import InferenceServer
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AsyncInferenceClient",
+    "BatchingRule",
     "ClientBusyError",
     "ClientClosedError",
     "DispatchReason",
@@ -79,6 +81,8 @@ __all__ = [
     "InferenceServer",
     "InferenceTransport",
     "InvalidRequestError",
+    "LearnedRule",
+    "LeaveWhenFree",
     "MPTransport",
     "ModelError",
     "NoFreeSlotError",
@@ -103,7 +107,10 @@ __all__ = [
 # Where the names above are made. A name is imported when it is first asked for, so that importing the package alone
 # does not import torch: ``aioinfer --help`` takes 0.05 s instead of 3. They are searched in this order: modules without
 # torch first, and ``weight_sync`` last, which has another ``MPTransport``.
-_MODULES = ("errors", "batching", "client", "stats", "policy", "transports", "server", "process_server", "weight_sync")
+_MODULES = (
+    *("errors", "batching", "learned_rule", "client", "stats", "policy"),
+    *("transports", "server", "process_server", "weight_sync"),
+)
 
 if not TYPE_CHECKING:  # a type checker would take any name for one that exists
 

@@ -31,8 +31,8 @@ __all__ = [
 # Of the last think times, or passes of one size, the newest counts for so much.
 _THINK_TIME_SHARE = 0.2
 _PASS_SHARE = 0.1
-# One pause says little: a think time counts as at most so many deviations from the mean, a pass as at most so many times
-# as long as those of its size.
+# One pause says little: a think time counts as at most so many deviations from the mean, a pass as at most so many
+# times as long as those of its size.
 _UNUSUAL = 6.0
 _OUTLIER = 3.0
 # A size has been seen often enough for a figure of its own; the others come from a straight line.
@@ -370,8 +370,9 @@ class BatchScheduler:
         self.rule = rule
         self.cost = PassCost()
         self.held_since: float | None = None
-        """Since when the batch that gathers could have left, or was waited for; ``None`` if it was not held back."""
+        """Since when the batch that will leave next is held back, or gathers; ``None`` if it is not."""
         self._callers: dict[Caller, None] = {}  # that come back
+        self._rows = 0  # of their requests together
         self._target = 0  # pending rows that end the hold under way; 0: there is none
         self._passes = 0
         self._latency = 0.0  # of all requests since the last review together
@@ -419,7 +420,7 @@ class BatchScheduler:
                 self.held_since = self.held_since or now
                 return Hold(limits.wanted(callers) - pending, oldest + limits.timeout - now)
             return reason
-        if not target and not self._always_asks and not self._strangers and pending >= len(self._callers):
+        if not target and not self._always_asks and not self._strangers and pending >= self._rows:
             return DispatchReason.IDLE  # nobody else is known
         left = free_since + limits.timeout - now
         if left <= 0:
@@ -462,17 +463,17 @@ class BatchScheduler:
 
     def on_batch(self, requests: Sequence[ScheduledRequest]) -> None:
         """Learn from requests that were taken into a batch: from a few of them, and not in each batch."""
-        self._target = 0
+        self.held_since, self._target = None, 0
         passes = self._passes
         if passes % self._learn_every:
             return
         step = 1 + (len(requests) - 1) // _LEARNED_REQUESTS
         for request in requests[passes // step % step :: step]:
             caller = request.caller
-            if caller is not None and caller.come_back():
+            if caller is not None and caller.come_back() and len(self._callers) < _MOST_CALLERS:
+                self._rows += request.rows - (caller.rows if caller in self._callers else 0)
                 caller.rows = request.rows
-                if len(self._callers) < _MOST_CALLERS:
-                    self._callers[caller] = None
+                self._callers[caller] = None
 
     def on_pass(self, rows: int, seconds: float) -> None:
         """Learn from a forward pass, once in a while."""
@@ -506,6 +507,7 @@ class BatchScheduler:
         self._latency, self._measured, self._strangers = 0.0, 0, False
         for caller in [caller for caller in self._callers if not caller.expected]:
             del self._callers[caller]
+        self._rows = sum([caller.rows for caller in self._callers])
         is_short = self._passes >= _FIRST_PASSES and self.cost.fixed < _SHORT_PASS
         self._learn_every = _LEARN_EVERY if is_short else 1
         try:

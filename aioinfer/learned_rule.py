@@ -67,8 +67,12 @@ class LearnedRule(BatchingRule):
     def hold(self, situation: Situation) -> Hold | None:
         away, now = situation.away, situation.now
         missing = self._gathered - situation.pending
-        if 0 < missing <= len(away):
-            return Hold(missing, sorted([caller.remaining(now) for caller in away])[missing - 1])
+        if missing > 0:
+            rows = 0
+            for seconds, more in sorted([(caller.remaining(now), caller.rows) for caller in away]):
+                rows += more
+                if rows >= missing:
+                    return Hold(missing, seconds)
         return _best_hold(situation)
 
     # -- from time to time -----------------------------------------------------------------------------
@@ -95,7 +99,7 @@ class LearnedRule(BatchingRule):
         if self._settled < _SETTLED:
             expected = {}
         self._choose(measured, expected)
-        size = -(-count // self._turns) if self._turns else 0
+        size = _rows(-(-count // self._turns), callers) if self._turns else 0
         self._gathered = size if 1 < size <= most else 0
         self.batch_size = self._gathered if self._gathered and self._turns > 1 else None
 
@@ -153,17 +157,23 @@ def estimates(callers: Sequence[Caller], count: int, cost: PassCost, max_batch_s
         return {}
     think_time = sum([caller.think_time for caller in callers]) / len(callers)
     latencies: dict[int, float] = {}
-    if count <= max_batch_size:
+    if _rows(count, callers) <= max_batch_size:
         doublings = math.log2(count)
         last = max([caller.think_time + _SPREAD * doublings * caller.deviation for caller in callers])
-        latencies[1] = last + cost(count) - think_time
+        latencies[1] = last + cost(_rows(count, callers)) - think_time
     for turns in range(2, _MOST_TURNS + 1):
         size = -(-count // turns)
-        seconds = _at_best(cost, size)
+        rows = _rows(size, callers)
+        seconds = _at_best(cost, rows)
         period = count / size * seconds
-        if 1 < size <= max_batch_size and period >= _BUSY * (think_time + seconds):
+        if size > 1 and rows <= max_batch_size and period >= _BUSY * (think_time + seconds):
             latencies[turns] = period - think_time
     return latencies
+
+
+def _rows(count: int, callers: Sequence[Caller]) -> int:
+    """How many rows so many of these callers have, on average."""
+    return math.ceil(count * sum([caller.rows for caller in callers]) / max(1, len(callers)))
 
 
 def _at_best(cost: PassCost, rows: int) -> float:

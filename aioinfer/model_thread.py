@@ -292,7 +292,7 @@ class ModelThread:
         if isinstance(decision, Hold):
             queue.wait(pending + decision.rows, linger_limit, decision.seconds)
         elif requests := queue.get_batch(scheduler.batch_size):
-            self._reply(requests, decision)
+            self._reply(requests, decision, 0.0 if scheduler.held_since is None else now - scheduler.held_since)
             self._free_since = 0.0
 
     def _linger_limit(self) -> int:
@@ -300,8 +300,14 @@ class ModelThread:
         self._alternate = self._seconds_alone <= _SHORT_PASS or self._passes % _LOOK_AGAIN == 0
         return sys.maxsize if self._alternate else self._max_batch_size
 
-    def _reply(self, requests: Sequence[Request], reason: DispatchReason) -> None:
-        """Run the model over claimed requests; each of them is settled when this returns, whatever was raised."""
+    def _reply(self, requests: Sequence[Request], reason: DispatchReason, held: float = 0.0) -> None:
+        """Run the model over claimed requests; each of them is settled when this returns, whatever was raised.
+
+        Args:
+            requests: of one batch.
+            reason: why it left.
+            held: seconds for which it was held back.
+        """
         taken_at = time.perf_counter()
         with self._lock:
             terminated = self._terminated
@@ -319,7 +325,7 @@ class ModelThread:
                     self._seconds_alone = outcome.seconds
                 if not self._claim(outcome):  # terminated, and what is left need not be computed
                     return
-                self._settle(outcome, reason, taken_at)
+                self._settle(outcome, reason, taken_at, held)
         except BaseException as error:  # nothing of the model's: it must not end the server all the same
             _log.exception("a batch could not be served")
             with self._lock:
@@ -338,7 +344,7 @@ class ModelThread:
                 self._unsettled = [request for request in self._unsettled if id(request) not in settled]
             return True
 
-    def _settle(self, outcome: Outcome, reason: DispatchReason, taken_at: float) -> None:
+    def _settle(self, outcome: Outcome, reason: DispatchReason, taken_at: float, held: float) -> None:
         """Settle requests that are claimed of those that are unsettled."""
         failure = outcome.error
         settled_at = time.perf_counter()
@@ -351,6 +357,7 @@ class ModelThread:
                     reason=reason,
                     submitted_at=submitted_at,
                     taken_at=taken_at,
+                    held=held,
                     forward=outcome.seconds,
                     settled_at=settled_at,
                     ok=outcome.error is None,

@@ -108,9 +108,13 @@ class InferenceServer(BaseServer):
         max_batch_size: most rows in one forward pass. A request of more rows is split over several; no other is, and
             one that does not fit beside others waits for the next pass.
         min_batch_size: after the first request arrived, gather until this many rows are there, or
-            ``batch_timeout`` passes. 1 dispatches at once; while the model is busy, requests gather anyway.
-        batch_timeout: seconds that a partial batch may wait, counted from its oldest request; 0.01 by default.
+            ``batch_timeout`` passes. With 1, a lone caller's request leaves at once; while the model is busy, requests
+            gather anyway.
+        batch_timeout: seconds that a partial batch may wait, 0.01 by default: for ``min_batch_size`` counted from its
+            oldest request, for ``batching`` from when the model is free. With 0, batches are never held back.
         timeout: the name that torchrl has for ``batch_timeout``. Give one of the two.
+        batching: holds batches back for requests that are expected, within the limits above; a :class:`BatchingRule`
+            of this server's own. By default a :class:`LearnedRule`.
         collate_fn: list of rows to a batched TensorDict ``[B]`` with as many rows in the same order, whatever their
             layouts. Each row is a TensorDict without a dimension of rows, also where a request has several. The
             default joins requests of like layout, and runs those of unlike layout apart.
@@ -175,6 +179,8 @@ class InferenceServer(BaseServer):
         _check_model(model)
         _check_out_keys(model, out_keys, request_spec)
         self.transports = _transports(transport)
+        if not isinstance(batching, BatchingRule | None):
+            raise TypeError(f"batching must be a BatchingRule, got {batching!r}")
         if collate_fn is not None and not callable(collate_fn):
             raise TypeError(f"collate_fn must be callable, got {type(collate_fn).__qualname__}")
         if not isinstance(weight_sync, WeightSyncScheme | None):
@@ -251,6 +257,8 @@ class InferenceServer(BaseServer):
             pending=self._queue.pending(),
             version=self.policy_version,
             trainer=self._updates.connected,
+            pass_seconds=self._scheduler.cost.seen(),
+            think_times=self._scheduler.think_times(),
             reset=reset,
         )
 

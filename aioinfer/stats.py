@@ -6,7 +6,7 @@ import statistics
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -53,6 +53,7 @@ class ServerStats:
             model that can't batch takes ``2n - 1`` passes for ``n`` requests, of which ``n - 1`` fail.
         mean_batch_size: rows answered per forward pass; 0 without one.
         queue_wait: from ``submit`` until a batch took the request, or a part of it.
+        held: for how long the model was free and a batch was held back, or gathered; 0 for one that left at once.
         forward: one forward pass: collate, copy to the device, model, copy back.
         request: from ``submit`` until the reply was handed over.
         policy_version: the version of the weights in use, whether or not the statistics were reset.
@@ -61,6 +62,10 @@ class ServerStats:
         trainer_connected: whether a trainer has published weights for this server and is still there; ``None``
             before the server's first start, and where nothing is received (without ``weight_sync``, or with a
             ``NoWeightSyncScheme``). Without a trainer, the server keeps its weights.
+        pass_seconds: what a forward pass takes in seconds by its number of rows, as the server has learned it to decide
+            when batches leave, whether or not the statistics were reset.
+        think_time: seconds from a reply to its caller's next request, over the callers that come back, as learned.
+        callers: how many callers come back, as learned: at most 256 are known.
     """
 
     ok: int
@@ -78,14 +83,21 @@ class ServerStats:
     weight_updates: int = 0
     refused_updates: int = 0
     trainer_connected: bool | None = None
+    held: Percentiles = Percentiles()
+    pass_seconds: Mapping[int, float] = field(default_factory=dict)
+    think_time: Percentiles = Percentiles()
+    callers: int = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return _restored, ({**values, "batches": dict(self.batches)},)  # the view of a mapping does not pickle
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        return _restored, ({**values, **{name: dict(values[name]) for name in _MAPPINGS}},)  # their views don't pickle
+
+
+_MAPPINGS = ("batches", "pass_seconds")
 
 
 def _restored(values: dict[str, Any]) -> ServerStats:
-    return ServerStats(**{**values, "batches": MappingProxyType(values["batches"])})
+    return ServerStats(**{**values, **{name: MappingProxyType(values[name]) for name in _MAPPINGS}})
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +130,7 @@ class BatchRecord(NamedTuple):
     reason: DispatchReason
     submitted_at: Sequence[float]  # of each request, by time.perf_counter as all times here
     taken_at: float  # when the batch left the queue
+    held: float  # seconds for which it was held back before
     forward: float  # seconds of the pass
     settled_at: float  # when the replies were handed over
     ok: bool
@@ -209,7 +222,14 @@ class StatsRecorder:
             self._in_window -= len(self._window.popleft().submitted_at)
 
     def snapshot(
-        self, *, pending: int, version: int = 0, trainer: bool | None = None, reset: bool = False
+        self,
+        *,
+        pending: int,
+        version: int = 0,
+        trainer: bool | None = None,
+        pass_seconds: Mapping[int, float] | None = None,
+        think_times: Sequence[float] = (),
+        reset: bool = False,
     ) -> ServerStats:
         """Freeze the counts, beside the server's own values of this moment; ``reset`` starts anew in the same step."""
         with self._lock:
@@ -230,4 +250,8 @@ class StatsRecorder:
             request=Percentiles.of([batch.settled_at - at for batch in window for at in batch.submitted_at]),
             policy_version=version,
             trainer_connected=trainer,
+            held=Percentiles.of([batch.held for batch in window]),
+            pass_seconds=MappingProxyType(dict(pass_seconds or {})),
+            think_time=Percentiles.of(think_times),
+            callers=len(think_times),
         )

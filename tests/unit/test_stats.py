@@ -16,7 +16,7 @@ class Times(list[float]):
 
 def record(recorder: StatsRecorder, count: int, *, ok: bool = True, cancelled: int = 0) -> None:
     submitted_at = [float(i) for i in range(count)]
-    recorder.batch(BatchRecord(DispatchReason.IDLE, submitted_at, 100.0, 0.5, 101.0, ok, cancelled, count, 0))
+    recorder.batch(BatchRecord(DispatchReason.IDLE, submitted_at, 100.0, 0.25, 0.5, 101.0, ok, cancelled, count, 0))
 
 
 def test_percentiles_are_those_of_the_definition() -> None:
@@ -65,7 +65,7 @@ def test_memory_is_bounded() -> None:
     def record_times(count: int) -> None:
         times = Times(range(count))
         kept.append(weakref.ref(times))
-        recorder.batch(BatchRecord(DispatchReason.IDLE, times, 100.0, 0.5, 101.0, True, 0, count, 0))
+        recorder.batch(BatchRecord(DispatchReason.IDLE, times, 100.0, 0.0, 0.5, 101.0, True, 0, count, 0))
 
     def sizes() -> list[int]:
         return [len(times) for ref in kept if (times := ref()) is not None]
