@@ -46,13 +46,13 @@ _LEAST_DEVIATION = 0.0001
 # Seconds; no caller that thinks for longer is waited for, and a time that another process claims may be wrong.
 _LONGEST_THINK_TIME = 60.0
 # So many callers are known at most, and so many requests of a batch are learned from. Learning takes 1 us for each of
-# them: where passes are short, in seconds, only one pass in so many is learned from after the first ones. (Five is not
+# them: where passes are short, in seconds, only one pass in so many is learned from after the first ones. (Seven is not
 # in step with callers that take turns in two, three or four batches.)
 _MOST_CALLERS = 256
 _LEARNED_REQUESTS = 8
 _SHORT_PASS = 0.001
 _FIRST_PASSES = 200
-_LEARN_EVERY = 5
+_LEARN_EVERY = 7
 # Passes from one review to the next; so many of them come too early to be measured.
 _REVIEW_PASSES = 24
 _SKIPPED_PASSES = 8
