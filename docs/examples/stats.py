@@ -20,8 +20,10 @@ def show(stats: ServerStats) -> None:
     print(f"batches     {', '.join(f'{count} {reason}' for reason, count in stats.batches.items())}")
     print(f"batch size  {stats.mean_batch_size:.1f} on average")
     print(f"queue wait  {in_ms(stats.queue_wait)}")
+    print(f"held back   {in_ms(stats.held)}")
     print(f"forward     {in_ms(stats.forward)}")
     print(f"request     {in_ms(stats.request)}")
+    print(f"callers     {stats.callers} that come back, think {in_ms(stats.think_time)}")
 
 
 async def serve() -> None:
