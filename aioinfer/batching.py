@@ -268,7 +268,7 @@ class BatchingRule(ABC):
     """
 
     batch_size: int | None = None
-    """Most rows of the batch that leaves next; ``None``: ``max_batch_size``."""
+    """Most rows of the batch that leaves next, where its first request has no more; ``None``: ``max_batch_size``."""
     always_asked: bool = True
     """Whether it is asked also while no caller is expected back."""
 

@@ -246,7 +246,9 @@ class ModelThread:
         left = len(queue)  # before the look: if the pause was given up, what comes now must be served
         while left > 0 and queue.admission.pauses:
             requests = queue.get_batch(min(left, self._max_batch_size))
-            set_exceptions(requests, [queue.admission.reject_paused() for _ in requests])
+            admission = queue.admission  # a part is counted with its request
+            errors = [admission.paused_error() if part.is_part else admission.reject_paused() for part in requests]
+            set_exceptions(requests, errors)
             queue.read()
             left = len(queue) if requests else 0
 
@@ -260,9 +262,10 @@ class ModelThread:
                 and self._queue.wait(1, 1, 0.0)
                 and not self._queue.admission.closed
             ):
-                if requests := self._queue.get_batch(min(left, self._max_batch_size)):
-                    self._reply(requests, DispatchReason.DRAIN)
+                requests = self._queue.get_batch(min(left, self._max_batch_size))
                 left = left - sum(request.rows for request in requests) if requests else 0
+                if requests:
+                    self._reply(requests, DispatchReason.DRAIN)
         finally:
             self._pauses.add(pause)
             if pause not in self._asked_pauses:  # it was given up meanwhile
@@ -291,7 +294,8 @@ class ModelThread:
         )
         if isinstance(decision, Hold):
             queue.wait(pending + decision.rows, linger_limit, decision.seconds)
-        elif requests := queue.get_batch(scheduler.batch_size):
+        # A rule may choose batches of fewer rows than the first request has.
+        elif requests := queue.get_batch(scheduler.batch_size) or queue.get_batch(self._max_batch_size):
             self._reply(requests, decision, 0.0 if scheduler.held_since is None else now - scheduler.held_since)
             self._free_since = 0.0
 

@@ -182,9 +182,9 @@ class StatsRecorder:
         while self._records:
             self._records.popleft()()
 
-    def reject(self) -> None:
-        """Count a request that was refused at ``submit``."""
-        self._record(partial(self._add, "rejected", 1))
+    def reject(self, count: int = 1) -> None:
+        """Count requests that were refused at ``submit``, or by a pause."""
+        self._record(partial(self._add, "rejected", count))
 
     def cancel(self, count: int) -> None:
         """Count requests that were dropped because their callers went away."""

@@ -457,19 +457,23 @@ def _own(value: Tensor) -> Tensor:
 
 
 def empty_rows(output: TensorDictBase, keys: Container[str] | None = None) -> TensorDict:
-    """A reply ``[0, *size]`` with the entries of a model's output ``[N, *size]`` that are tensors.
+    """A reply ``[0, *size]`` with the entries of a model's output ``[N, *size]`` that are tensors of like rows.
 
     Args:
         output: what the model returned.
         keys: the entries to take; ``None`` takes all.
     """
     source: dict[str, Any] = {}
-    for key, value in output.items():
+    for key in list(output.keys()):
         if keys is None or key in keys:
-            if isinstance(value, Tensor):
-                source[key] = value[:0].clone()
-            elif is_nested(value):
-                source[key] = empty_rows(value)
+            try:
+                value = output.get(key)
+                if isinstance(value, Tensor):
+                    source[key] = value[:0].clone()
+                elif is_nested(value):
+                    source[key] = empty_rows(value)
+            except Exception:  # a nested tensor has no slices, a lazy stack of unlike rows not even the entry
+                continue
     return build(source, torch.Size((0, *output.batch_size[1:])), output.device)
 
 

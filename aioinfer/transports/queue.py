@@ -157,6 +157,10 @@ class Admission:
     def reject_paused(self) -> ServerPausedError:
         """Count a request as rejected and return the error for its caller."""
         self.stats.reject()
+        return self.paused_error()
+
+    def paused_error(self) -> ServerPausedError:
+        """The error for a caller whose request a pause refuses."""
         return ServerPausedError("the server is paused; try again when it goes on")
 
     def reject_overloaded(self) -> ServerOverloadedError:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tensordict import TensorDict, TensorDictBase
 
 from aioinfer.batching import Caller
-from aioinfer.errors import ModelError, clone_exception
+from aioinfer.errors import ModelError, ServerPausedError, clone_exception
 from aioinfer.interaction_type import Mode
+from aioinfer.stats import StatsRecorder
 from aioinfer.tensors import UnlikeRequestsError, concatenate
 from aioinfer.transports.replies import ReplySink, TransportSink
 
@@ -129,7 +130,8 @@ class _PartSink(ReplySink):
 
     def __init__(self, request: Request, count: int) -> None:
         self._request = request
-        self._replies: list[TensorDictBase | None] = [None] * count
+        self._replies: dict[int, TensorDictBase] = {}  # by part
+        self._count = count
         self._claim_token = [True]
 
     @property
@@ -149,29 +151,34 @@ class _PartSink(ReplySink):
     def set_results(self, receivers: Sequence[PartReceiver], replies: Sequence[TensorDictBase]) -> None:
         for receiver, reply in zip(receivers, replies, strict=True):
             self._replies[receiver.index] = reply
-        gathered = [reply for reply in self._replies if reply is not None]
-        if len(gathered) < len(self._replies) or not self._claim():
+        if len(self._replies) < self._count or not self._claim():
             return
-        request, stats = self._request, self.transport.queue.admission.stats
+        request = self._request
         try:
-            whole = request.join(gathered)
+            whole = request.join([self._replies[index] for index in range(self._count)])
         except BaseException as error:
-            stats.fail(1)
+            self._record(StatsRecorder.fail)
             set_exceptions([request], [clone_exception(error)])
         else:
-            (stats.cancel if request.receiver.done() else stats.succeed)(1)
+            self._record(StatsRecorder.succeed)
             set_results([request], [whole])
 
     def set_exceptions(self, receivers: Sequence[PartReceiver], errors: Sequence[Exception]) -> None:
         if self._claim():
-            request, stats = self._request, self.transport.queue.admission.stats
-            (stats.cancel if request.receiver.done() else stats.fail)(1)
-            set_exceptions([request], errors[:1])
+            rejected = isinstance(errors[0], ServerPausedError)
+            self._record(StatsRecorder.reject if rejected else StatsRecorder.fail)
+            set_exceptions([self._request], errors[:1])
 
     def discard(self, receiver: PartReceiver) -> None:
         if self._claim():
-            self.transport.queue.admission.stats.cancel(1)
+            self._record(StatsRecorder.cancel)
             self._request.sink.discard(self._request.receiver)
+
+    def _record(self, count: Callable[[StatsRecorder, int], None]) -> None:
+        """Count the request, unless it is itself a part: then the whole is counted when that is settled."""
+        if not self._request.is_part:
+            cancelled = self._request.receiver.done()
+            (StatsRecorder.cancel if cancelled else count)(self.transport.queue.admission.stats, 1)
 
 
 def set_results(requests: Sequence[Request], replies: Sequence[TensorDictBase]) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDict, TensorDictBase, lazy_stack
 from tensordict.nn import TensorDictModule
 from torch import nn
 
@@ -20,6 +20,7 @@ from aioinfer import (
     SlotTransport,
     ThreadingTransport,
 )
+from aioinfer.batching import LeaveWhenFree
 from aioinfer.futures import run_in_thread
 from aioinfer.testing import GatedModel, double, eventually, request, request_of
 from aioinfer.testing.callers import are_doubles, is_double
@@ -168,7 +169,48 @@ def test_a_pause_serves_or_rejects_all_rows_that_were_pending() -> None:
                 for future in pending:
                     with pytest.raises(ServerPausedError):
                         future.result(HANG)
-        assert server.stats().pending == 0
+        stats = server.stats()
+        assert (stats.ok, stats.failed, stats.rejected, stats.pending) == (4, 0, 2, 0)
+
+
+class Few(LeaveWhenFree):
+    """Chooses small batches."""
+
+    batch_size = 2
+
+
+def test_a_request_of_more_rows_than_the_rule_chooses_is_served_all_the_same() -> None:
+    with InferenceServer(double, ThreadingTransport(), max_batch_size=8, batching=Few()) as server:
+        assert are_doubles(server.client()(request_of(1, 2, 3, 4, 5), HANG), 1, 2, 3, 4, 5)
+        assert is_double(server.client()(request(6), HANG), 6)
+
+
+def test_a_request_whose_parts_are_split_again_counts_once() -> None:
+    transport = ThreadingTransport()
+    early = transport.submit(request_of(*range(9)))
+    for td, callback in zip(*transport.drain(4), strict=True):
+        transport.resolve(callback, double(td))
+    with InferenceServer(double, transport, max_batch_size=2, policy_version_key=None) as server:
+        assert are_doubles(early.result(HANG), *range(9))
+        assert server.stats().ok == 1
+
+
+def test_a_reply_whose_entries_have_no_slices_is_a_reply() -> None:
+    def model(td: TensorDictBase) -> TensorDictBase:
+        lengths = range(1, len(td) + 1)
+        ragged = torch.nested.nested_tensor([torch.ones(length) for length in lengths], layout=torch.jagged)
+        unlike = lazy_stack([TensorDict({"length": torch.ones(length)}) for length in lengths])
+        return TensorDict({"action": td["observation"], "ragged": ragged, "unlike": unlike}, td.batch_size)
+
+    with InferenceServer(model, ThreadingTransport()) as server:
+        with server.paused():
+            pending = [server.client().submit(request(value)) for value in (1, 2)]
+        lengths = [
+            reply["ragged"].shape + reply["unlike", "length"].shape for reply in [f.result(HANG) for f in pending]
+        ]
+        assert lengths == [(1, 1), (2, 2)]
+        empty = server.client()(request_of(), HANG)
+    assert empty["action"].shape == (0, 3)
 
 
 @pytest.mark.parametrize("size", [[], [5], [2, 3], [0], [2, 0, 3]])
