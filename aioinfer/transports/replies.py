@@ -336,9 +336,8 @@ class Waiter:
             self._resume()
         if outcome is None:
             raise TimeoutError(f"no reply within {timeout} seconds")
-        if woken:
-            self._resumed = False
-            self._claim_token.append(True)
+        self._left = self._resumed = False  # it left too late, if it was not woken
+        self._claim_token.append(True)
         return outcome
 
     def abandon(self) -> None:

@@ -152,3 +152,17 @@ def test_a_lock_serves_where_file_descriptors_have_run_out(monkeypatch: pytest.M
     assert isinstance(make_waker(), LockWaker)
     monkeypatch.delattr("os.eventfd")
     assert isinstance(make_waker(), LockWaker)
+
+
+def test_a_waiter_whose_reply_came_just_as_it_gave_up_is_ready_for_the_next_one() -> None:
+    sink, _ = sink_and_wakeups(lambda: None)
+
+    class LateWaker(LockWaker):
+        def wait(self, timeout: float | None) -> bool:
+            waiter.settle(REPLY, None)
+            return False
+
+    waiter = Waiter(sink, LateWaker())
+    for _ in range(2):
+        assert reply_of(waiter, 0) is REPLY
+        assert not waiter.done()
