@@ -7,6 +7,7 @@ times are in seconds, on any one clock.
 from __future__ import annotations
 
 import logging
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,6 +50,7 @@ _LONGEST_THINK_TIME = 60.0
 # them: where passes are short, in seconds, only one pass in so many is learned from after the first ones. (Seven is not
 # in step with callers that take turns in two, three or four batches.)
 _MOST_CALLERS = 256
+_MOST_SIZES = 128
 _LEARNED_REQUESTS = 8
 _SHORT_PASS = 0.001
 _FIRST_PASSES = 200
@@ -154,6 +156,7 @@ class PassCost:
         self.per_row = 0.0
         """Seconds of each row, by the straight line."""
         self._sizes: dict[int, _Size] = {}
+        self._known = 1, _Size(math.inf)  # the size that was seen last of those that were seen often, if there is one
         self._passes = 0
 
     def add(self, rows: int, seconds: float) -> None:
@@ -161,23 +164,35 @@ class PassCost:
         self._passes += 1
         size = self._sizes.get(rows)
         if size is None:
+            if len(self._sizes) >= _MOST_SIZES:  # half of them, those that were seen last, are kept
+                latest = sorted(self._sizes.items(), key=lambda item: item[1].last_pass)
+                self._sizes = dict(latest[_MOST_SIZES // 2 :])
             size = self._sizes[rows] = _Size(seconds)
         elif size.passes >= _FEW_PASSES:
             seconds = min(seconds, _OUTLIER * size.seconds)
+        elif size.seconds > _OUTLIER * seconds:  # the passes before have warmed the model up
+            size.passes = 0
         size.add(seconds, self._passes)
+        if size.passes >= _FEW_PASSES:
+            self._known = rows, size
         if self._passes % 8 == 0 or self._passes < 16:
             self._fit()
 
     def _fit(self) -> None:
         """Least squares over the sizes, the more recently seen ones the more."""
         weight = rows = seconds = squares = products = 0.0
+        known_rows, known = self._known
         for count, size in self._sizes.items():
+            if size.passes < _FEW_PASSES and size.seconds > _OUTLIER * known.seconds * max(1.0, count / known_rows):
+                continue  # it has warmed the model up, and may not be seen again
             share = size.passes * 0.5 ** ((self._passes - size.last_pass) / _HALF_LIFE)
             weight += share
             rows += share * count
             seconds += share * size.seconds
             squares += share * count * count
             products += share * count * size.seconds
+        if not weight:
+            return
         mean_rows, mean_seconds = rows / weight, seconds / weight
         variance = squares / weight - mean_rows * mean_rows
         slope = (products / weight - mean_rows * mean_seconds) / variance if variance > 0.01 * mean_rows else 0.0
@@ -251,12 +266,14 @@ class Review(NamedTuple):
     Attributes:
         callers: that come back, as far as it is known.
         latency: seconds from a request to its reply, on average; ``None`` if there were none.
+        rate: rows that passes were made over in a second.
         max_batch_size: most rows in one forward pass.
         cost: seconds that a pass takes by its number of rows.
     """
 
     callers: Sequence[Caller]
     latency: float | None
+    rate: float
     max_batch_size: int
     cost: PassCost
 
@@ -372,11 +389,14 @@ class BatchScheduler:
         self.held_since: float | None = None
         """Since when the batch that will leave next is held back, or gathers; ``None`` if it is not."""
         self._callers: dict[Caller, None] = {}  # that come back
-        self._rows = 0  # of their requests together
+        self._regular: list[Caller] = []  # those of them whose return can be told to within a pass
+        self._rows = 0  # of the requests of these together
         self._target = 0  # pending rows that end the hold under way; 0: there is none
-        self._passes = 0
+        self._passes = self._reviewed = 0
         self._latency = 0.0  # of all requests since the last review together
         self._measured = 0  # how many they are
+        self._served = 0  # rows of all passes since the last review
+        self._reviewed_at = 0.0
         self._learn_every = 1
         self._strangers = False  # whether there were any since the last review
         self._always_asks = rule.always_asked
@@ -385,8 +405,13 @@ class BatchScheduler:
     @property
     def batch_size(self) -> int:
         """Most rows of the batch that leaves now."""
-        chosen, most = self.rule.batch_size, self.limits.max_batch_size
-        return most if chosen is None else max(1, min(chosen, most))
+        most = self.limits.max_batch_size
+        try:
+            chosen = self.rule.batch_size
+            return most if chosen is None else max(1, int(min(chosen, most)))
+        except Exception:  # of a user's rule
+            self._warn()
+            return most
 
     def think_times(self) -> list[float]:
         """Of each caller that comes back, the think time in seconds. Any thread."""
@@ -413,6 +438,8 @@ class BatchScheduler:
             draining: no further request will come.
         """
         limits = self.limits
+        if self.held_since is not None and oldest > self.held_since:  # those that were held are gone
+            self.held_since, self._target = None, 0
         target = self._target
         if draining or not limits.min_batch_size <= pending < limits.max_batch_size:
             reason = limits.decide(pending=pending, waited=now - oldest, callers=callers, draining=draining)
@@ -425,17 +452,17 @@ class BatchScheduler:
         left = free_since + limits.timeout - now
         if left <= 0:
             return DispatchReason.TIMEOUT if target else DispatchReason.IDLE
-        hold = self._hold(now, pending, oldest, free_since)
-        if hold is not None and hold.rows > 0 and hold.seconds > 0:
+        hold = self._hold(now, pending, oldest, free_since, left)
+        if hold is not None:
             self.held_since = self.held_since or now
             self._target = pending + hold.rows
-            return Hold(min(hold.rows, limits.max_batch_size - pending), min(hold.seconds, left))
+            return hold
         if not target:
             return DispatchReason.IDLE
         return DispatchReason.GATHERED if pending >= target else DispatchReason.OVERDUE
 
-    def _hold(self, now: float, pending: int, oldest: float, free_since: float) -> Hold | None:
-        away = [caller for caller in self._callers if caller.answered_at > caller.asked_at and caller.expected]
+    def _hold(self, now: float, pending: int, oldest: float, free_since: float, left: float) -> Hold | None:
+        away = [caller for caller in self._regular if caller.answered_at > caller.asked_at and caller.expected]
         for caller in away:
             if caller.is_missed(now):
                 caller.expected = False
@@ -451,7 +478,10 @@ class BatchScheduler:
             cost=self.cost,
         )
         try:
-            return self.rule.hold(situation)
+            hold = self.rule.hold(situation)
+            if hold is None or not (hold.rows > 0 and hold.seconds > 0):
+                return None
+            return Hold(min(hold.rows, self.limits.max_batch_size - pending), min(hold.seconds, left))
         except Exception:  # of a user's rule: it must not end the server
             self._warn()
             return None
@@ -471,13 +501,18 @@ class BatchScheduler:
         for request in requests[passes // step % step :: step]:
             caller = request.caller
             if caller is not None and caller.come_back() and len(self._callers) < _MOST_CALLERS:
-                self._rows += request.rows - (caller.rows if caller in self._callers else 0)
+                if caller in self._callers:
+                    self._rows += request.rows - caller.rows
+                else:
+                    self._rows += request.rows
+                    self._callers[caller] = None
+                    self._regular.append(caller)
                 caller.rows = request.rows
-                self._callers[caller] = None
 
     def on_pass(self, rows: int, seconds: float) -> None:
         """Learn from a forward pass, once in a while."""
         self._passes = passes = self._passes + 1
+        self._served += rows
         if passes % self._learn_every == 0:
             self.cost.add(rows, seconds)
 
@@ -489,28 +524,37 @@ class BatchScheduler:
             submitted_at: when each was made.
             now: the time.
         """
-        for request in requests:
+        for request, asked_at in zip(requests, submitted_at, strict=True):
             caller = request.caller
-            if caller is not None:
-                caller.answered_at = now
-            else:
+            if caller is None:
                 self._strangers = True
+            elif caller.asked_at == asked_at:  # else it waits for a later one
+                caller.answered_at = now
         number = self._passes % _REVIEW_PASSES
         if number == 0 or (number >= _SKIPPED_PASSES and len(self._callers) > 1):
             self._measured += len(requests)
             self._latency += len(requests) * now - sum(submitted_at)
-            if number == 0:
-                self._review()
+            # Of many callers, each should have been answered once, more or less, since the last review.
+            if number == 0 and self._passes > self._reviewed and 2 * self._measured >= len(self._callers):
+                self._review(now)
 
-    def _review(self) -> None:
+    def _review(self, now: float) -> None:
         latency = self._latency / self._measured if self._measured else None
         self._latency, self._measured, self._strangers = 0.0, 0, False
-        for caller in [caller for caller in self._callers if not caller.expected]:
-            del self._callers[caller]
-        self._rows = sum([caller.rows for caller in self._callers])
+        last = self._reviewed_at
+        rate = self._served / (now - last) if now > last else 0.0
+        self._reviewed, self._reviewed_at, self._served = self._passes, now, 0
+        for caller in tuple(self._callers):
+            # What other processes asked during the last pass was not read yet: only who is away for longer is missed.
+            is_away = caller.asked_at < caller.answered_at < last
+            if not caller.expected or (is_away and caller.is_missed(now)):
+                del self._callers[caller]
+        longest = self.cost(self.limits.max_batch_size)
+        self._regular = [caller for caller in self._callers if caller.deviation < longest]
+        self._rows = sum([caller.rows for caller in self._regular])
         is_short = self._passes >= _FIRST_PASSES and self.cost.fixed < _SHORT_PASS
         self._learn_every = _LEARN_EVERY if is_short else 1
         try:
-            self.rule.review(Review(tuple(self._callers), latency, self.limits.max_batch_size, self.cost))
+            self.rule.review(Review(tuple(self._callers), latency, rate, self.limits.max_batch_size, self.cost))
         except Exception:  # of a user's rule
             self._warn()

@@ -21,6 +21,8 @@ _BETTER = 0.97
 # long as a group is away.
 _MOST_TURNS = 4
 _BUSY = 1.25
+# And only where the requests of all callers are at most so many times as many as such batches carry, as measured.
+_SPARE = 1.1
 # Reviews after which what was measured is forgotten, and reviews without a change before anything is tried.
 _FORGOTTEN = 64
 _SETTLED = 3
@@ -71,6 +73,8 @@ class LearnedRule(BatchingRule):
             rows = 0
             for seconds, more in sorted([(caller.remaining(now), caller.rows) for caller in away]):
                 rows += more
+                if seconds > _SLOW * situation.cost(self._gathered):  # the batch was chosen for others
+                    break
                 if rows >= missing:
                     return Hold(missing, seconds)
         return _best_hold(situation)
@@ -89,7 +93,11 @@ class LearnedRule(BatchingRule):
             self._measured.clear()
         if review.latency is not None:
             self._measured[self._turns] = review.latency, self._reviews
-        expected = estimates(callers, count, cost, most)
+        expected = {
+            turns: latency
+            for turns, latency in estimates(callers, count, cost, most).items()
+            if turns == 1 or self._carries(review.rate, _rows(-(-count // turns), callers), cost)
+        }
         measured = {
             turns: latency
             for turns, (latency, at) in self._measured.items()
@@ -102,6 +110,11 @@ class LearnedRule(BatchingRule):
         size = _rows(-(-count // self._turns), callers) if self._turns else 0
         self._gathered = size if 1 < size <= most else 0
         self.batch_size = self._gathered if self._gathered and self._turns > 1 else None
+
+    @staticmethod
+    def _carries(rate: float, rows: int, cost: PassCost) -> bool:
+        """Whether batches of so many rows are enough for all requests: those of unknown callers too."""
+        return _SPARE * rows >= rate * _at_best(cost, rows)
 
     def _choose(self, measured: dict[int, float], expected: dict[int, float]) -> None:
         """Choose by what was measured, and where nothing was by what is expected."""

@@ -293,7 +293,8 @@ class ModelThread:
             draining=self._draining,
         )
         if isinstance(decision, Hold):
-            queue.wait(pending + decision.rows, linger_limit, decision.seconds)
+            if not (self._jobs or self._pauses or self._stopping):  # the wait above may have taken their wake-up
+                queue.wait(pending + decision.rows, linger_limit, decision.seconds)
         # A rule may choose batches of fewer rows than the first request has.
         elif requests := queue.get_batch(scheduler.batch_size) or queue.get_batch(self._max_batch_size):
             self._reply(requests, decision, 0.0 if scheduler.held_since is None else now - scheduler.held_since)

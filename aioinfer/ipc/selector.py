@@ -55,12 +55,12 @@ class Selector:
             os.write(self._writer, _ONE)
 
     def wait(self, timeout: float | None) -> bool:
-        """Block until a notification, or until handlers were called, or for ``timeout`` seconds.
+        """Block until a notification, or until handlers were called, or for ``timeout`` seconds; at most for an hour.
 
         Returns:
             Whether there was a notification.
         """
-        events = self._selector.select(timeout)
+        events = self._selector.select(None if timeout is None else min(timeout, _LONGEST))
         if not self.lock.acquire(timeout=_LOCK_TIMEOUT):  # its holder may wait for this very thread to end
             return True
         try:

@@ -727,9 +727,12 @@ class RequestQueue:
             sink.wake_all()
 
     def oldest(self, now: float) -> float:
-        """When the oldest pending request was submitted, on the clock of ``time.perf_counter``; ``now`` if none is."""
+        """When the oldest pending request was submitted, on the clock of ``time.perf_counter``; ``now`` if none is.
+
+        Another process writes the times of its requests: one that is still to come, or is no number, counts as now.
+        """
         try:
-            return self._requests[0].submitted_at
+            return min(now, self._requests[0].submitted_at)
         except IndexError:
             return now
 

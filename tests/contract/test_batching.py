@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import sys
 
 import pytest
 import torch
 from tensordict import TensorDict, TensorDictBase
 
-from aioinfer import BatchingRule, DispatchReason, InferenceServer, SlotTransport, ThreadingTransport
+from aioinfer import (
+    BatchingRule,
+    DispatchReason,
+    InferenceServer,
+    MPTransport,
+    SlotTransport,
+    ThreadingTransport,
+)
 from aioinfer.batching import Hold, Situation
 from aioinfer.testing import double
 from tests.limits import HANG
@@ -53,6 +62,31 @@ async def test_a_held_batch_is_served_first_when_the_server_drains() -> None:
         await server.aclose(HANG, drain=True)
         assert held.done()
         assert dict(server.stats().batches) == {DispatchReason.DRAIN: 1}
+
+
+def test_a_pause_that_is_asked_for_as_requests_come_does_not_wait_for_the_hold() -> None:
+    interval = sys.getswitchinterval()
+    transport = ThreadingTransport()
+    with InferenceServer(double, transport, batching=ForFour(), batch_timeout=2 * HANG) as server:
+        sys.setswitchinterval(HANG)  # one wake-up of the model thread for both
+        try:
+            held = transport.submit(request())
+            with server.paused():
+                assert not held.done()
+        finally:
+            sys.setswitchinterval(interval)
+
+
+@pytest.mark.parametrize("transport", [ThreadingTransport, MPTransport])
+@pytest.mark.parametrize("seconds", [1e9, math.inf])
+async def test_a_batch_timeout_may_be_of_any_length(
+    transport: type[ThreadingTransport | MPTransport], seconds: float
+) -> None:
+    async with InferenceServer(double, transport(), min_batch_size=2, batch_timeout=seconds) as server:
+        client, other = server.async_clients(2)
+        first = client.submit(request())
+        await asyncio.sleep(0)
+        await asyncio.gather(first, other.submit(request()))
 
 
 @pytest.mark.parametrize("transport", [ThreadingTransport, lambda: SlotTransport(1)])
