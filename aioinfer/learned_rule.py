@@ -17,6 +17,8 @@ _TRIED_ALL = 0.95
 _TRIED_TURNS = 0.88
 # It is kept while it is so much better than the others.
 _BETTER = 0.97
+# Seconds of a pass below which no batch size is chosen.
+_SHORT_PASS = 0.001
 # Callers take turns in at most so many batches, and only where the passes of all groups together take so many times as
 # long as a group is away.
 _MOST_TURNS = 4
@@ -146,8 +148,14 @@ def _best_hold(situation: Situation) -> Hold | None:
 
 
 def _fast(review: Review) -> Sequence[Caller]:
-    """The callers that don't think for long beside a pass, if most of the requests are theirs."""
+    """The callers that don't think for long beside a pass, if most of the requests are theirs.
+
+    There are none where passes are short: what the callers themselves do then decides how long a request takes, and a
+    measurement over some of these passes says little.
+    """
     seconds = review.cost(min(max(1, len(review.callers)), review.max_batch_size))
+    if seconds < _SHORT_PASS:
+        return ()
     fast = [caller for caller in review.callers if caller.think_time <= _SLOW * seconds]
     rates = [sum([1 / (seconds + caller.think_time) for caller in callers]) for callers in (fast, review.callers)]
     return fast if rates[0] >= _MOST_REQUESTS * rates[1] else ()
