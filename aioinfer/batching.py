@@ -92,10 +92,10 @@ class Caller:
         rows: of its last request that was answered.
         think_time: mean of the seconds from a reply to its next request, as learned; negative before it has come back.
         deviation: mean absolute deviation of the think time, as learned.
-        expected: whether it came back when it was waited for last.
+        missed_at: the ``answered_at`` after which it did not come back in time; it is not waited for until it does.
     """
 
-    __slots__ = ("answered_at", "asked_at", "deviation", "expected", "rows", "think_time")
+    __slots__ = ("answered_at", "asked_at", "deviation", "missed_at", "rows", "think_time")
 
     def __init__(self) -> None:
         self.asked_at = 0.0
@@ -103,14 +103,13 @@ class Caller:
         self.rows = 1
         self.think_time = -1.0
         self.deviation = 0.0
-        self.expected = True
+        self.missed_at = 0.0
 
     def come_back(self) -> bool:
         """Learn from a request that follows a reply; return whether it does."""
         seconds = self.asked_at - self.answered_at
         if not (self.answered_at > 0.0 <= seconds < _LONGEST_THINK_TIME):
             return False
-        self.expected = True
         if self.think_time < 0:
             self.think_time, self.deviation = seconds, seconds / 2
         else:
@@ -235,7 +234,8 @@ class Situation:
         oldest: when the oldest of them was submitted.
         free_since: since when the model is free and requests are pending.
         max_batch_size: most rows in one forward pass.
-        away: callers that have their replies and are expected back, in no order.
+        away: callers that have their replies and are expected back, in no order; of those whose think times vary by no
+            more than a pass.
         cost: seconds that a pass takes by its number of rows.
     """
 
@@ -462,10 +462,10 @@ class BatchScheduler:
         return DispatchReason.GATHERED if pending >= target else DispatchReason.OVERDUE
 
     def _hold(self, now: float, pending: int, oldest: float, free_since: float, left: float) -> Hold | None:
-        away = [caller for caller in self._regular if caller.answered_at > caller.asked_at and caller.expected]
+        away = [caller for caller in self._regular if caller.missed_at != caller.answered_at > caller.asked_at]
         for caller in away:
             if caller.is_missed(now):
-                caller.expected = False
+                caller.missed_at = caller.answered_at
         if not away and not self._always_asks:
             return None
         situation = Situation(
@@ -474,7 +474,7 @@ class BatchScheduler:
             oldest=oldest,
             free_since=free_since,
             max_batch_size=self.limits.max_batch_size,
-            away=[caller for caller in away if caller.expected],
+            away=[caller for caller in away if caller.missed_at != caller.answered_at],
             cost=self.cost,
         )
         try:
@@ -546,8 +546,7 @@ class BatchScheduler:
         self._reviewed, self._reviewed_at, self._served = self._passes, now, 0
         for caller in tuple(self._callers):
             # What other processes asked during the last pass was not read yet: only who is away for longer is missed.
-            is_away = caller.asked_at < caller.answered_at < last
-            if not caller.expected or (is_away and caller.is_missed(now)):
+            if caller.asked_at < caller.answered_at < last and caller.is_missed(now):
                 del self._callers[caller]
         longest = self.cost(self.limits.max_batch_size)
         self._regular = [caller for caller in self._callers if caller.deviation < longest]

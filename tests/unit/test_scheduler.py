@@ -113,7 +113,7 @@ def test_a_caller_that_has_asked_again_is_not_waited_for() -> None:
     server.now += PASS
     server.scheduler.on_replies([one], [given_up], server.now)
     assert other.caller is not None
-    other.caller.expected = False  # it went away
+    other.caller.missed_at = other.caller.answered_at  # it went away
     assert server.decide(1) is DispatchReason.IDLE
 
 
