@@ -47,16 +47,17 @@ _LEAST_DEVIATION = 0.0001
 # Seconds; no caller that thinks for longer is waited for, and a time that another process claims may be wrong.
 _LONGEST_THINK_TIME = 60.0
 # So many callers are known at most, and so many requests of a batch are learned from. Learning takes 1 us for each of
-# them: where passes are short, in seconds, only one pass in so many is learned from after the first ones. (Seven is not
-# in step with callers that take turns in two, three or four batches.)
+# them: where passes are short, in seconds, only one pass in so many is learned from after the first ones. (31 is not in
+# step with callers that take turns in two, three or four batches.)
 _MOST_CALLERS = 256
 _MOST_SIZES = 128
 _LEARNED_REQUESTS = 8
 _SHORT_PASS = 0.001
 _FIRST_PASSES = 200
-_LEARN_EVERY = 7
-# Passes from one review to the next; so many of them come too early to be measured.
+_LEARN_EVERY = 31
+# Passes from one review to the next, and where passes are short; so many of them come too early to be measured.
 _REVIEW_PASSES = 24
+_REVIEW_SHORT_PASSES = 192
 _SKIPPED_PASSES = 8
 
 _log = logging.getLogger("aioinfer")
@@ -397,7 +398,9 @@ class BatchScheduler:
         self._measured = 0  # how many they are
         self._served = 0  # rows of all passes since the last review
         self._reviewed_at = 0.0
-        self._learn_every = 1
+        self._learn_every, self._review_every = 1, _REVIEW_PASSES
+        self.is_learning = True
+        """Whether the next batch is learned from: else ``on_batch`` need not be called."""
         self._strangers = False  # whether there were any since the last review
         self._always_asks = rule.always_asked
         self._warned = False
@@ -493,10 +496,9 @@ class BatchScheduler:
 
     def on_batch(self, requests: Sequence[ScheduledRequest]) -> None:
         """Learn from requests that were taken into a batch: from a few of them, and not in each batch."""
-        self.held_since, self._target = None, 0
-        passes = self._passes
-        if passes % self._learn_every:
+        if not self.is_learning:
             return
+        passes = self._passes
         step = 1 + (len(requests) - 1) // _LEARNED_REQUESTS
         for request in requests[passes // step % step :: step]:
             caller = request.caller
@@ -513,8 +515,9 @@ class BatchScheduler:
         """Learn from a forward pass, once in a while."""
         self._passes = passes = self._passes + 1
         self._served += rows
-        if passes % self._learn_every == 0:
+        if self.is_learning:
             self.cost.add(rows, seconds)
+        self.is_learning = passes % self._learn_every == 0
 
     def on_replies(self, requests: Sequence[ScheduledRequest], submitted_at: Sequence[float], now: float) -> None:
         """Note that replies are about to leave.
@@ -530,7 +533,8 @@ class BatchScheduler:
                 self._strangers = True
             elif caller.asked_at == asked_at:  # else it waits for a later one
                 caller.answered_at = now
-        number = self._passes % _REVIEW_PASSES
+        self.held_since, self._target = None, 0
+        number = self._passes % self._review_every
         if number == 0 or (number >= _SKIPPED_PASSES and len(self._callers) > 1):
             self._measured += len(requests)
             self._latency += len(requests) * now - sum(submitted_at)
@@ -553,6 +557,7 @@ class BatchScheduler:
         self._rows = sum([caller.rows for caller in self._regular])
         is_short = self._passes >= _FIRST_PASSES and self.cost.fixed < _SHORT_PASS
         self._learn_every = _LEARN_EVERY if is_short else 1
+        self._review_every = _REVIEW_SHORT_PASSES if is_short else _REVIEW_PASSES
         try:
             self.rule.review(Review(tuple(self._callers), latency, rate, self.limits.max_batch_size, self.cost))
         except Exception:  # of a user's rule

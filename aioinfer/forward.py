@@ -200,7 +200,8 @@ class ForwardPass:
             return self._placement.run(self._model, batch, lambda output: check_output(output, count), make)
 
     def _split(self, output: TensorDictBase) -> Sequence[TensorDictBase]:
-        self._check_keys(output)
+        if self._required or self._empty is None:
+            self._check_keys(output)
         if self._version_key is None:
             return rows(output, self._keys)
         tensors = self._version_tensors.make(self._version(), output.batch_size, output.device)
@@ -208,7 +209,8 @@ class ForwardPass:
 
     def _split_rows(self, requests: Sequence[Request], output: TensorDictBase) -> Sequence[TensorDictBase]:
         """Do as :meth:`_split`, where some of the requests have a dimension of rows."""
-        self._check_keys(output)
+        if self._required or self._empty is None:
+            self._check_keys(output)
         sizes = [request.rows if request.batched else None for request in requests]
         if self._version_key is None:
             return split(output, sizes, self._keys)
@@ -226,12 +228,12 @@ class ForwardPass:
     def _check_keys(self, output: TensorDictBase) -> None:
         if missing := self._required - set(output.keys()) if self._required else ():
             raise ModelError(f"out_keys names {sorted(missing)}, the model returned {sorted(map(str, output.keys()))}")
-        self._note_entries(output)
+        if self._empty is None:
+            self._note_entries(output)
 
     def _note_entries(self, output: TensorDictBase) -> None:
-        if self._empty is None:
-            with long_lived():
-                self._empty = empty_rows(output, self._keys)
+        with long_lived():
+            self._empty = empty_rows(output, self._keys)
 
     def empty_reply(self, size: torch.Size) -> TensorDictBase:
         """The reply to a request ``[0, *size]``, with the entries that the first pass has shown. Any thread."""
@@ -251,7 +253,8 @@ class ForwardPass:
         self, store: SlotTable, requests: Sequence[Request], output: TensorDictBase
     ) -> Sequence[TensorDictBase]:
         store.scatter(requests, output, self._keys, self._version())
-        self._note_entries(output)
+        if self._empty is None:
+            self._note_entries(output)
         return [WRITTEN_IN_PLACE] * len(requests)
 
     def _collate(self, requests: Sequence[Request], batched: bool) -> TensorDictBase:

@@ -321,7 +321,8 @@ class ModelThread:
             self._fail(requests, terminated)
             return
         try:
-            self._scheduler.on_batch(requests)
+            if self._scheduler.is_learning:
+                self._scheduler.on_batch(requests)
             for outcome in self._forward(requests):
                 self._passes += 1
                 if outcome.error is None:

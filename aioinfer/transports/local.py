@@ -125,7 +125,7 @@ class _ThreadClient(_LocalClient):
                 transport.put_when_not_full(td, partial(transport.put, td, waiter), deadline)
                 timeout = seconds_left(deadline)
             else:
-                transport.put(td, waiter)
+                transport.queue.put(td, waiter, sink, sink.caller())
             transport.queue.notify()
             outcome = waiter.wait(timeout)
         except BaseException:
