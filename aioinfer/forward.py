@@ -226,7 +226,7 @@ class ForwardPass:
         return split(output, sizes, self._keys, {self._version_key: tensors})
 
     def _check_keys(self, output: TensorDictBase) -> None:
-        if missing := self._required - set(output.keys()) if self._required else ():
+        if missing := self._required - set(output.keys()):
             raise ModelError(f"out_keys names {sorted(missing)}, the model returned {sorted(map(str, output.keys()))}")
         if self._empty is None:
             self._note_entries(output)

@@ -141,8 +141,22 @@ class ClosedLoop:
         return made
 
 
+class _Varying:
+    """The number of callers varies, so that throughput and latency are not tied to each other."""
+
+    __slots__ = ()
+
+    @property
+    def callers(self) -> None:
+        return None
+
+    @property
+    def closed(self) -> bool:
+        return False
+
+
 @dataclass(frozen=True, slots=True)
-class Turnover:
+class Turnover(_Varying):
     """Callers come, make some requests, and never come back; others take their places.
 
     Attributes:
@@ -167,14 +181,6 @@ class Turnover:
     seconds: float = 10.0
     warm_up: float = 1.0
 
-    @property
-    def callers(self) -> None:
-        return None
-
-    @property
-    def closed(self) -> bool:
-        return False
-
     def clients(self, seed: int, cost: Cost) -> list[Client]:
         made = []
         for place in range(self.places):
@@ -189,7 +195,7 @@ class Turnover:
 
 
 @dataclass(frozen=True, slots=True)
-class Poisson:
+class Poisson(_Varying):
     """Requests of strangers, at random times.
 
     Attributes:
@@ -206,14 +212,6 @@ class Poisson:
     seconds: float = 10.0
     warm_up: float = 1.0
 
-    @property
-    def callers(self) -> None:
-        return None
-
-    @property
-    def closed(self) -> bool:
-        return False
-
     def clients(self, seed: int, cost: Cost) -> list[Client]:
         random = Random(f"{seed} arrivals")
         rate = self.rate or self.load * cost.capacity(64)
@@ -226,7 +224,7 @@ class Poisson:
 
 
 @dataclass(frozen=True, slots=True)
-class Bursts:
+class Bursts(_Varying):
     """Strangers come in bursts, at random times.
 
     Attributes:
@@ -244,14 +242,6 @@ class Bursts:
     spread: float = 0.0
     seconds: float = 10.0
     warm_up: float = 1.0
-
-    @property
-    def callers(self) -> None:
-        return None
-
-    @property
-    def closed(self) -> bool:
-        return False
 
     def clients(self, seed: int, cost: Cost) -> list[Client]:
         random = Random(f"{seed} bursts")
