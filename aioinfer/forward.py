@@ -19,6 +19,7 @@ from aioinfer.devices import Model, Placement
 from aioinfer.errors import InvalidRequestError, ModelError, describe
 from aioinfer.interaction_type import use_mode
 from aioinfer.modes import long_lived
+from aioinfer.plan import Runner
 from aioinfer.tensors import (
     UnlikeRequestsError,
     VersionTensorCache,
@@ -60,6 +61,7 @@ class ForwardPass:
 
     Args:
         model: batched TensorDict to batched TensorDict.
+        run: what a pass calls: the model, or what does the same faster.
         placement: where it runs.
         collate_fn: list of rows to a batch, whatever their layouts; ``None`` stacks those of like layout.
         out_keys: the entries that replies have; ``None``: the model's ``out_keys`` if it is a TensorDict module,
@@ -75,6 +77,7 @@ class ForwardPass:
     def __init__(
         self,
         model: Model,
+        run: Runner,
         placement: Placement,
         *,
         collate_fn: CollateFn | None,
@@ -85,6 +88,7 @@ class ForwardPass:
         look: Callable[[], object],
     ) -> None:
         self._model = model
+        self._run = run
         self._placement = placement
         self._collate_fn = collate_fn
         self._required = frozenset(map(_entry, out_keys or ()))
@@ -197,7 +201,7 @@ class ForwardPass:
         else:
             batch, make = self._gather(store, requests), partial(self._scatter, store, requests)
         with use_mode(requests[0].mode):
-            return self._placement.run(self._model, batch, lambda output: check_output(output, count), make)
+            return self._placement.run(self._run, batch, lambda output: check_output(output, count), make)
 
     def _split(self, output: TensorDictBase) -> Sequence[TensorDictBase]:
         if self._required or self._empty is None:

@@ -30,6 +30,7 @@ from aioinfer.futures import Future, run_in_thread
 from aioinfer.ipc.selector import Selector
 from aioinfer.learned_rule import LearnedRule
 from aioinfer.model_thread import ModelThread, Pause, PendingPolicy, check_policy
+from aioinfer.plan import CheckedPlan, Runner, plan_policy
 from aioinfer.stats import Health, ServerStats, StatsRecorder
 from aioinfer.transports.base import Transport
 from aioinfer.transports.ipc.server import ProcessTransport
@@ -144,6 +145,12 @@ class InferenceServer(BaseServer):
             it off for a model whose passes must not be repeated. A batch that fails is then run again in one case: a
             caller has given up meanwhile, so that its request may have been to blame; the others run once more
             without it.
+        plan: where the model is a ``TensorDictModule``, a ``TensorDictSequential``, a probabilistic one, or one of
+            torchrl's actors, run the functions that it is made of without what is around them: a pass is 3 to 50 us
+            shorter. For the first batch of each layout both run, and are compared: the model's own output counts, and
+            buffers and torch's generators are left as its call left them. What else a call changes, a counter in
+            Python say, changes twice then. Where a model has hooks, anything else about it is unusual, or the two
+            don't agree, it is called as it is. With ``False`` it always is.
 
     Raises:
         TypeError: an argument of the wrong type, or a module of tensors instead of TensorDicts; or both
@@ -175,6 +182,7 @@ class InferenceServer(BaseServer):
         request_spec: TensorDictBase | None = None,
         max_pending: int | None = None,
         split_failed_batches: bool = True,
+        plan: bool = True,
     ) -> None:
         _check_model(model)
         _check_out_keys(model, out_keys, request_spec)
@@ -185,6 +193,8 @@ class InferenceServer(BaseServer):
             raise TypeError(f"collate_fn must be callable, got {type(collate_fn).__qualname__}")
         if not isinstance(weight_sync, WeightSyncScheme | None):
             raise TypeError(f"weight_sync must be a WeightSyncScheme, got {type(weight_sync).__qualname__}")
+        if not isinstance(plan, bool):
+            raise TypeError(f"plan must be True or False, got {plan!r}")
         check_version(policy_version)
         if not isinstance(policy_version_key, str | None):
             raise TypeError(f"policy_version_key must be a string, got {policy_version_key!r}")
@@ -209,6 +219,7 @@ class InferenceServer(BaseServer):
         )
         self._forward = ForwardPass(
             model,
+            _choose_runner(model, plan=plan),
             placement,
             collate_fn=collate_fn,
             out_keys=out_keys,
@@ -521,6 +532,12 @@ def _check_model(model: Any) -> None:
             f"model must take a TensorDict, and {type(model).__qualname__} takes tensors; wrap it: "
             'TensorDictModule(model, in_keys=["observation"], out_keys=["action"])'
         )
+
+
+def _choose_runner(model: Model, *, plan: bool) -> Runner:
+    """What a pass calls: the model, or what does the same faster."""
+    planned = plan_policy(model) if plan else None
+    return model if planned is None else CheckedPlan(model, planned)
 
 
 def _check_out_keys(model: Any, out_keys: Sequence[NestedKey] | None, request_spec: TensorDictBase | None) -> None:

@@ -30,7 +30,7 @@ LAYERS = (
     }
     | {"devices", "futures", "ipc"},
     {"transports", "weight_sync"},
-    {"forward", "policy", "model_thread", "weight_updates", "server"},
+    {"plan", "forward", "policy", "model_thread", "weight_updates", "server"},
     {"process_server"},
     {""},
     {"testing"},
