@@ -12,6 +12,8 @@ from aioinfer.errors import ClientClosedError
 if TYPE_CHECKING:
     from tensordict import TensorDictBase
 
+    from aioinfer.entries import RequestLike
+
 __all__ = ["CLOSED", "AsyncInferenceClient", "ClientMaker", "InferenceClient", "check_count"]
 
 
@@ -77,14 +79,19 @@ class InferenceClient(_Handle):
         self.close()
 
     @abstractmethod
-    def submit(self, td: TensorDictBase) -> Future[TensorDictBase]:
+    def submit(self, td: RequestLike | None = None, **entries: Any) -> Future[TensorDictBase]:
         """Send one request without waiting for its reply.
 
         Args:
             td: one row, ``[]``; or any number of rows, ``[n]``, of which each forward pass serves as many as it
                 takes (``max_batch_size``), all of them in one if it can. Where the server's ``request_spec`` has a
                 batch size ``[*size]``, a row is ``[*size]``, and rows are ``[n, *size]``. It belongs to the
-                server until the reply is there: don't write to it before.
+                server until the reply is there: don't write to it before. Instead of a TensorDict, a mapping with
+                the entries.
+            entries: the entries by name, ``client.submit(observation=array)``, which is faster than to make a
+                TensorDict of them: tensors, numpy arrays, also read-only ones, numbers and nested mappings. They are
+                one row; or ``n`` rows where the server's ``request_spec`` or the transport's tells so. Entries that
+                are named as an argument of this function need a mapping.
 
         Returns:
             A future of the standard library that resolves to the reply: one row, or ``[n]`` rows in the order of the
@@ -99,17 +106,22 @@ class InferenceClient(_Handle):
         blocks: hand long work to another thread.
 
         Raises:
-            InvalidRequestError: ``td`` is no TensorDict, or not of the layout that the server takes.
+            InvalidRequestError: ``td`` is neither TensorDict nor mapping, or not of the layout that the server takes, or
+                has an entry that can't be a tensor.
+            TypeError: there are both ``td`` and ``entries``.
             ClientBusyError: the client has a slot, and a request under way.
             ClientClosedError: the client was closed.
         """
 
     @abstractmethod
-    def __call__(self, td: TensorDictBase, timeout: float | None = None, *, wait: bool = False) -> TensorDictBase:
+    def __call__(
+        self, td: RequestLike | None = None, timeout: float | None = None, *, wait: bool = False, **entries: Any
+    ) -> TensorDictBase:
         """Send one request and block for its reply.
 
         Args:
             td: as for :meth:`submit`.
+            entries: as for :meth:`submit`.
             timeout: the request's deadline: seconds to wait for the reply, the time in the queue included; ``None``
                 waits for ever.
             wait: where the queue is full, wait for space instead of raising.
@@ -137,13 +149,14 @@ class AsyncInferenceClient(_Handle):
         self.close()
 
     @abstractmethod
-    def submit(self, td: TensorDictBase) -> AsyncFuture[TensorDictBase]:
+    def submit(self, td: RequestLike | None = None, **entries: Any) -> AsyncFuture[TensorDictBase]:
         """Send one request without waiting for its reply.
 
         Call it on a running event loop. Requests that are made in one tick of a loop leave together.
 
         Args:
             td: as for :meth:`InferenceClient.submit`.
+            entries: as for :meth:`InferenceClient.submit`.
 
         Returns:
             A future of the running loop: await it, gather it, cancel it. It fails as that of
@@ -154,13 +167,21 @@ class AsyncInferenceClient(_Handle):
         """
 
     @abstractmethod
-    async def __call__(self, td: TensorDictBase, timeout: float | None = None, *, wait: bool = False) -> TensorDictBase:  # noqa: ASYNC109
+    async def __call__(
+        self,
+        td: RequestLike | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109
+        *,
+        wait: bool = False,
+        **entries: Any,
+    ) -> TensorDictBase:
         """Send one request and suspend until its reply.
 
         Cancellation withdraws the request: if its batch has not left, it is never computed.
 
         Args:
             td: as for :meth:`InferenceClient.submit`.
+            entries: as for :meth:`InferenceClient.submit`.
             timeout: the request's deadline: seconds to wait for the reply, the time in the queue included, as with
                 ``asyncio.timeout``; ``None`` waits for ever.
             wait: where the queue is full, wait for space instead of raising.

@@ -16,6 +16,7 @@ from tensordict.utils import NestedKey
 from torch import nn
 
 from aioinfer.devices import Model, Placement
+from aioinfer.entries import stack_entries
 from aioinfer.errors import InvalidRequestError, ModelError, describe
 from aioinfer.interaction_type import use_mode
 from aioinfer.modes import long_lived
@@ -33,7 +34,7 @@ from aioinfer.tensors import (
     unbind,
 )
 from aioinfer.transports.ipc.slots import SlotTable
-from aioinfer.transports.request import WRITTEN_IN_PLACE, Request
+from aioinfer.transports.request import WRITTEN_IN_PLACE, NamedRequest, Request
 
 __all__ = ["CollateFn", "ForwardPass", "Outcome"]
 
@@ -264,12 +265,18 @@ class ForwardPass:
     def _collate(self, requests: Sequence[Request], batched: bool) -> TensorDictBase:
         if self._collate_fn is not None:
             return self._collate_fn(_rows(requests))
-        tds = [request.td for request in requests]
+        first = requests[0]
         try:
+            if not batched and isinstance(first, NamedRequest):
+                named = [request.entries for request in requests if isinstance(request, NamedRequest)]
+                if len(named) == len(requests):
+                    return self._placement.build(partial(stack_entries, named, first.size))
+            tds = [request.td for request in requests]
             return self._placement.build(
                 partial(concatenate, tds, _batched(requests)) if batched else partial(stack, tds)
             )
         except RuntimeError:
+            tds = [request.td for request in requests]
             if len(group_by_layout(tds, _batched(requests))) > 1:
                 raise UnlikeRequestsError("requests of unlike layout can't be stacked") from None
             raise

@@ -8,17 +8,21 @@ from copy import copy
 from itertools import compress
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np  # tensordict requires it
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
+from aioinfer.entries import Entries, array_dtype, as_array, check_entries, make_td, row_count
 from aioinfer.errors import InvalidRequestError, ModelError
 from aioinfer.modes import long_lived
 from aioinfer.tensors import OWN_MEMORY_BYTES, Allocate, build, entries, is_nested, unbind_rows
 
-__all__ = ["LeafSpec", "RowBlock", "RowLayout", "RowTable"]
+__all__ = ["LeafSpec", "RowBlock", "RowLayout", "RowTable", "Value"]
 
 Path: TypeAlias = tuple[str, ...]
+Value: TypeAlias = Tensor | np.ndarray[Any, Any]
+"""What is copied to a row."""
 
 _ALIGNMENT = 64
 _STRIDED = torch.strided
@@ -88,6 +92,7 @@ class RowLayout:
         )
         self._declared = {leaf.path[0] for leaf in self.leaves}
         self._expected = [(name, leaf.dtype, leaf.shape) for name, leaf in zip(self._names, self.leaves, strict=True)]
+        self._array_dtypes = [array_dtype(leaf.dtype) for leaf in self.leaves]
 
     def _read(self, td: TensorDictBase, above: Path) -> None:
         for key, value in td.items():
@@ -118,16 +123,20 @@ class RowLayout:
         sizes = ", ".join(f"{path} {list(size)}" for path, size in self.sizes.items() if path)
         return f"{self.what} {list(self.batch_size)} of {leaves}" + (f" in {sizes}" if sizes else "")
 
-    def values(self, td: TensorDictBase) -> list[Tensor] | RowBlock:
+    def values(self, td: TensorDictBase | Entries) -> list[Value] | RowBlock:
         """The tensors of ``td`` in the order of ``leaves``: of one row ``[*batch_size]``, or of ``[n, *batch_size]``.
+
+        Arrays among entries by name stay arrays in one row.
 
         Raises:
             InvalidRequestError: its layout is another one, or it has too many rows; the message names key, found and
                 expected.
         """
+        if type(td) is dict:
+            return self._entry_values(td)
         if (type(td) is TensorDict or isinstance(td, TensorDictBase)) and td.batch_size == self.batch_size:
             found: dict[Any, Any] = entries(td) if self._is_flat else _flat(td)
-            values: list[Tensor] = []
+            values: list[Value] = []
             try:
                 for name, dtype, shape in self._expected:
                     value = found[name]
@@ -144,6 +153,31 @@ class RowLayout:
         elif isinstance(td, TensorDictBase) and td.batch_dims and td.batch_size[1:] == self.batch_size:
             return self._block(td)
         raise InvalidRequestError(self._mismatch(td))
+
+    def _entry_values(self, entries: Entries) -> list[Value] | RowBlock:
+        values: list[Value] = []
+        if self.is_simple:
+            for (name, dtype, shape), of_arrays in zip(self._expected, self._array_dtypes, strict=True):
+                value = entries.get(name)
+                if type(value) is np.ndarray:
+                    if value.dtype != of_arrays or value.shape != shape:
+                        break
+                elif (
+                    type(value) is not Tensor
+                    or value.dtype is not dtype
+                    or value.shape != shape
+                    or not value.is_cpu
+                    or value.layout is not _STRIDED
+                ):
+                    break
+                values.append(value)
+            else:
+                if len(entries) == len(values) or self.drop_undeclared:
+                    return values
+        check_entries(entries, {leaf.path[0]: leaf.dtype for leaf in self.leaves})
+        rows = row_count(entries, {leaf.path[0]: leaf.shape for leaf in self.leaves if len(leaf.path) == 1})
+        size = self.batch_size if rows is None else torch.Size((rows, *self.batch_size))
+        return self.values(make_td(entries, size))
 
     def _block(self, td: TensorDictBase) -> RowBlock:
         count = td.batch_size[0]
@@ -307,6 +341,7 @@ class RowTable:
 
     def _take_apart(self) -> None:
         self._first_rows = [column[:: self.layout.rows] for column in self._columns]
+        self._arrays: list[Any] = [as_array(column) for column in self._first_rows]
         rows = zip(*[column.unbind(0) for column in self._first_rows], strict=True)
         self._rows: list[tuple[Tensor, ...]] = [tuple(row) for row in rows] or [()] * self._count
 
@@ -325,21 +360,28 @@ class RowTable:
         """How much memory ``count`` places take."""
         return list(_starts(layout, count))[-1]
 
-    def write_one(self, place: int, values: Sequence[Tensor]) -> None:
+    def write_one(self, place: int, values: Sequence[Value]) -> None:
         """Copy what ``layout.values`` returned for one row into the first row of a place."""
         places = self._rows[place]
         for number, value in enumerate(values):
-            places[number].copy_(value.detach() if value.requires_grad else value)
+            if isinstance(value, np.ndarray):
+                self._arrays[number][place] = value
+            else:
+                places[number].copy_(value.detach() if value.requires_grad else value)
 
-    def write(self, places: Sequence[int], requests: Sequence[Sequence[Tensor]]) -> None:
+    def write(self, places: Sequence[int], requests: Sequence[Sequence[Value]]) -> None:
         """Do as :meth:`write_one` with several."""
         if len(places) < _MANY:
             for place, values in zip(places, requests, strict=True):
                 self.write_one(place, values)
             return
         index = self._index(places)
-        for leaf, column, values in zip(self.layout.leaves, self._first_rows, zip(*requests, strict=True), strict=True):
-            if leaf.nbytes < OWN_MEMORY_BYTES:
+        columns = zip(self.layout.leaves, self._first_rows, self._arrays, zip(*requests, strict=True), strict=True)
+        for leaf, column, array, values in columns:
+            if np.ndarray in map(type, values):
+                for place, value in zip(places, values, strict=True):
+                    array[place] = value
+            elif leaf.nbytes < OWN_MEMORY_BYTES:
                 column.index_copy_(0, index, torch.stack(values).detach())
             else:
                 for place, value in zip(places, values, strict=True):

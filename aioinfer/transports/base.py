@@ -104,7 +104,7 @@ class Transport:
 
     # -- callers that wait for space -------------------------------------------------------------------
 
-    def put_when_not_full(self, td: TensorDictBase, put: Callable[[], T], deadline: float | None) -> T:
+    def put_when_not_full(self, td: Any, put: Callable[[], T], deadline: float | None) -> T:
         """Call ``put`` until the queue has space for the request ``td``, and return what it returns.
 
         Raises:
@@ -124,11 +124,14 @@ class Transport:
                 self.queue.not_full.notify(1)
             raise
 
-    def _rows(self, td: TensorDictBase) -> int:
+    def _rows(self, td: Any) -> int:
         """How many rows an admitted request has."""
-        return 1 if td.batch_size == self.queue.admission.batch_size else td.batch_size[0]
+        if type(td) is dict:
+            rows = self.queue.admission.row_count(td)
+            return 1 if rows is None else rows
+        return 1 if td.batch_size == self.queue.admission.batch_size else int(td.batch_size[0])
 
-    async def aput_when_not_full(self, td: TensorDictBase, put: Callable[[], T]) -> T:
+    async def aput_when_not_full(self, td: Any, put: Callable[[], T]) -> T:
         """Do as :meth:`put_when_not_full`, without blocking the event loop."""
         turn: list[bool] = []  # has an element from when this caller is woken until it tries again
         try:

@@ -11,10 +11,11 @@ from functools import partial
 from typing import Any, NoReturn
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 
 from aioinfer.batching import Caller
 from aioinfer.client import CLOSED, AsyncInferenceClient, InferenceClient
+from aioinfer.entries import RequestLike, make_request
 from aioinfer.errors import ClientBusyError, ClientClosedError, NoFreeSlotError
 from aioinfer.futures import Future
 from aioinfer.modes import long_lived
@@ -50,7 +51,7 @@ class _LocalTransport(Transport, InferenceTransport):
         queue.thread_sinks.append(self.thread_sink)
         super().attach(queue)
 
-    def put(self, td: TensorDictBase, waiter: Waiter) -> None:
+    def put(self, td: Any, waiter: Waiter) -> None:
         """Queue the request of a thread that will wait; raise what refuses it."""
         self.queue.put(td, waiter, self.thread_sink, self.thread_sink.caller())
 
@@ -86,7 +87,7 @@ class ThreadingTransport(_LocalTransport):
     The right choice unless a reason speaks for another. Clients are cheap, and may be shared.
     """
 
-    def submit(self, td: TensorDictBase) -> Future[TensorDictBase]:
+    def submit(self, td: Any) -> Future[TensorDictBase]:
         future: Future[TensorDictBase] = Future()
         try:
             self.queue.put(td, future, self.future_sink)
@@ -112,10 +113,16 @@ class _ThreadClient(_LocalClient):
     def close(self) -> None:
         self._transport = CLOSED
 
-    def submit(self, td: TensorDictBase) -> Future[TensorDictBase]:
+    def submit(self, td: RequestLike | None = None, **entries: Any) -> Future[TensorDictBase]:
+        if type(td) is not TensorDict or entries:
+            td = make_request(td, entries)
         return self._transport.submit(td)
 
-    def __call__(self, td: TensorDictBase, timeout: float | None = None, *, wait: bool = False) -> TensorDictBase:
+    def __call__(
+        self, td: RequestLike | None = None, timeout: float | None = None, *, wait: bool = False, **entries: Any
+    ) -> TensorDictBase:
+        if type(td) is not TensorDict or entries:
+            td = make_request(td, entries)
         transport = self._transport
         sink = transport.thread_sink
         waiter = Waiter(sink, LockWaker())
@@ -147,7 +154,7 @@ class _TaskClient(_LocalAsyncClient):
     def close(self) -> None:
         self._transport = CLOSED
 
-    def _put(self, td: TensorDictBase) -> asyncio.Future[TensorDictBase]:
+    def _put(self, td: Any) -> asyncio.Future[TensorDictBase]:
         sink = self._sink
         if sink is None or not sink.runs_here():
             sink = self._sink = self._transport.loop_sink()
@@ -256,7 +263,7 @@ class _Slot:
                 )
             self.holder, self._reply_to = holder, None
 
-    def put(self, td: TensorDictBase, receiver: Receiver, sink: TransportSink) -> None:
+    def put(self, td: Any, receiver: Receiver, sink: TransportSink) -> None:
         """Queue the request of the call that has the slot.
 
         If this raises, the request may be in the queue all the same, and the caller ends the holder and the receiver.
@@ -265,8 +272,8 @@ class _Slot:
         if self._closed:
             raise ClientClosedError("the client was closed; make another one")
         buffer = self.transport._buffer
-        if buffer is not None and not self.transport.queue.admission.check(td):
-            td = buffer.write(self._index, td)
+        if buffer is not None and not (admission := self.transport.queue.admission).check(td):
+            td = buffer.write(self._index, admission.make_td(td) if type(td) is dict else td)
         self.transport.queue.put(td, receiver, sink, self._caller)
 
     def close(self) -> None:
@@ -291,7 +298,9 @@ class _SlotClient(_LocalClient):
     def close(self) -> None:
         self._slot.close()
 
-    def submit(self, td: TensorDictBase) -> Future[TensorDictBase]:
+    def submit(self, td: RequestLike | None = None, **entries: Any) -> Future[TensorDictBase]:
+        if type(td) is not TensorDict or entries:
+            td = make_request(td, entries)
         future: Future[TensorDictBase] = Future()
         try:
             self._slot.take(future)
@@ -304,7 +313,11 @@ class _SlotClient(_LocalClient):
             raise
         return future
 
-    def __call__(self, td: TensorDictBase, timeout: float | None = None, *, wait: bool = False) -> TensorDictBase:
+    def __call__(
+        self, td: RequestLike | None = None, timeout: float | None = None, *, wait: bool = False, **entries: Any
+    ) -> TensorDictBase:
+        if type(td) is not TensorDict or entries:
+            td = make_request(td, entries)
         slot, call = self._slot, _Call()
         transport = slot.transport
         sink = transport.thread_sink
@@ -346,7 +359,7 @@ class _AsyncSlotClient(_LocalAsyncClient):
     def close(self) -> None:
         self._slot.close()
 
-    def _put(self, td: TensorDictBase) -> asyncio.Future[TensorDictBase]:
+    def _put(self, td: Any) -> asyncio.Future[TensorDictBase]:
         slot, sink = self._slot, self._sink
         if sink is None or not sink.runs_here():
             sink = self._sink = slot.transport.loop_sink()

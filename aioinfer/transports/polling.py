@@ -14,9 +14,10 @@ from contextlib import suppress
 from functools import cached_property, partial
 from typing import Any
 
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 
 from aioinfer.client import CLOSED, AsyncInferenceClient, ClientMaker, InferenceClient, check_count
+from aioinfer.entries import RequestLike, make_request
 from aioinfer.errors import ServerClosedError, clone_exception, describe
 from aioinfer.futures import Future, run_in_thread
 from aioinfer.interaction_type import attach_mode, caller_mode, detach_mode
@@ -144,10 +145,13 @@ class PollingTransport(Transport):
 
     # -- callers ---------------------------------------------------------------------------------------
 
-    def submit(self, td: TensorDictBase) -> concurrent.futures.Future[TensorDictBase]:
+    def submit(self, td: Any) -> concurrent.futures.Future[TensorDictBase]:
         """Check a request, count it against ``max_pending``, and submit it; raise what refuses it."""
         queue = self.queue
-        rows = td.batch_size[0] if queue.admission.check(td) else 1
+        batched = queue.admission.check(td)
+        if type(td) is dict:
+            td = queue.admission.make_td(td)
+        rows = td.batch_size[0] if batched else 1
         if self._error is not None:
             raise clone_exception(self._error)
         if rows == 0:
@@ -350,7 +354,9 @@ class _Client(InferenceClient):
     def close(self) -> None:
         self._transport = CLOSED
 
-    def submit(self, td: TensorDictBase) -> concurrent.futures.Future[TensorDictBase]:
+    def submit(self, td: RequestLike | None = None, **entries: Any) -> concurrent.futures.Future[TensorDictBase]:
+        if type(td) is not TensorDict or entries:
+            td = make_request(td, entries)
         try:
             return self._transport.submit(td)
         except REFUSALS as error:
@@ -358,7 +364,11 @@ class _Client(InferenceClient):
             refused.set_exception(error.with_traceback(None))
             return refused
 
-    def __call__(self, td: TensorDictBase, timeout: float | None = None, *, wait: bool = False) -> TensorDictBase:
+    def __call__(
+        self, td: RequestLike | None = None, timeout: float | None = None, *, wait: bool = False, **entries: Any
+    ) -> TensorDictBase:
+        if type(td) is not TensorDict or entries:
+            td = make_request(td, entries)
         transport = self._transport
         put = partial(transport.submit, td)
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -383,7 +393,7 @@ class _AsyncClient(RefusableAsyncClient):
     def close(self) -> None:
         self._transport = CLOSED
 
-    def _put(self, td: TensorDictBase) -> asyncio.Future[TensorDictBase]:
+    def _put(self, td: Any) -> asyncio.Future[TensorDictBase]:
         loop, transport = asyncio.get_running_loop(), self._transport
         there = transport.submit(td)
         here: asyncio.Future[TensorDictBase] = loop.create_future()

@@ -27,6 +27,16 @@ from tensordict import TensorDict, TensorDictBase
 
 from aioinfer.batching import Caller
 from aioinfer.client import AsyncInferenceClient
+from aioinfer.entries import (
+    Entries,
+    RequestLike,
+    check_entries,
+    describe_shapes,
+    is_checked,
+    make_request,
+    make_td,
+    row_count,
+)
 from aioinfer.errors import (
     InvalidRequestError,
     ServerClosedError,
@@ -40,7 +50,7 @@ from aioinfer.ipc.selector import Selector
 from aioinfer.stats import StatsRecorder
 from aioinfer.tensors import RequestSpec
 from aioinfer.transports.replies import ALREADY_NOTIFIED, LockWaker, ThreadReplySink, TransportSink, Waker
-from aioinfer.transports.request import Request, set_exceptions, set_results, split
+from aioinfer.transports.request import NamedRequest, Request, set_exceptions, set_results, split
 
 if TYPE_CHECKING:
     from aioinfer.transports.base import Transport
@@ -105,8 +115,8 @@ class Admission:
         self.unchecked = self.spec is None and max_pending is None
         """Whether a TensorDict of the right batch size needs no check but that requests are taken at all."""
 
-    def check(self, td: TensorDictBase) -> bool:
-        """Let a request through, or count it as rejected and raise.
+    def check(self, td: TensorDictBase | Entries) -> bool:
+        """Let a request through, or count it as rejected and raise. Entries that are no tensors are replaced.
 
         Returns:
             Whether it has a dimension of rows.
@@ -122,11 +132,15 @@ class Admission:
             raise self.reject_paused()
         return self.check_layout(td)
 
-    def check_layout(self, td: TensorDictBase) -> bool:
+    def check_layout(self, td: TensorDictBase | Entries) -> bool:
         """Do as :meth:`check`, whether or not requests are taken now."""
+        if type(td) is dict:
+            return self._check_entries(td)
         if not isinstance(td, TensorDictBase):
             self.stats.reject()
-            raise InvalidRequestError(f"a request must be a TensorDict, got {type(td).__qualname__}")
+            raise InvalidRequestError(
+                f"a request must be a TensorDict, a mapping, or entries by name, got {type(td).__qualname__}"
+            )
         batched = td.batch_size != self.batch_size
         if batched and td.batch_size[1:] != self.batch_size:
             self.stats.reject()
@@ -138,6 +152,31 @@ class Admission:
             )
         self.check_spec(td, batched=batched)
         return batched
+
+    def _check_entries(self, entries: Entries) -> bool:
+        spec = self.spec
+        try:
+            check_entries(entries, {} if spec is None else spec.dtypes)
+            if spec is None:
+                return False
+            td = self.make_td(entries)
+            batched = td.batch_size != self.batch_size
+            spec.check(td, batched=batched)
+            if batched and len({value.shape[0] for value in entries.values()}) != 1:
+                raise InvalidRequestError(f"the entries have unlike numbers of rows: {describe_shapes(entries)}")
+        except InvalidRequestError:
+            self.stats.reject()
+            raise
+        return batched
+
+    def row_count(self, entries: Entries) -> int | None:
+        """How many rows admitted entries have; ``None``: no dimension of rows, as far as a ``request_spec`` tells."""
+        return None if self.spec is None else row_count(entries, self.spec.shapes)
+
+    def make_td(self, entries: Entries) -> TensorDict:
+        """Make a TensorDict of admitted entries."""
+        rows = self.row_count(entries)
+        return make_td(entries, self.batch_size if rows is None else torch.Size((rows, *self.batch_size)))
 
     def check_spec(self, td: TensorDictBase, *, batched: bool = False) -> None:
         """Do as :meth:`check_layout`, where the transport knows the layout, but not the server's ``request_spec``."""
@@ -277,10 +316,12 @@ class RefusableAsyncClient(AsyncInferenceClient):
     _transport: Transport
 
     @abstractmethod
-    def _put(self, td: TensorDictBase) -> asyncio.Future[TensorDictBase]:
+    def _put(self, td: Any) -> asyncio.Future[TensorDictBase]:
         """Do as ``submit``; raise what the server refuses."""
 
-    def submit(self, td: TensorDictBase) -> asyncio.Future[TensorDictBase]:
+    def submit(self, td: RequestLike | None = None, **entries: Any) -> asyncio.Future[TensorDictBase]:
+        if type(td) is not TensorDict or entries:
+            td = make_request(td, entries)
         try:
             return self._put(td)
         except REFUSALS as error:
@@ -288,7 +329,16 @@ class RefusableAsyncClient(AsyncInferenceClient):
             refused.set_exception(error.with_traceback(None))
             return refused
 
-    async def __call__(self, td: TensorDictBase, timeout: float | None = None, *, wait: bool = False) -> TensorDictBase:  # noqa: ASYNC109
+    async def __call__(
+        self,
+        td: RequestLike | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109
+        *,
+        wait: bool = False,
+        **entries: Any,
+    ) -> TensorDictBase:
+        if type(td) is not TensorDict or entries:
+            td = make_request(td, entries)
         if timeout is not None:
             async with asyncio.timeout(timeout):
                 return await self(td, wait=wait)
@@ -451,11 +501,11 @@ class RequestQueue:
 
     # -- callers ---------------------------------------------------------------------------------------
 
-    def put(self, td: TensorDictBase, receiver: Any, sink: TransportSink, caller: Caller | None = None) -> None:
+    def put(self, td: Any, receiver: Any, sink: TransportSink, caller: Caller | None = None) -> None:
         """Check a request and append it; wakes no thread, see :meth:`notify`.
 
         Args:
-            td: the request.
+            td: a TensorDict, or entries by name, which are the queue's from now on.
             receiver: of its reply.
             sink: by which the reply goes there.
             caller: who makes one request after the other, if that is known.
@@ -467,13 +517,17 @@ class RequestQueue:
         now = time.perf_counter()
         if caller is not None:
             caller.asked_at = now
-        request = Request(td, receiver, sink, now, caller_mode(), caller)
+        kind = type(td)
+        if kind is dict:
+            size = admission.batch_size
+            request: Request = NamedRequest(td, size, receiver, sink, now, caller_mode(), caller)
+        else:
+            request = Request(td, receiver, sink, now, caller_mode(), caller)
         if (
             admission.unchecked
             and admission.closed is None
             and not admission.pauses
-            and type(td) is TensorDict
-            and td.batch_size == admission.batch_size
+            and ((kind is TensorDict and td.batch_size == admission.batch_size) or (kind is dict and is_checked(td)))
         ):
             self._requests.append(request)
         else:

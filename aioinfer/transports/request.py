@@ -6,9 +6,11 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from tensordict import TensorDict, TensorDictBase
 
 from aioinfer.batching import Caller
+from aioinfer.entries import Entries, make_td
 from aioinfer.errors import ModelError, ServerPausedError, clone_exception
 from aioinfer.interaction_type import Mode
 from aioinfer.stats import StatsRecorder
@@ -19,7 +21,16 @@ if TYPE_CHECKING:
     from aioinfer.transports.base import Transport
     from aioinfer.transports.ipc.slots import SlotTable
 
-__all__ = ["WRITTEN_IN_PLACE", "PartReceiver", "Request", "RequestPart", "set_exceptions", "set_results", "split"]
+__all__ = [
+    "WRITTEN_IN_PLACE",
+    "NamedRequest",
+    "PartReceiver",
+    "Request",
+    "RequestPart",
+    "set_exceptions",
+    "set_results",
+    "split",
+]
 
 _log = logging.getLogger("aioinfer")
 
@@ -82,6 +93,49 @@ class Request:
             raise ModelError("the model returned unlike entries for parts of one request, which had to be split") from (
                 None
             )
+
+
+class NamedRequest(Request):
+    """A request whose entries were given by name. Its TensorDict is made where it is asked for.
+
+    Args:
+        entries: checked ones.
+        size: the batch size of a row.
+    """
+
+    __slots__ = ("_td", "entries", "size")
+
+    def __init__(
+        self,
+        entries: Entries,
+        size: torch.Size,
+        receiver: Any,
+        sink: TransportSink,
+        submitted_at: float,
+        mode: Mode,
+        caller: Caller | None = None,
+    ) -> None:
+        self.entries = entries
+        self.size = size
+        self._td: TensorDict | None = None
+        self.receiver = receiver
+        self.sink = sink
+        self.submitted_at = submitted_at
+        self.mode = mode
+        self.caller = caller
+        self.rows = 1
+        self.batched = False
+
+    @property
+    def td(self) -> TensorDictBase:  # type: ignore[override]
+        """The request, ``[*size]`` or ``[rows, *size]``."""
+        if self._td is None:
+            self._td = make_td(self.entries, torch.Size((self.rows, *self.size)) if self.batched else self.size)
+        return self._td
+
+    def set_rows(self) -> None:
+        self.batched = True
+        self.rows = next(iter(self.entries.values())).shape[0]
 
 
 class RequestPart(Request):

@@ -26,6 +26,7 @@ LAYERS = (
         "tensors",
         "stats",
         "client",
+        "entries",
         "rows",
     }
     | {"devices", "futures", "ipc"},

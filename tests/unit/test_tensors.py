@@ -34,9 +34,6 @@ def nested(value: float) -> TensorDict:
 @pytest.fixture(params=["unchecked", "checked"])
 def _constructor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "checked":
-        monkeypatch.delattr(TensorDict, "_new_unsafe")
-        assert tensors.fastest_constructor() is tensors.build_checked
-        monkeypatch.undo()
         monkeypatch.setattr(tensors, "build", tensors.build_checked)
     else:
         assert tensors.build is not tensors.build_checked
@@ -54,8 +51,16 @@ def test_stacked_requests_come_back_as_they_were() -> None:
         assert (reply == request).all()
 
 
-def test_a_constructor_that_behaves_otherwise_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(TensorDict, "_new_unsafe", lambda *_, **__: TensorDict({}, batch_size=[2]))
+def test_where_tensordicts_have_other_attributes_the_public_constructor_is_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    construct = TensorDict.__init__
+
+    def add_attribute(self: Any, *args: Any, **options: Any) -> None:
+        construct(self, *args, **options)
+        self.more = True
+
+    monkeypatch.setattr(TensorDict, "__init__", add_attribute)
     assert tensors.fastest_constructor() is tensors.build_checked
 
 

@@ -13,9 +13,10 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 
 from aioinfer.client import AsyncInferenceClient, ClientMaker, InferenceClient, check_count
+from aioinfer.entries import RequestLike, make_request
 from aioinfer.errors import (
     ClientBusyError,
     ClientClosedError,
@@ -125,7 +126,7 @@ class Endpoint:
                     raise
             return self.connection
 
-    def check(self, td: TensorDictBase) -> Any:
+    def check(self, td: Any) -> Any:
         """Return the payload of a request; an invalid one is counted by the server, if it is there.
 
         Raises:
@@ -246,7 +247,9 @@ class ClientBase:
 
 
 class _Client(ClientBase, InferenceClient):
-    def submit(self, td: TensorDictBase) -> Future[TensorDictBase]:
+    def submit(self, td: RequestLike | None = None, **entries: Any) -> Future[TensorDictBase]:
+        if type(td) is not TensorDict or entries:
+            td = make_request(td, entries)
         endpoint = self._endpoint
         payload = endpoint.check(td)
         future: Future[TensorDictBase] = Future()
@@ -269,7 +272,11 @@ class _Client(ClientBase, InferenceClient):
             future.set_exception(error)
         return future
 
-    def __call__(self, td: TensorDictBase, timeout: float | None = None, *, wait: bool = False) -> TensorDictBase:
+    def __call__(
+        self, td: RequestLike | None = None, timeout: float | None = None, *, wait: bool = False, **entries: Any
+    ) -> TensorDictBase:
+        if type(td) is not TensorDict or entries:
+            td = make_request(td, entries)
         endpoint = self._endpoint
         payload = endpoint.check(td)
         connection = endpoint.connection
@@ -302,9 +309,7 @@ class _AsyncClient(ClientBase, AsyncInferenceClient):
         super().close()
         self._reader = None
 
-    def _submit(
-        self, td: TensorDictBase, *, wait: bool
-    ) -> tuple[asyncio.Future[TensorDictBase], ClientConnection | None, int]:
+    def _submit(self, td: Any, *, wait: bool) -> tuple[asyncio.Future[TensorDictBase], ClientConnection | None, int]:
         endpoint = self._endpoint
         payload = endpoint.check(td)
         try:
@@ -331,13 +336,24 @@ class _AsyncClient(ClientBase, AsyncInferenceClient):
             return future, None, -1
         return future, connection, number
 
-    def submit(self, td: TensorDictBase) -> asyncio.Future[TensorDictBase]:
+    def submit(self, td: RequestLike | None = None, **entries: Any) -> asyncio.Future[TensorDictBase]:
+        if type(td) is not TensorDict or entries:
+            td = make_request(td, entries)
         future, connection, number = self._submit(td, wait=False)
         if connection is not None:
             future.add_done_callback(partial(_cancel, connection, number))
         return future
 
-    async def __call__(self, td: TensorDictBase, timeout: float | None = None, *, wait: bool = False) -> TensorDictBase:  # noqa: ASYNC109
+    async def __call__(
+        self,
+        td: RequestLike | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109
+        *,
+        wait: bool = False,
+        **entries: Any,
+    ) -> TensorDictBase:
+        if type(td) is not TensorDict or entries:
+            td = make_request(td, entries)
         if timeout is not None:
             async with asyncio.timeout(timeout):
                 return await self(td, wait=wait)

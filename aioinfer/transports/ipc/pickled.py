@@ -13,6 +13,7 @@ from typing import Any
 from tensordict import TensorDictBase
 
 from aioinfer.batching import Caller
+from aioinfer.entries import Entries, check_entries
 from aioinfer.errors import InvalidRequestError, clone_exception
 from aioinfer.interaction_type import MODES
 from aioinfer.ipc.pickling import dumps, loads, loads_or
@@ -89,7 +90,11 @@ class _PickleServerCodec(ServerCodec):
             raise InvalidRequestError(
                 f"the request can't be unpickled in the server's process: {type(error).__qualname__}: {error}"
             ) from error
-        if self._connection.transport.queue.admission.check_layout(request.td):
+        admission = self._connection.transport.queue.admission
+        batched = admission.check_layout(request.td)
+        if type(request.td) is dict:
+            request.td = admission.make_td(request.td)
+        if batched:
             request.set_rows()
 
     def find(self, number: int) -> RemoteRequest | None:
@@ -124,9 +129,13 @@ class _PickleClientCodec(ClientCodec):
         (status,) = map(os.dup, descriptors)
         return StatusPage.opened(status)
 
-    def check(self, td: TensorDictBase) -> bytes:
-        if not isinstance(td, TensorDictBase):
-            raise InvalidRequestError(f"a request must be a TensorDict, got {type(td).__qualname__}")
+    def check(self, td: TensorDictBase | Entries) -> bytes:
+        if type(td) is dict:
+            check_entries(td)
+        elif not isinstance(td, TensorDictBase):
+            raise InvalidRequestError(
+                f"a request must be a TensorDict, a mapping, or entries by name, got {type(td).__qualname__}"
+            )
         try:
             return dumps(td)
         except Exception:  # a request that does not pickle may raise anything

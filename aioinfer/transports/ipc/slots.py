@@ -18,12 +18,13 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from aioinfer.batching import Caller
+from aioinfer.entries import Entries
 from aioinfer.errors import InvalidRequestError, ModelError, NoFreeSlotError
 from aioinfer.interaction_type import MODES
 from aioinfer.ipc.memory import AnonymousSharedMemory
 from aioinfer.ipc.sockets import NUMBER, Listener
 from aioinfer.modes import long_lived
-from aioinfer.rows import RowBlock, RowLayout, Rows, RowTable
+from aioinfer.rows import RowBlock, RowLayout, Rows, RowTable, Value
 from aioinfer.tensors import Allocate, VersionTensorCache, build
 from aioinfer.transports.ipc.client import Endpoint
 from aioinfer.transports.ipc.connection import ClientCodec, OutgoingRequest
@@ -596,7 +597,7 @@ class _SlotClientCodec(ClientCodec):
         self._blocks = {}  # by slot, where its last request has a dimension of rows
         return self._status
 
-    def check(self, td: TensorDictBase) -> list[Tensor] | RowBlock:
+    def check(self, td: TensorDictBase | Entries) -> list[Value] | RowBlock:
         return self._request.values(td)
 
     def encode(self, requests: Sequence[OutgoingRequest]) -> bytes:

@@ -1,0 +1,185 @@
+"""Requests by name: what a caller may give as an entry, and the tensors that the entries of a batch make.
+
+An array stays an array until its batch is stacked: one call then makes a tensor of all rows, for less than it takes to
+make a tensor of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from operator import attrgetter
+from typing import Any, TypeAlias
+
+import numpy as np  # tensordict requires it
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+
+from aioinfer.errors import InvalidRequestError
+from aioinfer.tensors import Allocate, UnlikeRequestsError, build, stack_column
+
+__all__ = [
+    "Entries",
+    "RequestLike",
+    "array_dtype",
+    "as_array",
+    "check_entries",
+    "describe_shapes",
+    "is_checked",
+    "make_request",
+    "make_td",
+    "row_count",
+    "stack_entries",
+    "to_tensor",
+]
+
+Entries: TypeAlias = dict[str, Any]
+"""Tensors, arrays of a dtype that tensors have, and TensorDicts, by name."""
+
+RequestLike: TypeAlias = TensorDictBase | Mapping[str, Any]
+"""What clients take as a request."""
+
+_DTYPES = {np.dtype(kind) for kind in "?bBhHiIlLqQefdFD"}
+"""Of arrays that a tensor can have the memory of, in this machine's byte order."""
+_ARRAY = {np.ndarray}
+_dtype = attrgetter("dtype")
+_TORCH_DTYPES = {dtype: torch.from_numpy(np.empty(0, dtype)).dtype for dtype in _DTYPES}
+_ARRAY_DTYPES = {kind: dtype for dtype, kind in _TORCH_DTYPES.items()}
+
+
+def make_request(td: Any, entries: Entries) -> Any:
+    """What a client was called with: a TensorDict as it is, or the entries of a mapping, or those given by name.
+
+    Raises:
+        TypeError: a request and entries by name.
+        InvalidRequestError: a name is no string.
+    """
+    if entries:
+        if td is None:
+            return entries
+        raise TypeError(f"expected a request or entries by name, got both: {', '.join(entries)}")
+    if not isinstance(td, Mapping) or isinstance(td, TensorDictBase):
+        return td
+    if unnamed := [name for name in td if not isinstance(name, str)]:
+        raise InvalidRequestError(f"the names of entries are strings, got {unnamed[0]!r}")
+    return dict(td)
+
+
+def is_checked(entries: Entries) -> bool:
+    """Whether each entry is a tensor, or an array of a dtype that tensors have."""
+    for value in entries.values():
+        kind = type(value)
+        if kind is not Tensor and (kind is not np.ndarray or value.dtype not in _DTYPES):
+            return False
+    return True
+
+
+def check_entries(entries: Entries, dtypes: Mapping[str, torch.dtype] = {}) -> None:
+    """Replace each entry that is neither tensor nor array by the tensor that it makes.
+
+    Args:
+        entries: of a request.
+        dtypes: of the tensors that numbers make, by name; others get the dtype that ``torch.tensor`` gives them.
+
+    Raises:
+        InvalidRequestError: one can't be a tensor; the message names it.
+    """
+    if not is_checked(entries):
+        entries |= {name: _converted(name, value, dtypes.get(name)) for name, value in entries.items()}
+
+
+def _converted(name: str, value: Any, dtype: torch.dtype | None) -> Any:
+    if isinstance(value, Tensor | TensorDictBase):
+        return value
+    if isinstance(value, Mapping):
+        inner = make_request(value, {})
+        check_entries(inner)
+        return make_td(inner, torch.Size([]))
+    try:
+        array = np.asarray(value)
+        if array.dtype.newbyteorder("=") in _DTYPES:
+            if isinstance(value, np.ndarray | np.generic):
+                return array.astype(array.dtype.newbyteorder("="), copy=False)
+            return torch.tensor(value, dtype=dtype, device="cpu")
+        reason = f"an array of dtype {array.dtype}"
+    except Exception as error:  # whatever the value's own methods raise
+        reason = f"{type(error).__qualname__}: {error}"
+    raise InvalidRequestError(f'"{name}" can\'t be a tensor, got {type(value).__qualname__} ({reason})')
+
+
+def array_dtype(dtype: torch.dtype) -> np.dtype[Any] | None:
+    """The dtype of arrays that have the elements of such a tensor; ``None`` if there is none."""
+    return _ARRAY_DTYPES.get(dtype)
+
+
+def as_array(tensor: Tensor) -> np.ndarray[Any, Any] | None:
+    """An array that shares the memory of a tensor; ``None`` if there is none of its dtype."""
+    return tensor.numpy() if tensor.dtype in _ARRAY_DTYPES else None
+
+
+def to_tensor(value: Any) -> Any:
+    """The tensor of a checked entry. It shares the memory of an array that may be written to."""
+    if type(value) is not np.ndarray:
+        return value
+    if value.flags.writeable and all(stride >= 0 for stride in value.strides):
+        return torch.from_numpy(value)
+    return torch.from_numpy(value.copy())
+
+
+def make_td(entries: Entries, batch_size: torch.Size) -> TensorDict:
+    """Make a TensorDict of checked entries."""
+    return build({name: to_tensor(value) for name, value in entries.items()}, batch_size, None)
+
+
+def row_count(entries: Entries, shapes: Mapping[str, torch.Size]) -> int | None:
+    """How many rows checked entries have; ``None``: they have no dimension for rows.
+
+    Args:
+        entries: of a request.
+        shapes: the shapes of some entries of one row; the first of them tells.
+    """
+    for name, shape in shapes.items():
+        found = getattr(entries.get(name), "shape", shape)
+        return found[0] if len(found) == len(shape) + 1 else None
+    return None
+
+
+def describe_shapes(entries: Entries) -> str:
+    """The shapes of checked entries, for a message."""
+    return ", ".join(f'"{name}" {list(value.shape)}' for name, value in entries.items())
+
+
+def stack_entries(rows: Sequence[Entries], size: torch.Size, allocate: Allocate | None = None) -> TensorDict:
+    """Stack checked entries of rows ``[*size]`` along a new first dimension.
+
+    Args:
+        rows: at least one, with like names in any order.
+        size: the batch size of a row.
+        allocate: makes the memory for a CPU leaf, given its stacked shape and dtype.
+
+    Raises:
+        UnlikeRequestsError: they differ in names, shapes of arrays or dtypes.
+        RuntimeError: they differ in shapes of tensors, or devices.
+    """
+    if len(set(map(len, rows))) != 1:
+        raise UnlikeRequestsError
+    try:
+        source = {name: _stack([row[name] for row in rows], allocate) for name in rows[0]}
+    except KeyError:
+        raise UnlikeRequestsError from None
+    return build(source, torch.Size((len(rows), *size)), None)
+
+
+def _stack(values: list[Any], allocate: Allocate | None) -> Any:
+    if set(map(type, values)) != _ARRAY:
+        return stack_column(list(map(to_tensor, values)), allocate)
+    if len(set(map(_dtype, values))) != 1:  # numpy would promote them
+        raise UnlikeRequestsError
+    try:
+        if allocate is None:
+            return torch.from_numpy(np.array(values))
+        memory = allocate((len(values), *values[0].shape), _TORCH_DTYPES[values[0].dtype])
+        np.stack(values, out=memory.numpy())
+    except ValueError:  # their shapes are unlike
+        raise UnlikeRequestsError from None
+    return memory
