@@ -240,7 +240,7 @@ class RowLayout:
 
     def _mismatch(self, td: Any, *, batch_size: bool = True, rows: Sequence[int] = ()) -> str:
         if not isinstance(td, TensorDictBase):
-            return f"a {self.what} must be a TensorDict, got {type(td).__qualname__}"
+            return f"a {self.what} must be a TensorDict, a mapping, or entries by name, got {type(td).__qualname__}"
         if batch_size and list(td.batch_size) != [*rows, *self.batch_size]:
             several = ", ".join(map(str, ["n", *self.batch_size]))
             return (

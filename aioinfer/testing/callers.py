@@ -12,11 +12,12 @@ from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, c
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Self, TypeAlias, TypeVar
 
+import numpy as np  # tensordict requires it
 import torch
 from anyio.from_thread import start_blocking_portal
 from tensordict import TensorDict, TensorDictBase
 from tensordict.utils import NestedKey
-from torch import Tensor
+from torch import Tensor, nn
 
 from aioinfer.errors import InferenceError
 from aioinfer.server import InferenceServer
@@ -42,6 +43,16 @@ def request_of(*values: float, size: int = 3) -> TensorDict:
     """Make a request of several rows, one for each value: ``observation`` ``[n, size]``."""
     rows = torch.tensor(values, dtype=torch.float32).reshape(-1, 1)
     return TensorDict({"observation": rows.repeat(1, size)}, batch_size=[len(values)])
+
+
+def named_requests(value: float) -> list[dict[str, Any]]:
+    """Make ``request(value)`` by name, in every form that a caller may have its entry."""
+    array = np.full(3, value, np.float32)
+    locked = array.copy()
+    locked.flags.writeable = False
+    tensor = torch.from_numpy(array.copy())
+    forms: list[Any] = [array, locked, array[::-1], np.full((3, 2), value, np.float32)[:, 0], array.astype(">f4")]
+    return [{"observation": form} for form in (*forms, tensor, nn.Parameter(tensor), [value] * 3)]
 
 
 def double(td: TensorDictBase) -> TensorDictBase:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from inspect import isfunction
 
-from aioinfer.testing import lifecycle_checks, reply_checks, row_checks
+from aioinfer.testing import lifecycle_checks, name_checks, reply_checks, row_checks
 from aioinfer.testing.callers import AwaitingCallers, BlockingCallers, TransportHarness
 from aioinfer.transports.polling import InferenceTransport
 
@@ -13,11 +13,11 @@ __all__ = ["CHECKS", "check_transport"]
 
 CHECKS: tuple[Callable[[TransportHarness], None], ...] = tuple(
     check
-    for module in (reply_checks, lifecycle_checks, row_checks)
+    for module in (reply_checks, lifecycle_checks, row_checks, name_checks)
     for check in vars(module).values()
     if isfunction(check) and check.__module__ == module.__name__
 )
-"""Every function of the three modules, in the order of their definitions."""
+"""Every function of the four modules, in the order of their definitions."""
 
 
 def check_transport(transport: Callable[[], InferenceTransport], *, drops_cancelled: bool = False) -> None:

@@ -178,7 +178,7 @@ def invalid_requests_are_refused_at_once(harness: TransportHarness) -> None:
     """A value that is no request, or not of the layout of ``request_spec``, is refused at ``submit``."""
     bad = (
         "observation",
-        {"observation": torch.ones(3)},
+        [torch.ones(3)],
         TensorDict({"observation": torch.ones(2, 1, 3)}, batch_size=[2, 1]),
         TensorDict({"other": torch.ones(3)}),
         request(1, size=4),

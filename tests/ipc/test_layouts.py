@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tensordict import NonTensorData, TensorDict, TensorDictBase
@@ -135,7 +136,11 @@ def test_the_number_of_slots_is_a_positive_integer(count: Any) -> None:
 # -- refusals at the client --------------------------------------------------------------------------------
 
 WRONG: dict[str, tuple[Any, str]] = {
-    "another type": ({"observation": torch.ones(3)}, r"a request must be a TensorDict, got dict"),
+    "another type": ([torch.ones(3)], r"a request must be a TensorDict, .*, got list"),
+    "another type by name": ({"observation": "x"}, r'"observation" can\'t be a tensor'),
+    "a missing name": ({"other": torch.ones(3)}, r'the request lacks "observation"; expected "observation"'),
+    "another shape by name": ({"observation": np.ones(4, np.float32)}, r'"observation" of the request has shape \[4\]'),
+    "another dtype by name": ({"observation": np.ones(3)}, r"has dtype torch\.float64, expected torch\.float32"),
     "a missing key": (TensorDict({"other": torch.ones(3)}), r'the request lacks "observation"; expected "observation"'),
     "another shape": (request(0, size=4), r'"observation" of the request has shape \[4\], expected \[3\]'),
     "another dtype": (request(0).int(), r"has dtype torch\.int32, expected torch\.float32"),
