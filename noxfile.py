@@ -99,7 +99,7 @@ def demo(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Measure against torchrl, side by side; arguments after ``--`` go to ``aioinfer bench``."""
     install(session, "bench")
-    session.run("aioinfer", "bench", *session.posargs)
+    session.run("aioinfer", "bench", "--torchrl-collate", "both", *session.posargs)
 
 
 @nox.session

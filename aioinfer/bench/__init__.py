@@ -35,7 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--torchrl-collate",
         choices=COLLATES,
         default="default",
-        help="how torchrl's server stacks requests: as it comes, or with collate_fn=torch.stack (%(default)s)",
+        help="how torchrl's server stacks requests: as it comes, with collate_fn=torch.stack, or both, each in "
+        "turn (%(default)s)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the raw figures of every repeat")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table for the documentation")
@@ -58,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
         repeats=options.repeats,
         torchrl_collate=options.torchrl_collate if about["torchrl"] else None,
     )
-    runner = Runner(results, torchrl=about["torchrl"] is not None)
+    runner = Runner(results)
     for number, workload in enumerate(chosen, 1):
         runner.measure(workload, f"[{number}/{len(chosen)}] {workload.name}")
     print(report.text(results))

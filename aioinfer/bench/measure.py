@@ -25,14 +25,15 @@ from contextlib import ExitStack
 from typing import Any, TypeAlias
 
 import torch
+from tensordict import TensorDict
 
 from aioinfer.bench import load_generators as load
-from aioinfer.bench import systems, weights
+from aioinfer.bench import requests, systems, weights
 from aioinfer.bench.models import Policy, step_environments
 from aioinfer.bench.peer_process import PeerProcess, Pipe
 from aioinfer.bench.report import Figures, percentiles
 from aioinfer.bench.systems import TaskCaller
-from aioinfer.bench.workloads import Job, Pattern, System, Workload, named
+from aioinfer.bench.workloads import Job, Pattern, RequestKind, System, Workload, named
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -52,8 +53,8 @@ def measure(job: Job) -> Figures:
 
     Returns:
         ``rate`` in requests/s, or ``p50`` and ``p99`` in seconds over ``count`` requests or updates, or all of these;
-        or ``gap`` in seconds. Beside them, the figures that they are compared with: ``quiet rate``, ``memcpy``,
-        ``pass``, ``pass rate``.
+        or ``gap`` in seconds; or a rate for each kind of requests. Beside them, the figures that they are compared
+        with: ``quiet rate``, ``memcpy``, ``pass``, ``pass rate``.
     """
     torch.manual_seed(job.seed)
     workload = named(job.workload)
@@ -83,12 +84,17 @@ def _measure_bare(job: Job, workload: Workload, policy: Policy) -> Figures:
 
 
 def _measure_threads(job: Job, workload: Workload, policy: Policy) -> Figures:
-    requests = [policy.request(*workload.batch_size) for _ in range(workload.callers)]
-    with systems.serve_threads(job, policy.module, workload.callers) as callers:
-        policy.check(callers[0](requests[0]), *workload.batch_size)
-        if workload.pattern is Pattern.ONE_THREAD:
-            return _measure_caller(job, workload, policy, callers[0])
-        return {"rate": load.thread_rate(callers, requests, job.warm_up, job.seconds)}
+    examples = [policy.request(*workload.batch_size) for _ in range(workload.callers)]
+    rates = _Rates(job, workload)
+    with systems.serve_threads(job, policy.module, workload.callers) as clients:
+        for kind in workload.turns:
+            callers = [requests.blocking(kind, client) for client in clients]
+            prepared = [requests.prepare(kind, example) for example in examples]
+            policy.check(callers[0](prepared[0]), *workload.batch_size)
+            if workload.pattern is Pattern.ONE_THREAD:
+                return _measure_caller(job, workload, policy, callers[0])
+            rates.add(kind, load.thread_rate(callers, prepared, rates.warm_up, rates.seconds))
+    return rates.figures()
 
 
 def _measure_caller(job: Job, workload: Workload, policy: Policy, client: Any) -> Figures:
@@ -104,15 +110,43 @@ def _measure_caller(job: Job, workload: Workload, policy: Policy, client: Any) -
 
 
 async def _measure_tasks(job: Job, workload: Workload, policy: Policy) -> Figures:
-    requests = [policy.request() for _ in range(workload.callers)]
-    async with systems.serve_tasks(job, policy.module, workload.callers) as callers:
-        policy.check(await callers[0].call(requests[0]))
-        if workload.pattern is Pattern.ONE_TASK:
-            return percentiles(await load.task_latencies(callers[0], requests[0], job.warm_up, job.seconds))
-        if workload.pattern is Pattern.OPEN_LOOP:
-            schedule = load.arrival_times(workload.rate, job.warm_up + job.seconds, job.seed)
-            return percentiles(await load.open_loop_latencies(callers[0], requests[0], schedule, job.warm_up))
-        return {"rate": await load.task_rate(callers, requests, job.warm_up, job.seconds)}
+    examples = [policy.request() for _ in range(workload.callers)]
+    rates = _Rates(job, workload)
+    async with systems.serve_tasks(job, policy.module, workload.callers) as clients:
+        for kind in workload.turns:
+            callers = [TaskCaller(requests.awaiting(kind, client.call), client.submit) for client in clients]
+            prepared = [requests.prepare(kind, example) for example in examples]
+            policy.check(await callers[0].call(prepared[0]))
+            if workload.pattern is Pattern.ONE_TASK:
+                return percentiles(await load.task_latencies(callers[0], prepared[0], job.warm_up, job.seconds))
+            if workload.pattern is Pattern.OPEN_LOOP:
+                schedule = load.arrival_times(workload.rate, job.warm_up + job.seconds, job.seed)
+                return percentiles(await load.open_loop_latencies(callers[0], prepared[0], schedule, job.warm_up))
+            rates.add(kind, await load.task_rate(callers, prepared, rates.warm_up, rates.seconds))
+    return rates.figures()
+
+
+class _Rates:
+    """The rates of a measurement in which kinds of requests take turns.
+
+    Attributes:
+        warm_up: seconds of the warm-up of one turn.
+        seconds: length of one turn after that.
+    """
+
+    def __init__(self, job: Job, workload: Workload) -> None:
+        self._workload = workload
+        self._rates: dict[RequestKind, list[float]] = {kind: [] for kind in workload.request_kinds}
+        self.warm_up = job.warm_up / len(workload.turns)
+        self.seconds = job.seconds / len(workload.turns)
+
+    def add(self, kind: RequestKind, rate: float) -> None:
+        """Note the rate of one turn."""
+        self._rates[kind].append(rate)
+
+    def figures(self) -> Figures:
+        """The mean of each kind over its turns, all of which are equally long."""
+        return {self._workload.rate_figure(kind): statistics.fmean(rates) for kind, rates in self._rates.items()}
 
 
 _Count: TypeAlias = tuple[float, int, list[float]]
@@ -126,6 +160,7 @@ def _measure_processes(job: Job, workload: Workload, policy: Policy) -> Figures:
     context = multiprocessing.get_context("fork")
     transport = systems.make_process_transport(job, policy, workload.callers, context)
     passes: list[float] = []
+    rates = _Rates(job, workload)
     with ExitStack() as stack:
         peers: list[PeerProcess] = []
         for _ in range(workload.processes):
@@ -134,17 +169,19 @@ def _measure_processes(job: Job, workload: Workload, policy: Policy) -> Figures:
         if workload.pattern is Pattern.GROUPS:
             _time_passes(policy, passes)
         stack.enter_context(systems.make_server(job, policy.module, transport))
-        _ask_all(peers, "begin")
-        if workload.pattern is Pattern.ONE_THREAD:
-            found: Figures = peers[0].answer()
-            return found
-        time.sleep(job.warm_up)
-        passes.clear()
-        before = _ask_all(peers, "count")
-        time.sleep(job.seconds)
-        after = _ask_all(peers, "count")
-        _ask_all(peers, "end")
-    figures = {"rate": sum(map(reply_rate, before, after))}
+        for kind in workload.turns:
+            _ask_all(peers, "begin")
+            if workload.pattern is Pattern.ONE_THREAD:
+                found: Figures = peers[0].answer()
+                return found
+            time.sleep(rates.warm_up)
+            passes.clear()
+            before = _ask_all(peers, "count")
+            time.sleep(rates.seconds)
+            after = _ask_all(peers, "count")
+            _ask_all(peers, "end")
+            rates.add(kind, sum(map(reply_rate, before, after)))
+    figures = rates.figures()
     latencies = [latency for *_, measured in after for latency in measured]
     if latencies:
         figures |= percentiles(latencies)
@@ -177,33 +214,42 @@ def reply_rate(before: _Count, after: _Count) -> float:
 
 
 def run_callers(pipe: Pipe, job: Job, workload: Workload, policy: Policy, clients: Sequence[Any]) -> None:
-    """Make requests with ``clients`` as soon as the server runs: the other process of a measurement."""
-    requests = [policy.request(*workload.batch_size) for _ in clients]
+    """Make requests with ``clients`` in each turn: the other process of a measurement, which begins and ends them."""
+    examples = [policy.request(*workload.batch_size) for _ in clients]
     pipe.send("ready")
-    pipe.recv()
     if workload.pattern is Pattern.TASKS and job.system == System.OURS:
-        asyncio.run(_run_tasks(pipe, policy, clients, requests))
+        asyncio.run(_run_tasks(pipe, workload, policy, clients, examples))
         return
-    policy.check(clients[0](requests[0]), *workload.batch_size)
-    pipe.send("begun")
-    if workload.pattern is Pattern.ONE_THREAD:
-        pipe.send(_measure_caller(job, workload, policy, clients[0]))
-        return
-    callers = _multiplex(job.way, workload.pattern, clients)
-    timed: list[load.TimedCall] = []
-    if workload.think_time or workload.has_latencies:
-        callers = timed = [load.TimedCall(call, workload.think_time) for call in callers]
-    with load.closed_loop_threads(callers, requests[: len(callers)]) as replies:
-        _report_counts(pipe, replies, timed if workload.has_latencies else ())
-    pipe.send("ended")
+    for kind in workload.turns:
+        pipe.recv()
+        asking = [requests.blocking(kind, client) for client in clients]
+        prepared = [requests.prepare(kind, example) for example in examples]
+        policy.check(asking[0](prepared[0]), *workload.batch_size)
+        pipe.send("begun")
+        if workload.pattern is Pattern.ONE_THREAD:
+            pipe.send(_measure_caller(job, workload, policy, asking[0]))
+            return
+        callers = _multiplex(job.way, workload.pattern, clients) or asking
+        timed: list[load.TimedCall] = []
+        if workload.think_time or workload.has_latencies:
+            callers = timed = [load.TimedCall(call, workload.think_time) for call in callers]
+        with load.closed_loop_threads(callers, prepared[: len(callers)]) as replies:
+            _report_counts(pipe, replies, timed if workload.has_latencies else ())
+        pipe.send("ended")
 
 
-async def _run_tasks(pipe: Pipe, policy: Policy, clients: Sequence[Any], requests: Sequence[Any]) -> None:
-    policy.check(await clients[0](requests[0]))
-    pipe.send("begun")
-    async with load.closed_loop_tasks([TaskCaller(client, client.submit) for client in clients], requests) as replies:
-        await asyncio.to_thread(_report_counts, pipe, replies)
-    pipe.send("ended")
+async def _run_tasks(
+    pipe: Pipe, workload: Workload, policy: Policy, clients: Sequence[Any], examples: Sequence[TensorDict]
+) -> None:
+    for kind in workload.turns:
+        await asyncio.to_thread(pipe.recv)
+        callers = [TaskCaller(requests.awaiting(kind, client), client.submit) for client in clients]
+        prepared = [requests.prepare(kind, example) for example in examples]
+        policy.check(await callers[0].call(prepared[0]))
+        pipe.send("begun")
+        async with load.closed_loop_tasks(callers, prepared) as replies:
+            await asyncio.to_thread(_report_counts, pipe, replies)
+        pipe.send("ended")
 
 
 def _report_counts(pipe: Pipe, replies: Callable[[], int], timed: Sequence[load.TimedCall] = ()) -> None:
@@ -213,14 +259,14 @@ def _report_counts(pipe: Pipe, replies: Callable[[], int], timed: Sequence[load.
 
 
 def _multiplex(way: str, pattern: Pattern, clients: Sequence[Any]) -> Sequence[Callable[[Any], Any]]:
-    """The callables of the threads: one client for each thread, or all of them in one thread."""
+    """The callable of the one thread that makes all requests; none if each client has a thread."""
     if pattern is Pattern.GROUPS:
         return [MultiplexedCaller(clients, rounds=False, step=step_environments)]
     if way.endswith("in turn"):
         return [MultiplexedCaller(clients, rounds=False)]
     if way.endswith("in rounds"):
         return [MultiplexedCaller(clients, rounds=True)]
-    return clients
+    return []
 
 
 class MultiplexedCaller:

@@ -66,13 +66,20 @@ class Comparison:
         entry = self.entries.get(system)
         return entry.summary(figure) if entry is not None else None
 
-    def ratio(self, metric: Metric, of: System = System.OURS) -> Spread | None:
-        """A system's figure over the one that the metric compares with; ``None`` if either is missing."""
-        one, other = self.summary(of, metric.figure), self.summary(metric.against, metric.divisor)
+    def ratio(self, metric: Metric, of: System = System.OURS, against: System | None = None) -> Spread | None:
+        """A system's figure over that of another one; ``None`` if either is missing.
+
+        Args:
+            metric: names the figures.
+            of: the one system.
+            against: the other one; ``None``: that with which the metric compares.
+        """
+        divisor = against or metric.against
+        one, other = self.summary(of, metric.figure), self.summary(divisor, metric.divisor)
         if one is None or other is None:
             return None
         value = one.value / other.value
-        repeats = zip(self.entries[of].repeats, self.entries[metric.against].repeats, strict=True)
+        repeats = zip(self.entries[of].repeats, self.entries[divisor].repeats, strict=True)
         # Repeats that ran next to each other: other load of the machine hit both.
         pairs = [a[metric.figure] / b[metric.divisor] for a, b in repeats if a is not None and b is not None]
         return Spread(value, min(pairs, default=value), max(pairs, default=value))
@@ -104,7 +111,7 @@ class Results:
         machine: see :func:`describe_machine`.
         seconds: length of a measurement.
         repeats: measurements per system and workload.
-        torchrl_collate: how torchrl stacked requests; ``None`` if it took no part.
+        torchrl_collate: how torchrl's server stacks requests, one of ``COLLATES``; ``None`` if it takes no part.
         comparisons: the workloads.
         crashes: the measurements that failed, and why.
     """
@@ -165,22 +172,23 @@ def _version(package: str) -> str | None:
 
 
 _HEADINGS = ("workload", "", "aioinfer", "against", "ratio", "spread", "bar", "aim", "verdict")
-_NUMERIC = range(2, 8)
+_STACK_HEADINGS = ("over torch.stack", "its bar")
+_NUMERIC = (*range(2, 8), *range(9, 11))
 
 
 def text(results: Results) -> str:
     """The table and its notes, for a terminal."""
-    rows = [_HEADINGS, *starmap(_row, _judged(results))]
+    rows = _table(results)
     parts = ["", _aligned(rows)] if len(rows) > 1 else []
     return "\n".join([*parts, "", *_notes(results)])
 
 
 def markdown(results: Results) -> str:
     """The table and its notes as Markdown, for the documentation."""
-    headings = [heading or "figure" for heading in _HEADINGS]
+    first, *others = _table(results)
+    headings = [heading or "figure" for heading in first]
     rules = ["---:" if column in _NUMERIC else "---" for column in range(len(headings))]
-    rows = [headings, rules, *starmap(_row, _judged(results))]
-    table = ["| " + " | ".join(row) + " |" for row in rows] if len(rows) > 2 else []
+    table = ["| " + " | ".join(row) + " |" for row in (headings, rules, *others)] if others else []
     return "\n".join([*table, "", *(f"- {note}" for note in _notes(results)), ""])
 
 
@@ -204,7 +212,8 @@ def _comparison_to_dict(comparison: Comparison) -> dict[str, object]:
     for metric in comparison.workload.metrics:
         ratio = comparison.ratio(metric)
         measured = {**asdict(ratio), "verdict": metric.verdict(ratio.value)} if ratio is not None else {"value": None}
-        ratios.append({**asdict(metric), **measured})
+        stack = _ratio_over_stack(comparison, metric)
+        ratios.append({**asdict(metric), **measured, "over_stack": asdict(stack) if stack is not None else None})
     entries = {str(system): asdict(entry) for system, entry in comparison.entries.items()}
     workload = comparison.workload
     about = {"summary": workload.summary, "max_batch_size": workload.max_batch_size}
@@ -215,9 +224,35 @@ def _judged(results: Results) -> list[tuple[Comparison, Metric]]:
     return [(comparison, metric) for comparison in results.comparisons for metric in comparison.workload.metrics]
 
 
+def _table(results: Results) -> list[tuple[str, ...]]:
+    """The headings and the rows, with columns for torchrl with ``torch.stack`` where that was measured."""
+    judged = _judged(results)
+    rows = [_HEADINGS, *starmap(_row, judged)]
+    if all(System.STACK not in comparison.entries for comparison in results.comparisons):
+        return rows
+    more = [_STACK_HEADINGS, *starmap(_stack_cells, judged)]
+    return [(*row, *cells) for row, cells in zip(rows, more, strict=True)]
+
+
+def _stack_cells(comparison: Comparison, metric: Metric) -> tuple[str, str]:
+    ratio = _ratio_over_stack(comparison, metric)
+    if ratio is None:
+        return "-", "-"
+    measured = f"{_short(ratio.value)} ({_short(ratio.least)} to {_short(ratio.most)})"
+    if metric.stack_bar is None:
+        return measured, "-"
+    verdict = "met" if metric.meets(ratio.value, metric.stack_bar) else "missed"
+    return measured, f"{_sign(metric)} {metric.stack_bar:g}, {verdict}"
+
+
+def _ratio_over_stack(comparison: Comparison, metric: Metric) -> Spread | None:
+    """Our figure over that of torchrl with ``torch.stack``, where ours is compared with torchrl's."""
+    return comparison.ratio(metric, against=System.STACK) if metric.against is System.TORCHRL else None
+
+
 def _row(comparison: Comparison, metric: Metric) -> tuple[str, ...]:
     ratio = comparison.ratio(metric)
-    sign = ">=" if metric.higher_is_better else "<="
+    sign = _sign(metric)
     limits = (f"{sign} {metric.bar:g}", f"{sign} {metric.aim:g}")
     judged = ("-", "-", *limits, "-")
     if ratio is not None:
@@ -225,6 +260,10 @@ def _row(comparison: Comparison, metric: Metric) -> tuple[str, ...]:
         judged = (_short(ratio.value), spread, *limits, metric.verdict(ratio.value))
     ours = _figure(comparison, System.OURS, metric.figure)
     return comparison.workload.name, metric.figure, ours, _against(comparison, metric), *judged
+
+
+def _sign(metric: Metric) -> str:
+    return ">=" if metric.higher_is_better else "<="
 
 
 def _against(comparison: Comparison, metric: Metric) -> str:
@@ -246,13 +285,19 @@ def _notes(results: Results) -> list[str]:
     comparisons = results.comparisons
     served = [each for each in comparisons if each.workload.pattern is not Pattern.BARE]
     notes = [f"{each.workload.summary}: {_bare_rate(each)}" for each in comparisons if each not in served]
-    notes += [_torchrl_beside_bare(each, metric) for each, metric in _judged(results) if metric.against is System.BARE]
+    notes += [
+        _beside_bare(each, metric, system)
+        for each, metric in _judged(results)
+        for system in (System.TORCHRL, System.STACK)
+        if metric.against is System.BARE
+    ]
+    systems = [s for s in System if s is not System.BARE and any(s in each.entries for each in served)]
     kept = [
-        f"{each.workload.name} {' / '.join(entry.way for name, entry in each.entries.items() if name != System.BARE)}"
+        f"{each.workload.name} {' / '.join(each.entries[s].way if s in each.entries else '-' for s in systems)}"
         for each in served
     ]
     if kept:
-        notes.append(f"transports or schemes kept (aioinfer / torchrl): {', '.join(kept)}")
+        notes.append(f"transports or schemes kept ({' / '.join(systems)}): {', '.join(kept)}")
     divisors = {metric.over for _, metric in _judged(results)}
     patterns = {each.workload.pattern for each in comparisons}
     notes += [note for pattern, note in _PATTERN_NOTES.items() if pattern in patterns]
@@ -263,8 +308,8 @@ def _notes(results: Results) -> list[str]:
         if each.workload.pattern is Pattern.GAP:
             quiet = _figure(each, System.OURS, "quiet gap")
             notes.append(f"{each.workload.name}: the longest gap in as long a time without an update is {quiet}")
-    if results.torchrl_collate == "stack":
-        notes.append("torchrl's server was given collate_fn=torch.stack")
+    if System.STACK in systems:
+        notes.append(_STACK_NOTE)
     about = results.machine
     versions = [f"{name} {about[name] or 'not installed'}" for name in ("torch", "tensordict", "torchrl")]
     return [
@@ -284,6 +329,10 @@ _PATTERN_NOTES = {
     Pattern.PUBLISHING: "updates come by send(sync=True); the quiet rate is that of the same server without them",
     Pattern.GAP: "gaps are between the beginnings of two forward passes, medians over updates, after gc.freeze()",
 }
+_STACK_NOTE = (
+    f"{System.STACK} is torchrl with collate_fn=torch.stack, measured where its server stacks requests; its "
+    "transport is chosen anew"
+)
 _PROCESSES_NOTE = (
     "in other processes torchrl's clients block: where ours are awaited, one thread of a process has the "
     "requests of all its callers under way and waits for the replies in turn or in rounds"
@@ -291,6 +340,8 @@ _PROCESSES_NOTE = (
 _DIVISOR_NOTES = {
     "memcpy": "memcpy is one copy of as many bytes, warm, in the process that is measured, by turns with updates",
     "pass": "a pass is one of the bare model over as many rows, in the caller's thread, by turns with its requests",
+    "reused rate": "array and tensor rates are those of client(observation=...) and of a read action, the reused rate "
+    "that of one TensorDict again and again; they take turns with the same server and callers",
     "pass rate": "the pass rate is what the model alone would make, by the time of its passes in the running server",
 }
 
@@ -300,10 +351,10 @@ def _bare_rate(comparison: Comparison) -> str:
     return "-" if rate is None else f"{rate.value:,.0f} rows/s ({rate.least:,.0f} to {rate.most:,.0f})"
 
 
-def _torchrl_beside_bare(comparison: Comparison, metric: Metric) -> str:
-    ratio = comparison.ratio(metric, System.TORCHRL)
-    figure = _figure(comparison, System.TORCHRL, metric.figure)
-    name = f"{comparison.workload.name}: torchrl's {metric.figure}"
+def _beside_bare(comparison: Comparison, metric: Metric, system: System) -> str:
+    ratio = comparison.ratio(metric, system)
+    figure = _figure(comparison, system, metric.figure)
+    name = f"{comparison.workload.name}: {system}'s {metric.figure}"
     return f"{name} is {figure}, {_short(ratio.value)} of the bare model's" if ratio else ""
 
 

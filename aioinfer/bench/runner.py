@@ -10,7 +10,7 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack, closing, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 from aioinfer.bench.report import COUNTS, Comparison, Entry, Figures, Results, best_transport, format_figure
 from aioinfer.bench.workloads import Job, System, Workload, named
@@ -44,12 +44,10 @@ class Runner:
 
     Args:
         results: where the figures go.
-        torchrl: whether torchrl is there to be measured.
     """
 
-    def __init__(self, results: Results, *, torchrl: bool) -> None:
+    def __init__(self, results: Results) -> None:
         self._results = results
-        self._systems = [s for s in System if torchrl or s is not System.TORCHRL]
 
     def measure(self, workload: Workload, label: str) -> None:
         """Measure all systems on ``workload`` and print the figures of each round."""
@@ -69,7 +67,9 @@ class Runner:
                 entry.repeats.append(found)
 
     def _heats(self, workload: Workload, label: str) -> dict[System, dict[str, Figures]]:
-        heats: dict[System, dict[str, Figures]] = {system: {} for system in self._systems if workload.ways(system)}
+        heats: dict[System, dict[str, Figures]] = {
+            system: {} for system in workload.systems(self._results.torchrl_collate)
+        }
         seconds = min(_HEAT, self._results.seconds)
         tried = [(system, way) for system in heats for way in workload.ways(system) if len(workload.ways(system)) > 1]
         figures = self._run([self._job(workload, *each, seconds) for each in tried], f"{label}, heat")
@@ -80,8 +80,7 @@ class Runner:
 
     def _job(self, workload: Workload, system: System, way: str, seconds: float, seed: int = 0) -> Job:
         warm_up = min(_WARM_UP, seconds)
-        job = Job(workload.name, system, way, warm_up * workload.stretch, seconds * workload.stretch, seed)
-        return replace(job, torchrl_collate=self._results.torchrl_collate or "default")
+        return Job(workload.name, system, way, warm_up * workload.stretch, seconds * workload.stretch, seed)
 
     def _run(self, jobs: Sequence[Job], label: str) -> list[Figures | None]:
         if not jobs:

@@ -39,7 +39,7 @@ class TaskCaller:
 
 def load_package(job: Job) -> Any:
     """Import and return the package of the job's system, so that no import disturbs the measurement of another job."""
-    if job.system != System.TORCHRL:
+    if job.system not in (System.TORCHRL, System.STACK):
         return aioinfer
     from torchrl.modules import inference_server
 
@@ -62,7 +62,7 @@ def make_server(
     """Make a server of the job's system, which runs in threads of this process.
 
     Args:
-        job: names the system, and how torchrl's server stacks requests.
+        job: names the system.
         model: the model to serve.
         transport: a transport of the system.
         weight_sync: a scheme of the system.
@@ -71,7 +71,7 @@ def make_server(
     options: dict[str, Any] = {"max_batch_size": named(job.workload).max_batch_size, "weight_sync": weight_sync}
     if job.system == System.OURS:
         return InferenceServer(model, transport, swap_weights=swap, **options)
-    if job.torchrl_collate == "stack":
+    if job.system == System.STACK:
         options["collate_fn"] = torch.stack
     return load_package(job).InferenceServer(model, transport, **options)
 
@@ -120,7 +120,7 @@ def make_process_transport(job: Job, policy: Policy, callers: int, context: Base
 
 def make_process_clients(job: Job, transport: Any, callers: int, *, awaiting: bool) -> list[Any]:
     """Make the clients of one of these processes: blocking or awaitable ones. All of torchrl's block."""
-    if job.system == System.TORCHRL:
+    if job.system != System.OURS:
         return [transport.client() for _ in range(callers)]
     return list(transport.async_clients(callers) if awaiting else transport.clients(callers))
 

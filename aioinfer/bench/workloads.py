@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 MAX_BATCH_SIZE = 64
 """Of both systems, where a workload names no other; it is also the default of both."""
 
-COLLATES = ("default", "stack")
-"""How torchrl's server stacks requests: with its default, or with ``collate_fn=torch.stack``."""
+COLLATES = ("default", "stack", "both")
+"""How torchrl's server stacks requests: with its default, with ``collate_fn=torch.stack``, or each in turn."""
 
 
 class System(StrEnum):
@@ -17,6 +17,7 @@ class System(StrEnum):
 
     OURS = "aioinfer"
     TORCHRL = "torchrl"
+    STACK = "torchrl-stack"  # torchrl's server with collate_fn=torch.stack
     BARE = "bare"  # the model called on a ready batch, without any plumbing
 
 
@@ -35,6 +36,18 @@ class Pattern(StrEnum):
     GAP = "gap"  # closed loop of tasks, and a trainer in another process that publishes once in a while
 
 
+class RequestKind(StrEnum):
+    """How a caller makes its requests. It has their observation before the clock starts.
+
+    A caller of any kind but the first also reads the action of each reply.
+    """
+
+    REUSED = "reused"  # one TensorDict, again and again
+    FRESH = "fresh"  # a new TensorDict for each request, of an observation that is a tensor
+    ARRAY = "array"  # client(observation=...) with a numpy array
+    TENSOR = "tensor"  # the same with a tensor
+
+
 def is_rate(figure: str) -> bool:
     """Whether a figure is in requests per second, and more is better. All others are times, and less is better."""
     return figure.endswith("rate")
@@ -50,6 +63,7 @@ class Metric:
         aim: the ratio to strive for.
         against: the system by whose figure ours is divided.
         over: the name of that figure; ``None``: the same. With it, our figure can be compared with another one of ours.
+        stack_bar: the bar where ours is divided by the figure of torchrl with ``torch.stack``; ``None``: there is none.
     """
 
     figure: str
@@ -57,6 +71,7 @@ class Metric:
     aim: float
     against: System = System.TORCHRL
     over: str | None = None
+    stack_bar: float | None = None
 
     @property
     def divisor(self) -> str:
@@ -71,9 +86,13 @@ class Metric:
     def verdict(self, ratio: float) -> str:
         """Whether a ratio meets the aim, the bar, or neither."""
         for limit, verdict in ((self.aim, "aim met"), (self.bar, "bar met")):
-            if ratio >= limit if self.higher_is_better else ratio <= limit:
+            if self.meets(ratio, limit):
                 return verdict
         return "bar missed"
+
+    def meets(self, ratio: float, limit: float) -> bool:
+        """Whether a ratio is as good as ``limit``, or better."""
+        return ratio >= limit if self.higher_is_better else ratio <= limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +125,8 @@ class Workload:
         think_time: seconds from a reply to the next request of a blocking caller in another process.
         rows: rows of each request; with 0 a request is one row, and has no dimension for them.
         max_batch_size: most rows in one forward pass.
+        request_kinds: how callers make requests. With several of them, each has a rate of its own, and they take turns
+            with the same server and the same callers.
     """
 
     name: str
@@ -124,6 +145,7 @@ class Workload:
     think_time: float = 0.0
     rows: int = 0
     max_batch_size: int = MAX_BATCH_SIZE
+    request_kinds: tuple[RequestKind, ...] = (RequestKind.REUSED,)
 
     @property
     def one_thread(self) -> bool:
@@ -140,12 +162,38 @@ class Workload:
         """Whether latencies are measured, perhaps beside a rate."""
         return any(metric.figure.startswith("p") for metric in self.metrics)
 
+    @property
+    def turns(self) -> tuple[RequestKind, ...]:
+        """The kinds of requests as they are measured, each early as often as late, against drifts."""
+        kinds = self.request_kinds
+        return kinds if len(kinds) == 1 else (*kinds, *reversed(kinds)) * 2
+
+    def rate_figure(self, kind: RequestKind) -> str:
+        """The name of the rate that callers reach with requests of one kind."""
+        return "rate" if len(self.request_kinds) == 1 else f"{kind} rate"
+
+    def systems(self, collate: str | None) -> list[System]:
+        """The systems that take part.
+
+        Args:
+            collate: how torchrl's server stacks requests, one of ``COLLATES``; ``None`` leaves torchrl out. With
+                ``"stack"`` it comes as it is where its server stacks no requests.
+        """
+        left_out: set[System] = set()
+        if collate is None or (collate == "stack" and self.ways(System.STACK)):
+            left_out.add(System.TORCHRL)
+        if collate is None or collate == "default":
+            left_out.add(System.STACK)
+        return [system for system in System if system not in left_out and self.ways(system)]
+
     def ways(self, system: System) -> tuple[str, ...]:
         """The transports or schemes by which ``system`` is tried on this workload; empty if it takes no part."""
         if system is System.BARE:
             takes_part = self.pattern is Pattern.BARE or any(metric.against is system for metric in self.metrics)
             return ("none",) if takes_part else ()
-        if self.pattern is Pattern.BARE:
+        # torchrl's servers gather requests from process slots without a collate_fn.
+        stacked = self.weights is None and not any(way.startswith("process slots") for way in self.torchrl)
+        if self.pattern is Pattern.BARE or (system is System.STACK and not stacked):
             return ()
         return self.ours if system is System.OURS else self.torchrl
 
@@ -160,11 +208,38 @@ class Job:
     warm_up: float
     seconds: float
     seed: int = 0
-    torchrl_collate: str = "default"
 
 
-def _rate(bar: float, aim: float, against: System = System.TORCHRL) -> tuple[Metric, ...]:
-    return (Metric("rate", bar, aim, against),)
+def _rate(
+    bar: float, aim: float, against: System = System.TORCHRL, *, stack_bar: float | None = None
+) -> tuple[Metric, ...]:
+    return (Metric("rate", bar, aim, against, stack_bar=stack_bar),)
+
+
+def _fresh(workload: Workload, bar: float, aim: float) -> Workload:
+    """The same load, whose callers make a TensorDict for each request."""
+    return replace(
+        workload,
+        name=f"{workload.name}-fresh",
+        summary=f"{workload.summary}, a fresh TensorDict for each request",
+        metrics=_rate(bar, aim),
+        request_kinds=(RequestKind.FRESH,),
+    )
+
+
+def _by_name(workload: Workload) -> Workload:
+    """The same load, whose callers send observations by name, beside one that sends a TensorDict again and again."""
+    kinds = RequestKind.ARRAY, RequestKind.TENSOR, RequestKind.REUSED
+    over = f"{RequestKind.REUSED} rate"
+    return replace(
+        workload,
+        name=f"{workload.name}-named",
+        summary=f"{workload.summary}, observations by name",
+        metrics=tuple(Metric(f"{kind} rate", 0.8, 0.95, System.OURS, over=over) for kind in kinds[:-1]),
+        torchrl=(),
+        request_kinds=kinds,
+        stretch=3.0 * workload.stretch,
+    )
 
 
 def _blocking(
@@ -267,10 +342,16 @@ _ALONE = Metric("p50", 1.1, 1.04, System.BARE)
 _COPY = Metric("p50", 3, 1.6, System.OURS, over="memcpy")
 _GAP = Metric("gap", 1.5, 0.05, System.OURS, over="memcpy")
 
+_TASKS_TINY = Workload("tasks-tiny", "64 asyncio tasks, tiny", Pattern.TASKS, "tiny", 64, _rate(10, 14, stack_bar=6))
+_TASKS_MLP = Workload("tasks-mlp", "64 asyncio tasks, mlp", Pattern.TASKS, "mlp", 64, _rate(6.5, 8, stack_bar=4.5))
+_THREADS_TINY = Workload("threads-tiny", "64 blocking threads, tiny", Pattern.THREADS, "tiny", 64, _rate(2, 3))
+_PROCESSES_8 = _blocking("processes-8", "8 processes, one blocking caller each, mlp", 8, _rate(4.5, 7))
+_PROCESSES_2X64 = _awaiting("processes-2x64", "2 processes of 64 asyncio tasks, mlp", 128, _rate(8, 10))
+
 WORKLOADS: tuple[Workload, ...] = (
-    Workload("tasks-tiny", "64 asyncio tasks, tiny", Pattern.TASKS, "tiny", 64, _rate(8, 12)),
-    Workload("tasks-mlp", "64 asyncio tasks, mlp", Pattern.TASKS, "mlp", 64, _rate(5, 7)),
-    Workload("tasks-big", "64 asyncio tasks, big", Pattern.TASKS, "big", 64, _rate(0.85, 0.93, System.BARE)),
+    _TASKS_TINY,
+    _TASKS_MLP,
+    Workload("tasks-big", "64 asyncio tasks, big", Pattern.TASKS, "big", 64, _rate(0.92, 0.96, System.BARE)),
     # torchrl's slots would need 10 000 threads here. One round of its replies takes about a second.
     Workload(
         "tasks-10k",
@@ -278,15 +359,20 @@ WORKLOADS: tuple[Workload, ...] = (
         Pattern.TASKS,
         "tiny",
         10_000,
-        _rate(6, 10),
+        _rate(10, 14),
         torchrl=_THREADING,
         stretch=2.0,
     ),
-    Workload("threads-tiny", "64 blocking threads, tiny", Pattern.THREADS, "tiny", 64, _rate(2, 3)),
+    _fresh(_TASKS_TINY, 6.5, 9),
+    _fresh(_TASKS_MLP, 5, 6.5),
+    _by_name(_TASKS_TINY),
+    _by_name(_TASKS_MLP),
+    _THREADS_TINY,
     Workload("threads-mlp", "64 blocking threads, mlp", Pattern.THREADS, "mlp", 64, _rate(2, 3)),
     Workload("threads-big", "64 blocking threads, big", Pattern.THREADS, "big", 64, _rate(1.15, 1.5)),
-    Workload("one-thread", "one blocking caller, mlp", Pattern.ONE_THREAD, "mlp", 1, (Metric("p50", 0.7, 0.5),)),
-    Workload("one-task", "one awaiting caller, mlp", Pattern.ONE_TASK, "mlp", 1, (Metric("p50", 0.7, 0.5),)),
+    _by_name(_THREADS_TINY),
+    Workload("one-thread", "one blocking caller, mlp", Pattern.ONE_THREAD, "mlp", 1, (Metric("p50", 0.42, 0.3),)),
+    Workload("one-task", "one awaiting caller, mlp", Pattern.ONE_TASK, "mlp", 1, (Metric("p50", 0.45, 0.3),)),
     # A slot has one request under way at most, so an open loop can't use slots.
     Workload(
         "open-loop",
@@ -294,18 +380,22 @@ WORKLOADS: tuple[Workload, ...] = (
         Pattern.OPEN_LOOP,
         "mlp",
         1,
-        (Metric("p50", 0.6, 0.35), Metric("p99", 0.6, 0.35)),
+        (Metric("p50", 0.35, 0.2), Metric("p99", 0.35, 0.2)),
         _THREADING,
         _THREADING,
         rate=4000.0,
     ),
-    _blocking("processes-4", "4 processes, one blocking caller each, mlp", 4, _rate(3, 4.5)),
-    _blocking("processes-8", "8 processes, one blocking caller each, mlp", 8, _rate(4, 7)),
+    _blocking("processes-4", "4 processes, one blocking caller each, mlp", 4, _rate(4, 6)),
+    _PROCESSES_8,
+    _by_name(_PROCESSES_8),
     _blocking("processes-4-pickles", "4 processes, one blocking caller each, mlp, pickled", 4, _rate(2, 4), "pickles"),
-    _blocking("process-one", "one blocking caller in another process, mlp", 1, (Metric("p50", 0.5, 0.3),)),
-    _awaiting("processes-2x16", "2 processes of 16 asyncio tasks, mlp", 32, _rate(4, 6)),
-    _awaiting("processes-2x64", "2 processes of 64 asyncio tasks, mlp", 128, _rate(6, 9)),
-    _awaiting("processes-images", "2 processes of 16 asyncio tasks, uint8 [3, 84, 84], cnn", 32, _rate(2, 4), "cnn"),
+    _blocking("process-one", "one blocking caller in another process, mlp", 1, (Metric("p50", 0.32, 0.25),)),
+    _awaiting("processes-2x16", "2 processes of 16 asyncio tasks, mlp", 32, _rate(6, 8)),
+    _PROCESSES_2X64,
+    _by_name(_PROCESSES_2X64),
+    _awaiting(
+        "processes-images", "2 processes of 16 asyncio tasks, uint8 [3, 84, 84], cnn", 32, _rate(2.2, 2.6), "cnn"
+    ),
     _slow("slow-tasks-8", "8 asyncio tasks", Pattern.TASKS, (_TOGETHER,), torchrl=True),
     _slow("slow-threads-8", "8 blocking threads", Pattern.THREADS, (_TOGETHER,), torchrl=True),
     _slow(

@@ -9,7 +9,7 @@ from aioinfer import bench
 from aioinfer.bench import report, runner
 from aioinfer.bench.models import Policy
 from aioinfer.bench.report import Figures, Results
-from aioinfer.bench.workloads import WORKLOADS, Job, Metric, Pattern, System, Workload
+from aioinfer.bench.workloads import WORKLOADS, Job, Metric, Pattern, RequestKind, System, Workload
 from tests.bench.parts import ABOUT, BY_NAME, job, options
 
 # -- what is measured ----------------------------------------------------------------------------------
@@ -42,6 +42,33 @@ def test_who_takes_part_in_a_workload_is_whom_its_ratios_need() -> None:
         assert System.TORCHRL not in compared or workload.ways(System.TORCHRL), workload.name
     assert BY_NAME["weights-1mb-8"].ways(System.TORCHRL) == ("queues",)
     assert BY_NAME["weights-420mb"].ways(System.TORCHRL) == ()
+
+
+@pytest.mark.parametrize(
+    ("collate", "tasks", "processes"),
+    [
+        (None, ["aioinfer"], ["aioinfer"]),
+        ("default", ["aioinfer", "torchrl"], ["aioinfer", "torchrl"]),
+        ("stack", ["aioinfer", "torchrl-stack"], ["aioinfer", "torchrl"]),
+        ("both", ["aioinfer", "torchrl", "torchrl-stack"], ["aioinfer", "torchrl"]),
+    ],
+)
+def test_torchrl_takes_part_with_each_chosen_way_to_stack_requests_where_its_server_stacks_them(
+    collate: str | None, tasks: list[str], processes: list[str]
+) -> None:
+    assert BY_NAME["tasks-tiny-fresh"].systems(collate) == tasks
+    assert BY_NAME["processes-8"].systems(collate) == processes
+    assert System.STACK not in BY_NAME["weights-1mb-8"].systems(collate)
+    assert BY_NAME["threads-tiny-named"].systems(collate) == ["aioinfer"]
+
+
+def test_kinds_of_requests_take_turns_early_and_late_and_each_has_a_rate() -> None:
+    workload = BY_NAME["processes-8-named"]
+    assert workload.turns == ("array", "tensor", "reused", "reused", "tensor", "array") * 2
+    assert {metric.figure for metric in workload.metrics} == {"array rate", "tensor rate"}
+    assert {metric.divisor for metric in workload.metrics} == {workload.rate_figure(RequestKind.REUSED)}
+    assert BY_NAME["tasks-tiny-fresh"].turns == ("fresh",)
+    assert BY_NAME["tasks-tiny-fresh"].rate_figure(RequestKind.FRESH) == "rate"
 
 
 def test_the_processes_of_a_workload_have_as_many_callers_each() -> None:
@@ -142,7 +169,7 @@ def test_interleaved_jobs_share_the_seed_and_the_length(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(runner, "measure_in_turn", measure_in_turn)
     workload = Workload("w", "", Pattern.OPEN_LOOP, "mlp", 1, (Metric("p50", 0.6, 0.3),), ("a",), ("b",))
-    runner.Runner(Results(ABOUT, 1.5, 2, "default"), torchrl=True).measure(workload, "w")
+    runner.Runner(Results(ABOUT, 1.5, 2, "default")).measure(workload, "w")
     assert [[job.way for job in jobs] for jobs in rounds] == [["a", "b"], ["a", "b"]]
     assert [{(job.seed, job.seconds, job.warm_up) for job in jobs} for jobs in rounds] == [
         {(1, 1.5, 0.4)},

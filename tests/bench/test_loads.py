@@ -4,17 +4,23 @@ import asyncio
 import gc
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
+from itertools import groupby
 from typing import Any
 
+import numpy as np
 import pytest
+from tensordict import TensorDict
+from torch import Tensor
 
 from aioinfer.bench import load_generators as load
-from aioinfer.bench import measure, runner, systems, weights, workloads
+from aioinfer.bench import measure, requests, runner, systems, weights, workloads
 from aioinfer.bench.models import Policy, step_environments
 from aioinfer.bench.peer_process import PeerProcess, Pipe
-from aioinfer.bench.workloads import WORKLOADS, System, WeightSet
+from aioinfer.bench.workloads import WORKLOADS, RequestKind, System, WeightSet
 from tests.bench.parts import BY_NAME, job
 
 # -- the loads -----------------------------------------------------------------------------------------
@@ -110,10 +116,56 @@ def test_a_reply_that_is_none_is_not_measured() -> None:
 
 
 @pytest.mark.parametrize("way", ["threading", "slots"])
-@pytest.mark.parametrize("name", ["tasks-tiny", "threads-tiny", "one-thread", "one-task"])
+@pytest.mark.parametrize("name", ["tasks-tiny", "tasks-tiny-fresh", "threads-tiny", "one-thread", "one-task"])
 def test_ours_is_measured_on_every_transport(name: str, way: str) -> None:
     figures = measure.measure(job(name, way=way))
     assert figures[BY_NAME[name].metrics[0].figure] > 0
+
+
+class Client:
+    """Notes how it is called, and replies."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+
+    def __call__(self, td: TensorDict | None = None, **named: Any) -> TensorDict:
+        assert (td is None) is (set(named) == {"observation"})
+        self.calls.append(named["observation"] if td is None else td)
+        return Policy("tiny").reply()
+
+    async def call(self, td: TensorDict | None = None, **named: Any) -> TensorDict:
+        return self(td, **named)
+
+
+async def test_a_caller_makes_each_request_as_its_kind_says() -> None:
+    policy, client = Policy("tiny"), Client()
+    example = policy.request()
+    for kind in RequestKind:
+        prepared = requests.prepare(kind, example)
+        policy.check(requests.blocking(kind, client)(prepared))
+        policy.check(await requests.awaiting(kind, client.call)(prepared))
+    reused, again, fresh, afresh, array, _, tensor, _ = client.calls
+    assert reused is again is example
+    assert fresh is not afresh
+    assert fresh["observation"] is afresh["observation"] is tensor is example["observation"]
+    assert isinstance(array, np.ndarray)
+    assert array.tolist() == tensor.tolist()
+
+
+def test_kinds_of_requests_take_turns_with_one_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = Client()
+
+    @contextmanager
+    def serve_threads(*_: object) -> Iterator[list[Client]]:
+        yield [client]
+
+    monkeypatch.setattr(systems, "serve_threads", serve_threads)
+    monkeypatch.setattr(workloads, "WORKLOADS", [replace(BY_NAME["threads-tiny-named"], callers=1)])
+    rates = measure.measure(job("threads-tiny-named"))
+    assert set(rates) == {"array rate", "tensor rate", "reused rate"}
+    assert min(rates.values()) > 0
+    turns = [kind for kind, _ in groupby(type(sent) for sent in client.calls)]
+    assert turns == [np.ndarray, Tensor, TensorDict, Tensor, np.ndarray, Tensor, TensorDict, Tensor, np.ndarray]
 
 
 def test_environments_that_step_have_new_observations() -> None:
@@ -227,7 +279,7 @@ def test_weights_of_torchrl_are_measured_too() -> None:
 
 @pytest.mark.skipif(find_spec("torchrl") is None, reason="torchrl is not installed")
 def test_torchrl_is_measured_in_a_process_of_its_own() -> None:
-    jobs = [job("tasks-tiny", System.TORCHRL, way) for way in ("threading", "slots")]
+    jobs = [job("tasks-tiny", System.TORCHRL, "threading"), job("tasks-tiny-fresh", System.STACK, "slots")]
     for outcome in runner.measure_in_turn([*jobs, job("threads-tiny", System.TORCHRL, "slots")]):
         assert not isinstance(outcome, runner.MeasurementError)
         assert outcome["rate"] > 0

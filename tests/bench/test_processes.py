@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from aioinfer.bench.measure import MultiplexedCaller, reply_rate, run_callers
 from aioinfer.bench.models import Policy
 from aioinfer.bench.peer_process import Pipe
 from aioinfer.bench.report import Figures
-from aioinfer.bench.workloads import System
+from aioinfer.bench.workloads import RequestKind, System
 from tests.bench.parts import BY_NAME, job
 
 # -- whole measurements --------------------------------------------------------------------------------
@@ -101,27 +102,29 @@ def runs(pid: int) -> bool:
 def ask(pipe: Pipe, client: Callable[[Any], Any]) -> None:
     """As another process would, of a system whose clients block."""
     theirs = job("processes-4", System.TORCHRL, "process slots")
-    run_callers(pipe, theirs, BY_NAME["processes-4"], Policy("mlp"), [client])
+    turns = replace(BY_NAME["processes-4"], request_kinds=(RequestKind.REUSED, RequestKind.FRESH))
+    run_callers(pipe, theirs, turns, Policy("mlp"), [client])
 
 
-def test_a_process_counts_its_replies_whenever_asked_and_asks_until_told_to_end() -> None:
+def test_a_process_counts_its_replies_whenever_asked_and_makes_requests_from_each_beginning_to_its_end() -> None:
     reply = Policy("mlp").reply()
     ours, theirs = multiprocessing.Pipe()
     with ThreadPoolExecutor(1) as pool:
         asking = pool.submit(ask, theirs, lambda request: reply)
         assert ours.recv() == "ready"
-        ours.send("begin")
-        assert ours.recv() == "begun"
-        ours.send("count")
-        earlier, fewer, _ = ours.recv()
-        more = fewer
-        while more == fewer:
+        for _ in range(8):  # turns
+            ours.send("begin")
+            assert ours.recv() == "begun"
             ours.send("count")
-            later, more, _ = ours.recv()
-            assert later > earlier
-        assert more > fewer
-        ours.send("end")
-        assert ours.recv() == "ended"
+            earlier, fewer, _ = ours.recv()
+            more = fewer
+            while more == fewer:
+                ours.send("count")
+                later, more, _ = ours.recv()
+                assert later > earlier
+            assert more > fewer
+            ours.send("end")
+            assert ours.recv() == "ended"
         asking.result()
     assert reply_rate((10.0, 3, []), (12.0, 7, [])) == 2.0
 
