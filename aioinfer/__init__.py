@@ -10,6 +10,7 @@ The way of a request inside one process, file by file::
     await, or return <--------- transports/replies.py: one wake-up for each batch and loop <-------+
 
     model_thread.py owns the model: wait, take a batch, run it, reply; jobs and pauses in between
+    plan.py is what runs for a TensorDict module: the functions that it is made of
     server.py starts and ends it, and hosts its background tasks on an event loop
 
 Between processes, with a connection in it::

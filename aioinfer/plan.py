@@ -9,7 +9,7 @@ policy is called as it is.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Protocol, TypeAlias
@@ -75,13 +75,11 @@ class _TensorStep:
         self._is_flat = all(isinstance(key, str) for key in (*in_keys, *out_keys))
 
     def __call__(self, values: Values, size: torch.Size, device: torch.device | None) -> str | None:
-        if self._is_flat:
-            inputs = [values.get(key) for key in self.in_keys]
-        else:
-            inputs = [_read(values, key) for key in self.in_keys]
-        for key, value in zip(self.in_keys, inputs):  # noqa: B905 - faster
+        read = values.get if self._is_flat else partial(_read, values)
+        inputs = list(map(read, self.in_keys))
+        for value in inputs:
             if type(value) is not Tensor:
-                return f"{_show(key)} is {'missing' if value is None else 'no plain tensor'}"
+                return f"an entry of {list(self.in_keys)} is missing, or no plain tensor"
         output = self.function(*inputs)
         outputs: Any = (output,)
         if type(output) is not Tensor or len(self.out_keys) != 1:
@@ -93,11 +91,12 @@ class _TensorStep:
                 continue
             if type(value) is not Tensor:
                 return f"{_name(self.function)} returned {type(value).__qualname__} for {_show(key)}"
-            if self._is_flat:
-                if value.shape[: len(size)] != size or (device is not None and value.device != device):
+            if not self._is_flat:
+                if not _write(values, key if isinstance(key, tuple) else (key,), value, size, device):
                     return self._misfit(key, value, size, device)
+            elif value.shape[: len(size)] == size and (device is None or value.device == device):
                 values[key] = value
-            elif not _write(values, key if isinstance(key, tuple) else (key,), value, size, device):
+            else:
                 return self._misfit(key, value, size, device)
         return None
 
@@ -161,6 +160,16 @@ def _keys(steps: Sequence[_TensorStep]) -> tuple[tuple[NestedKey, ...], tuple[Ne
     return tuple(read), tuple(written)
 
 
+def _first_functions(steps: Sequence[_Step]) -> Iterator[_TensorStep]:
+    """The functions of tensors that run before anything else."""
+    for step in steps:
+        if isinstance(step, _ModeScope):
+            yield from _first_functions(step.steps)
+        if not isinstance(step, _TensorStep):
+            return
+        yield step
+
+
 class Plan:
     """What a policy does, as steps.
 
@@ -177,10 +186,11 @@ class Plan:
         self._steps = tuple(steps)
         self._model = model
         self._watched = watched
-        # What it reads, if it is of functions of tensors only: others may look at every entry, and at the mode.
-        of_tensors = [step for step in steps if isinstance(step, _TensorStep)]
-        self._in_keys = _keys(of_tensors)[0] if len(of_tensors) == len(steps) else None
-        self._is_flat = all(isinstance(key, str) for key in self._in_keys or ())
+        first = list(_first_functions(steps))
+        self._in_keys = _keys(first)[0]
+        self._is_flat = all(isinstance(key, str) for key in self._in_keys)
+        # What is no function of tensors may look at every entry, and at the mode.
+        self._is_of_tensors = all(isinstance(step, _TensorStep) for step in steps)
         # Dictionaries that torch changes in place. To compare lists of them is one call of C.
         self._hooks = tuple(hooks for module in (*watched, torch_module) for hooks in _hooks(module))
         self._children = [children for module in watched for children in _children(module)]
@@ -200,39 +210,35 @@ class Plan:
             ModelError: a function did not return what is expected, and there is no model to ask.
         """
         values = self.read(batch)
-        output = None if values is None else self.run(values, batch)
-        if isinstance(output, TensorDictBase):
+        output = "" if values is None else self.run(values, batch)
+        if not isinstance(output, str):
             return output
         if self._model is not None:
             return self._model(batch)
-        for key in self._in_keys or ():
-            if type(_read(dict(batch.items()), key)) is not Tensor:
-                raise InvalidRequestError(f"the request lacks {_show(key)}, or it is no plain tensor")
-        raise ModelError(output or f"{type(batch).__qualname__} is no plain TensorDict")
+        if missing := [key for key in self._in_keys if type(_read(entries(batch), key)) is not Tensor]:
+            raise InvalidRequestError(f"the request has no tensor {', '.join(map(_show, missing))}")
+        raise ModelError(output)
 
     def read(self, batch: TensorDictBase) -> Values | None:
         """The entries of a batch, for :meth:`run`; ``None`` if it is unusual, or if the policy was changed."""
-        if (
+        if self._model is not None and (
             type(batch) is not TensorDict
             or any(self._hooks)
             or self._children != self._known_children
-            or (self._watched and skip_existing())
+            or skip_existing()
         ):
             return None
         return entries(batch).copy()
 
     def layout(self, values: Values) -> Any:
         """What batches have in common that a plan treats alike; ``None`` where it is not for them."""
-        try:
-            if self._in_keys is None:
-                return interaction_type(), _describe(values)
-            if self._is_flat:
-                tensors = [values[key] for key in self._in_keys]
-            else:
-                tensors = [_read(values, key) for key in self._in_keys]
-            return tuple([(tensor.dtype, tensor.shape[1:], tensor.device) for tensor in tensors])
-        except (AttributeError, KeyError):
-            return None
+        described: tuple[Any, ...] = ()
+        for key in self._in_keys:
+            tensor = values.get(key) if self._is_flat else _read(values, key)
+            if type(tensor) is not Tensor:
+                return None
+            described += (tensor.dtype, tensor.shape[1:], tensor.device)
+        return described if self._is_of_tensors else (interaction_type(), _describe(values))
 
     def run(self, values: Values, batch: TensorDictBase) -> TensorDictBase | str:
         """The output for a batch whose entries :meth:`read` returned; or why the plan is not for it."""
@@ -394,7 +400,10 @@ def plan_policy(model: Runner) -> Plan | None:
         The plan; ``None`` where anything about the policy is unusual, so that it must be called as it is.
     """
     watched: list[TensorDictModuleBase] = []
-    steps = _steps(model, watched)
+    try:
+        steps = _steps(model, watched)
+    except AttributeError:  # of a tensordict that has other parts inside
+        return None
     return None if steps is None else Plan(steps, model, watched)
 
 
@@ -497,8 +506,17 @@ def _steps_of_sampler(
     return [_ModeScope(default, steps), *sample]
 
 
-# What tensordict wraps around ``forward``: one chooses between a TensorDict and tensors, the other skips what exists.
-_WRAPPERS = (TensorDictModule.forward.__code__, getattr(TensorDictModule.forward, "__wrapped__").__code__)  # noqa: B009
+def _wrappers() -> list[Any]:
+    """The code that tensordict wraps around ``forward``: to take tensors for a TensorDict, and to skip what exists."""
+    found: list[Any] = []
+    function: Any = TensorDictModule.forward
+    while hasattr(function, "__wrapped__"):
+        found.append(function.__code__)
+        function = function.__wrapped__
+    return found
+
+
+_WRAPPERS = _wrappers()
 
 
 def _undecorated(module: Any) -> Runner | None:

@@ -146,11 +146,12 @@ class InferenceServer(BaseServer):
             caller has given up meanwhile, so that its request may have been to blame; the others run once more
             without it.
         plan: where the model is a ``TensorDictModule``, a ``TensorDictSequential``, a probabilistic one, or one of
-            torchrl's actors, run the functions that it is made of without what is around them: a pass is 3 to 50 us
+            torchrl's actors, run the functions that it is made of without what is around them: a pass is 2 to 50 us
             shorter. For the first batch of each layout both run, and are compared: the model's own output counts, and
             buffers and torch's generators are left as its call left them. What else a call changes, a counter in
             Python say, changes twice then. Where a model has hooks, anything else about it is unusual, or the two
-            don't agree, it is called as it is. With ``False`` it always is.
+            don't agree, it is called as it is. With ``False`` it always is. Hooks that are registered and modules that
+            are replaced later are noticed; what else is set on a TensorDict module after the server was made is not.
 
     Raises:
         TypeError: an argument of the wrong type, or a module of tensors instead of TensorDicts; or both

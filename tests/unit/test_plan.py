@@ -279,6 +279,74 @@ def test_what_exists_is_skipped_where_that_is_asked_for() -> None:
         assert not checked(batch(action=torch.zeros(COUNT, 2)))["action"].any()
 
 
+# -- actors of torchrl ---------------------------------------------------------------------------------
+
+
+def probabilistic_actor(**options: Any) -> Any:
+    modules = pytest.importorskip("torchrl.modules")
+    net = nn.Sequential(nn.Linear(4, 4), NormalParamExtractor())
+    return modules.ProbabilisticActor(
+        TensorDictModule(net, ["observation"], ["loc", "scale"]),
+        in_keys=["loc", "scale"],
+        distribution_class=modules.TanhNormal,
+        default_interaction_type=InteractionType.RANDOM,
+        **options,
+    )
+
+
+def value_actor() -> Any:
+    modules = pytest.importorskip("torchrl.modules")
+    return modules.QValueActor(nn.Linear(4, 3), in_keys=["observation"], action_space="one_hot")
+
+
+def actor_and_critic() -> Any:
+    modules = pytest.importorskip("torchrl.modules")
+    return modules.ActorCriticWrapper(
+        probabilistic_actor(return_log_prob=True), modules.ValueOperator(nn.Linear(4, 1), in_keys=["observation"])
+    )
+
+
+def shared_actor_and_critic() -> Any:
+    modules = pytest.importorskip("torchrl.modules")
+    common = modules.SafeModule(nn.Linear(4, 4), in_keys=["observation"], out_keys=["hidden"])
+    head = modules.SafeModule(nn.Linear(4, 2), in_keys=["hidden"], out_keys=["action"])
+    return modules.ActorValueOperator(common, head, modules.ValueOperator(nn.Linear(4, 1), in_keys=["hidden"]))
+
+
+ACTORS: dict[str, Callable[[], Any]] = {
+    "Actor": lambda: pytest.importorskip("torchrl.modules").Actor(nn.Linear(4, 2), in_keys=["observation"]),
+    "ProbabilisticActor": probabilistic_actor,
+    "ProbabilisticActor with log-probability": lambda: probabilistic_actor(return_log_prob=True),
+    "QValueActor": value_actor,
+    "ActorCriticWrapper": actor_and_critic,
+    "ActorValueOperator": shared_actor_and_critic,
+}
+
+
+@pytest.mark.parametrize("mode", [None, InteractionType.RANDOM, InteractionType.DETERMINISTIC])
+@pytest.mark.parametrize("name", ACTORS)
+def test_actors_of_torchrl_are_planned(
+    name: str, mode: InteractionType | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = ACTORS[name]()
+    checked = CheckedPlan(model, planned(model))
+    given = batch()
+    with set_interaction_type(mode):
+        state = torch.get_rng_state()
+        expected = [model(given.clone()) for _ in range(3)]
+        torch.set_rng_state(state)
+        for one in expected:
+            assert_same(checked(given.clone()), one)
+    assert not caplog.records
+
+
+def test_an_actor_of_torchrl_that_projects_its_actions_has_no_plan() -> None:
+    modules, data = pytest.importorskip("torchrl.modules"), pytest.importorskip("torchrl.data")
+    spec = data.Bounded(-1, 1, (2,))
+    actor = modules.Actor(nn.Linear(4, 2), in_keys=["observation"], out_keys=["action"], spec=spec, safe=True)
+    assert plan_policy(actor) is None
+
+
 # -- compared with the policy --------------------------------------------------------------------------
 
 
@@ -421,6 +489,19 @@ def test_a_sampler_is_dropped_only_when_it_has_differed_several_times(caplog: py
     assert len(caplog.records) == 1
 
 
+def test_a_request_that_lacks_what_a_policy_can_do_without_is_served_by_the_policy(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = TensorDictModule(
+        lambda given, goal=None: given if goal is None else given + goal, ["observation", "goal"], ["action"]
+    )
+    checked = CheckedPlan(model, planned(model))
+    assert_same(checked(given := batch()), given.set("action", given["observation"]))
+    checked(batch(goal=torch.ones(COUNT, 4)))
+    assert_same(checked(given := batch()), given.set("action", given["observation"]))
+    assert not caplog.records
+
+
 def test_a_lazy_module_is_planned_once_it_has_its_shape(caplog: pytest.LogCaptureFixture) -> None:
     model = TensorDictModule(nn.LazyLinear(2), ["observation"], ["action"])
     checked = CheckedPlan(model, planned(model))
@@ -473,7 +554,7 @@ def test_what_a_function_returns_wrongly_is_an_error_by_name(function: Any, reas
 
 
 def test_an_entry_that_a_function_needs_is_missed_by_name() -> None:
-    with pytest.raises(InvalidRequestError, match="state"):
+    with pytest.raises(InvalidRequestError, match='no tensor "state"'):
         plan_function(torch.add, ["observation", "state"], ["action"])(batch())
 
 
