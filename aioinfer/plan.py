@@ -568,11 +568,15 @@ class CheckedPlan:
         modules = list(self._model.modules()) if isinstance(self._model, nn.Module) else []
         if any(map(is_lazy, _tensors(modules))):  # what they are is known after their first call
             return self._model(batch)
-        copy, before = batch.clone(), _State(modules)
-        output = self._model(batch)
-        after = _State(modules)
-        drew = not before.has_generators_of(after)
         try:
+            copy, before = batch.clone(), _State(modules)
+        except Exception as error:
+            self._drop(describe(error))
+            return self._model(batch)
+        output = self._model(batch)
+        try:
+            after = _State(modules)
+            drew = not before.has_generators_of(after)
             try:
                 before.restore()
                 values = plan.read(copy)
@@ -581,17 +585,19 @@ class CheckedPlan:
             finally:
                 after.restore()
         except Exception as error:
-            reason, drew = describe(error), False
+            self._drop(describe(error))
+            return output
         if reason is None:
             self._checked.add(layout)
         else:
             self._doubts += 1
             if not drew or self._doubts == _MOST_DOUBTS:
-                self._plan = None
-                _log.warning(
-                    "%s is called as it is, since a plan of it does not do the same: %s", _name(self._model), reason
-                )
+                self._drop(reason)
         return output
+
+    def _drop(self, reason: str) -> None:
+        self._plan = None
+        _log.warning("%s is called as it is, since a plan of it does not do the same: %s", _name(self._model), reason)
 
 
 def _tensors(modules: Sequence[nn.Module]) -> list[Tensor]:
