@@ -27,7 +27,7 @@ FEWEST_TIMES = 2
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """A median of repeats, or a ratio of two medians, with the least and the largest value of the repeats."""
+    """A median of repeats, or a ratio, with the least and the largest value of the repeats."""
 
     value: float
     least: float
@@ -69,6 +69,9 @@ class Comparison:
     def ratio(self, metric: Metric, of: System = System.OURS, against: System | None = None) -> Spread | None:
         """A system's figure over that of another one; ``None`` if either is missing.
 
+        A ratio of medians, as the two were measured one after the other. Two figures of one system are taken by turns
+        in each measurement, within fractions of a second; their ratio is the median of those of all measurements.
+
         Args:
             metric: names the figures.
             of: the one system.
@@ -78,10 +81,10 @@ class Comparison:
         one, other = self.summary(of, metric.figure), self.summary(divisor, metric.divisor)
         if one is None or other is None:
             return None
-        value = one.value / other.value
         repeats = zip(self.entries[of].repeats, self.entries[divisor].repeats, strict=True)
         # Repeats that ran next to each other: other load of the machine hit both.
         pairs = [a[metric.figure] / b[metric.divisor] for a, b in repeats if a is not None and b is not None]
+        value = statistics.median(pairs) if divisor is of else one.value / other.value
         return Spread(value, min(pairs, default=value), max(pairs, default=value))
 
 

@@ -116,7 +116,7 @@ def test_a_reply_that_is_none_is_not_measured() -> None:
 
 
 @pytest.mark.parametrize("way", ["threading", "slots"])
-@pytest.mark.parametrize("name", ["tasks-tiny", "tasks-tiny-fresh", "threads-tiny", "one-thread", "one-task"])
+@pytest.mark.parametrize("name", ["tasks-tiny", "tasks-tiny-fresh", "threads-tiny-named", "one-thread", "one-task"])
 def test_ours_is_measured_on_every_transport(name: str, way: str) -> None:
     figures = measure.measure(job(name, way=way))
     assert figures[BY_NAME[name].metrics[0].figure] > 0

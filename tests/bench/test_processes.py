@@ -38,15 +38,17 @@ def measured(system: System, *names_and_ways: tuple[str, str]) -> list[Figures]:
 
 
 def test_ours_is_measured_with_callers_in_other_processes() -> None:
-    *rates, rows, both, one = measured(
+    *rates, kinds, rows, both, one = measured(
         System.OURS,
         ("processes-4-pickles", "pickles"),
         ("processes-images", "process slots"),
+        ("processes-2x64-named", "process slots"),
         ("rows-2x2x64", "process slots"),
         ("slow-processes-8", "process slots"),
         ("process-one", "process slots"),
     )
     assert all(set(found) == {"rate"} and found["rate"] > 0 for found in rates)
+    assert set(kinds) == {"array rate", "tensor rate", "reused rate"}
     assert rows["pass rate"] > 0 < rows["rate"]
     assert set(both) == {"rate", "p50", "p99", "count"}
     assert set(one) == {"p50", "p99", "count"}
