@@ -15,10 +15,11 @@ from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import nn
 
+from aioinfer.compilation import WarmUp
 from aioinfer.devices import Model, Placement
 from aioinfer.entries import stack_entries
 from aioinfer.errors import InvalidRequestError, ModelError, describe
-from aioinfer.interaction_type import use_mode
+from aioinfer.interaction_type import Mode, use_mode
 from aioinfer.modes import long_lived
 from aioinfer.plan import Runner
 from aioinfer.tensors import (
@@ -73,6 +74,7 @@ class ForwardPass:
             those fail that the model can't serve alone; ``2n`` extra passes at most. Otherwise only those whose callers
             went away are left out, and the rest run once more.
         look: takes note of callers that went away.
+        warm_up: runs batches before the first request; ``None``: none are.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class ForwardPass:
         version: Callable[[], int],
         split_failed_batches: bool,
         look: Callable[[], object],
+        warm_up: WarmUp | None = None,
     ) -> None:
         self._model = model
         self._run = run
@@ -102,6 +105,7 @@ class ForwardPass:
         self._version_tensors = VersionTensorCache()
         self._split_failed_batches = split_failed_batches
         self._look = look
+        self._warm_up = warm_up
         self._warned = False
         self._empty: TensorDict | None = None
 
@@ -109,9 +113,21 @@ class ForwardPass:
     def _takes_tensordicts(self) -> bool:
         return isinstance(self._model, TensorDictModuleBase) or not isinstance(self._model, nn.Module)
 
-    def open(self) -> None:
-        """Prepare the device, and move the model there."""
+    def open(self, is_stopping: Callable[[], bool]) -> None:
+        """Prepare the device, move the model there, and warm it up.
+
+        Args:
+            is_stopping: whether to return before the end of the warm-up.
+        """
         self._placement.open(self._model)
+        if self._warm_up is not None:
+            self._warm_up(self._run_rows, is_stopping)
+
+    def _run_rows(self, tds: list[TensorDictBase], mode: Mode) -> None:
+        """Run the model over rows as over those of requests, and throw the replies away."""
+        batch = self._placement.build(partial(stack, tds)) if self._collate_fn is None else self._collate_fn(tds)
+        with use_mode(mode):
+            self._placement.run(self._run, batch, lambda output: check_output(output, len(tds)), self._split)
 
     def __call__(self, requests: Sequence[Request]) -> Iterator[Outcome]:
         """Run the model, once where all requests agree in layout and exploration mode.

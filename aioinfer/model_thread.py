@@ -100,6 +100,11 @@ class ModelThread:
         """Whether the thread runs, or is about to."""
         return not self.ended.done()
 
+    @property
+    def is_terminated(self) -> bool:
+        """Whether nobody waits for the thread's end any more."""
+        return self._terminated is not None
+
     def refuse(self, error: ServerClosedError) -> None:
         """Refuse new requests."""
         self._queue.refuse(error)
@@ -139,6 +144,8 @@ class ModelThread:
         with self._lock:
             self._terminated = error
             requests, self._unsettled = self._unsettled, ()
+        if threading.current_thread() is not self._thread:  # which gives a start the error that it has died of
+            self._ready.settle(None, error)
         self._stats.fail(sum(not request.is_part for request in requests))
         self._fail(requests, error)
         try:
@@ -150,7 +157,7 @@ class ModelThread:
     def _run(self) -> None:
         cause: BaseException | None = None
         try:
-            self._forward.open()
+            self._forward.open(lambda: self._stopping)
             self._queue.start()
             self._ready.settle(None, None)
             while not self._stopping:

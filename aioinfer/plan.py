@@ -555,6 +555,11 @@ class CheckedPlan:
         self._checked: set[Any] = set()
         self._doubts = 0
 
+    @property
+    def plan(self) -> Plan | None:
+        """The plan; ``None`` once it has shown that it does something else than the policy."""
+        return self._plan
+
     def __call__(self, batch: TensorDictBase) -> TensorDictBase:
         plan = self._plan
         if plan is None or (values := plan.read(batch)) is None or (layout := plan.layout(values)) is None:

@@ -117,6 +117,11 @@ class RowLayout:
         other._take([leaf for leaf in self.leaves if leaf.path != (key,)])
         return other
 
+    @long_lived()
+    def example(self) -> TensorDict:
+        """A row of zeros."""
+        return self.assemble([torch.zeros(leaf.shape, dtype=leaf.dtype) for leaf in self.leaves], _ONE_ROW)
+
     def signature(self) -> str:
         """The layout in words; equal for equal layouts."""
         leaves = ", ".join(f"{leaf.name} {leaf.dtype} {list(leaf.shape)}" for leaf in self.leaves)

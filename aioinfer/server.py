@@ -8,7 +8,7 @@ import logging
 import os
 import threading
 from abc import abstractmethod
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import ExitStack
 from functools import partial
@@ -22,7 +22,9 @@ from tensordict.utils import NestedKey
 from torch import nn
 
 from aioinfer.batching import BatchingRule, BatchLimits, BatchScheduler
+from aioinfer.buckets import BatchLayout, PaddedRunner, make_bucket_sizes
 from aioinfer.client import AsyncInferenceClient, ClientMaker, InferenceClient
+from aioinfer.compilation import CompiledPlan, WarmUp, compiler
 from aioinfer.devices import Model, place
 from aioinfer.errors import ServerClosedError, ServerNotRunningError, clone_exception
 from aioinfer.forward import CollateFn, ForwardPass
@@ -30,10 +32,11 @@ from aioinfer.futures import Future, run_in_thread
 from aioinfer.ipc.selector import Selector
 from aioinfer.learned_rule import LearnedRule
 from aioinfer.model_thread import ModelThread, Pause, PendingPolicy, check_policy
-from aioinfer.plan import CheckedPlan, Runner, plan_policy
+from aioinfer.plan import CheckedPlan, Compile, Runner, plan_policy
 from aioinfer.stats import Health, ServerStats, StatsRecorder
 from aioinfer.transports.base import Transport
 from aioinfer.transports.ipc.server import ProcessTransport
+from aioinfer.transports.ipc.slots import ProcessSlotTransport
 from aioinfer.transports.polling import InferenceTransport
 from aioinfer.transports.queue import Admission, RequestQueue
 from aioinfer.weight_sync.scheme import WeightSyncScheme
@@ -152,13 +155,26 @@ class InferenceServer(BaseServer):
             Python say, changes twice then. Where a model has hooks, anything else about it is unusual, or the two
             don't agree, it is called as it is. With ``False`` it always is. Hooks that are registered and modules that
             are replaced later are noticed; what else is set on a TensorDict module after the server was made is not.
+        compile: hand the plan of the model, or else the model, to ``torch.compile``; a dictionary has its options, to
+            which ``dynamic=False`` is added. The model runs a batch of every bucket before the server has started, so
+            nothing is compiled later. That needs requests of one layout: ``request_spec``, or only
+            :class:`ProcessSlotTransport` of one layout.
+        bucket_sizes: the batch sizes that are computed, in ascending order; batches are padded to them, and the rows
+            that were added never reach a reply. By default batches are padded only for ``compile`` and
+            ``cuda_graphs``: to the powers of two below ``max_batch_size``, and to that.
+        cuda_graphs: capture a CUDA graph for each bucket before the server has started, and replay it for each batch.
+            Those for another exploration mode than the default one are captured when it is first asked for. A model
+            that can't be captured is run without graphs, and the log says why. It needs the same as ``compile``.
 
     Raises:
         TypeError: an argument of the wrong type, or a module of tensors instead of TensorDicts; or both
             ``batch_timeout`` and ``timeout``.
         ValueError: not ``1 <= min_batch_size <= max_batch_size``, a negative ``batch_timeout``, ``max_pending < 1``;
-            ``out_keys`` that the model neither reads nor writes.
-        RuntimeError: ``transport`` has a running server already.
+            ``out_keys`` that the model neither reads nor writes; ``bucket_sizes`` that are not in ascending order, or
+            whose largest is below ``max_batch_size``; ``compile``, ``bucket_sizes`` or ``cuda_graphs`` where the layout
+            of requests is unknown, or has entries that are no tensors; ``cuda_graphs`` without a CUDA ``device``, or
+            with ``swap_weights``; options of ``compile`` that make constants of the weights, or capture graphs too.
+        RuntimeError: ``transport`` has a running server already; or ``torch.compile`` refuses its options.
     """
 
     def __init__(
@@ -184,6 +200,9 @@ class InferenceServer(BaseServer):
         max_pending: int | None = None,
         split_failed_batches: bool = True,
         plan: bool = True,
+        compile: bool | Mapping[str, Any] = False,
+        bucket_sizes: Sequence[int] | None = None,
+        cuda_graphs: bool = False,
     ) -> None:
         _check_model(model)
         _check_out_keys(model, out_keys, request_spec)
@@ -196,6 +215,12 @@ class InferenceServer(BaseServer):
             raise TypeError(f"weight_sync must be a WeightSyncScheme, got {type(weight_sync).__qualname__}")
         if not isinstance(plan, bool):
             raise TypeError(f"plan must be True or False, got {plan!r}")
+        if not isinstance(cuda_graphs, bool):
+            raise TypeError(f"cuda_graphs must be True or False, got {cuda_graphs!r}")
+        if cuda_graphs and swap_weights:
+            raise ValueError(
+                "cuda_graphs=True needs swap_weights=False: a graph reads weights where they were when it was captured"
+            )
         check_version(policy_version)
         if not isinstance(policy_version_key, str | None):
             raise TypeError(f"policy_version_key must be a string, got {policy_version_key!r}")
@@ -208,7 +233,11 @@ class InferenceServer(BaseServer):
         self._stats = StatsRecorder()
         self._request_spec = request_spec
         self._max_pending = max_pending
-        placement = place(device, output_device)
+        sizes, warm_up, compile_function = None, None, compiler(compile, cuda_graphs=cuda_graphs)
+        if compile_function is not None or cuda_graphs or bucket_sizes is not None:
+            sizes = make_bucket_sizes(max_batch_size, bucket_sizes)
+            warm_up = WarmUp(find_example(self.transports, request_spec), sizes, all_modes=not cuda_graphs)
+        placement = place(device, output_device, sizes if cuda_graphs else None)
         self._updates = WeightUpdates(
             model,
             placement,
@@ -220,7 +249,7 @@ class InferenceServer(BaseServer):
         )
         self._forward = ForwardPass(
             model,
-            _choose_runner(model, plan=plan),
+            _choose_runner(model, plan=plan, compile=compile_function, sizes=None if cuda_graphs else sizes),
             placement,
             collate_fn=collate_fn,
             out_keys=out_keys,
@@ -228,6 +257,7 @@ class InferenceServer(BaseServer):
             version=partial(getattr, self._updates, "version"),
             split_failed_batches=split_failed_batches,
             look=lambda: self._queue.read(),
+            warm_up=warm_up,
         )
         self._attached = [
             transport if isinstance(transport, Transport) else transport._aioinfer_transport
@@ -405,7 +435,7 @@ class InferenceServer(BaseServer):
             if (error := self._shut_down_with()) is not None:
                 raise clone_exception(error)
         except BaseException:
-            await self.aclose()
+            await self.aclose(0.0 if thread.is_terminated else 5.0)
             raise
         return self
 
@@ -535,10 +565,47 @@ def _check_model(model: Any) -> None:
         )
 
 
-def _choose_runner(model: Model, *, plan: bool) -> Runner:
-    """What a pass calls: the model, or what does the same faster."""
+def _choose_runner(model: Model, *, plan: bool, compile: Compile | None, sizes: Sequence[int] | None) -> Runner:
+    """What a pass calls: the model, or what does the same faster.
+
+    Args:
+        model: as given.
+        plan: whether to plan it.
+        compile: compiles a function; ``None``: nothing is compiled.
+        sizes: to which batches are padded; ``None``: they are not.
+    """
     planned = plan_policy(model) if plan else None
-    return model if planned is None else CheckedPlan(model, planned)
+    run: Runner
+    if compile is None:
+        run = model if planned is None else CheckedPlan(model, planned)
+    else:
+        run = compile(model) if planned is None else CompiledPlan(model, planned, compile)
+    return run if sizes is None else PaddedRunner(run, sizes)
+
+
+def find_example(transports: Sequence[InferenceTransport], request_spec: TensorDictBase | None) -> TensorDictBase:
+    """A row of every request, for code that is made for it before one comes.
+
+    Raises:
+        TypeError: ``request_spec`` is no TensorDict.
+        ValueError: there is none, and the transports take requests of other layouts than one; or it has an entry that
+            is no tensor.
+    """
+    layouts = [one.request_layout if isinstance(one, ProcessSlotTransport) else None for one in transports]
+    first = layouts[0]
+    if request_spec is not None:
+        example = request_spec
+    elif first is None or any(other is None or other.signature() != first.signature() for other in layouts):
+        raise ValueError(
+            "compile, bucket_sizes and cuda_graphs need requests of one layout: give request_spec, an example of one "
+            'row, such as TensorDict({"observation": torch.zeros(4)})'
+        )
+    else:
+        example = first.example()
+    if not isinstance(example, TensorDictBase):
+        raise TypeError(f"request_spec must be a TensorDict, got {type(example).__qualname__}")
+    BatchLayout(example.unsqueeze(0), None)
+    return example
 
 
 def _check_out_keys(model: Any, out_keys: Sequence[NestedKey] | None, request_spec: TensorDictBase | None) -> None:

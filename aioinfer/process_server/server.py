@@ -35,7 +35,7 @@ from aioinfer.process_server.parent import (
     inherited_fds,
 )
 from aioinfer.process_server.protocol import Command, ServerConfig, SharedVersion
-from aioinfer.server import BaseServer, InferenceServer
+from aioinfer.server import BaseServer, InferenceServer, find_example
 from aioinfer.stats import Health, ServerStats
 from aioinfer.transports.ipc.server import ProcessTransport, TransportHandoff
 from aioinfer.transports.local import ThreadingTransport
@@ -45,6 +45,9 @@ __all__ = ["ProcessInferenceServer"]
 
 # Seconds to wait for the exit of a process past the timeout of a shutdown: until it is killed, and then for the kill.
 _EXIT_TIMEOUT = EXIT_GRACE + 1.0
+
+# Options for which the layout of requests must be known.
+_NEED_LAYOUT = ("compile", "bucket_sizes", "cuda_graphs")
 
 _log = logging.getLogger("aioinfer")
 
@@ -114,7 +117,7 @@ class ProcessInferenceServer(BaseServer):
             raise TypeError(f"startup_timeout must be a number of seconds, or None, got {startup_timeout!r}")
         if startup_timeout is not None and not startup_timeout > 0:
             raise ValueError(f"startup_timeout must be above 0, or None, got {startup_timeout}")
-        arguments = _check_options(options)
+        arguments = _check_options(options, transports)
         self.max_batch_size: int = arguments["max_batch_size"]
         self.transports: list[ProcessTransport] = transports
         self.startup_timeout = startup_timeout
@@ -432,10 +435,13 @@ class _AnyModel(nn.Module):
         raise NotImplementedError
 
 
-def _check_options(options: dict[str, Any]) -> dict[str, Any]:
+def _check_options(options: dict[str, Any], transports: Sequence[ProcessTransport]) -> dict[str, Any]:
     """Check the arguments of the server with one that is never started; return them with their defaults."""
     model, transport = _AnyModel(), ThreadingTransport()
-    InferenceServer(model, transport, **options)
+    checked = dict(options)
+    if any(options.get(name) for name in _NEED_LAYOUT):
+        checked["request_spec"] = find_example(transports, options.get("request_spec"))
+    InferenceServer(model, transport, **checked)
     bound = inspect.signature(InferenceServer).bind(model, transport, **options)
     bound.apply_defaults()
     return bound.arguments

@@ -29,9 +29,9 @@ LAYERS = (
         "entries",
         "rows",
     }
-    | {"devices", "futures", "ipc"},
+    | {"buckets", "compilation", "devices", "futures", "ipc", "plan"},
     {"transports", "weight_sync"},
-    {"plan", "forward", "policy", "model_thread", "weight_updates", "server"},
+    {"forward", "policy", "model_thread", "weight_updates", "server"},
     {"process_server"},
     {""},
     {"testing"},

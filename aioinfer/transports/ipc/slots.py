@@ -148,6 +148,11 @@ class ProcessSlotTransport(ProcessTransport):
             endpoint.transport = weakref.ref(self)
 
     @property
+    def request_layout(self) -> RowLayout:
+        """Of each row of a request."""
+        return self._request
+
+    @property
     def free_slots(self) -> int:
         """How many slots no client has, in the process that serves.
 
