@@ -106,8 +106,8 @@ class InferenceClient(_Handle):
         blocks: hand long work to another thread.
 
         Raises:
-            InvalidRequestError: ``td`` is neither TensorDict nor mapping, or of another layout than the server takes, or
-                has an entry that can't be a tensor.
+            InvalidRequestError: ``td`` is neither TensorDict nor mapping, or not of the layout that the server
+                takes; or an entry can't be a tensor.
             TypeError: there are both ``td`` and ``entries``.
             ClientBusyError: the client has a slot, and a request under way.
             ClientClosedError: the client was closed.

@@ -47,16 +47,18 @@ _TORCH_DTYPES = {dtype: torch.from_numpy(np.empty(0, dtype)).dtype for dtype in 
 _ARRAY_DTYPES = {kind: dtype for dtype, kind in _TORCH_DTYPES.items()}
 
 
-def make_request(td: Any, entries: Entries) -> Any:
-    """What a client was called with: a TensorDict as it is, or the entries of a mapping, or those given by name.
+def make_request(td: RequestLike, entries: Mapping[str, Any]) -> TensorDictBase | Entries:
+    """What a client was called with: a TensorDict as it is, or the entries of a mapping.
+
+    Args:
+        td: what is asked.
+        entries: that were given by name, of which there must be none beside ``td``.
 
     Raises:
         TypeError: a request and entries by name.
         InvalidRequestError: a name is no string.
     """
     if entries:
-        if td is None:
-            return entries
         raise TypeError(f"expected a request or entries by name, got both: {', '.join(entries)}")
     if not isinstance(td, Mapping) or isinstance(td, TensorDictBase):
         return td
@@ -66,12 +68,12 @@ def make_request(td: Any, entries: Entries) -> Any:
 
 
 def is_checked(entries: Entries) -> bool:
-    """Whether each entry is a tensor, or an array of a dtype that tensors have."""
+    """Whether there are entries, and each is a tensor, or an array of a dtype that tensors have."""
     for value in entries.values():
         kind = type(value)
         if kind is not Tensor and (kind is not np.ndarray or value.dtype not in _DTYPES):
             return False
-    return True
+    return bool(entries)
 
 
 def check_entries(entries: Entries, dtypes: Mapping[str, torch.dtype] = {}) -> None:
@@ -82,8 +84,10 @@ def check_entries(entries: Entries, dtypes: Mapping[str, torch.dtype] = {}) -> N
         dtypes: of the tensors that numbers make, by name; others get the dtype that ``torch.tensor`` gives them.
 
     Raises:
-        InvalidRequestError: one can't be a tensor; the message names it.
+        InvalidRequestError: one can't be a tensor; the message names it. Or there is none.
     """
+    if not entries:
+        raise InvalidRequestError("expected a request: a TensorDict, a mapping, or entries by name (observation=...)")
     if not is_checked(entries):
         entries |= {name: _converted(name, value, dtypes.get(name)) for name, value in entries.items()}
 
@@ -171,8 +175,9 @@ def stack_entries(rows: Sequence[Entries], size: torch.Size, allocate: Allocate 
 
 
 def _stack(values: list[Any], allocate: Allocate | None) -> Any:
-    if set(map(type, values)) != _ARRAY:
-        return stack_column(list(map(to_tensor, values)), allocate)
+    kinds = set(map(type, values))
+    if kinds != _ARRAY:
+        return stack_column(list(map(to_tensor, values)) if np.ndarray in kinds else values, allocate)
     if len(set(map(_dtype, values))) != 1:  # numpy would promote them
         raise UnlikeRequestsError
     try:

@@ -28,6 +28,7 @@ from aioinfer.tensors import (
     check_output,
     concatenate,
     empty_rows,
+    entries,
     group_by_layout,
     rows,
     split,
@@ -247,8 +248,10 @@ class ForwardPass:
         return split(output, sizes, self._keys, {self._version_key: tensors})
 
     def _check_keys(self, output: TensorDictBase) -> None:
-        if missing := self._required - set(output.keys()):
-            raise ModelError(f"out_keys names {sorted(missing)}, the model returned {sorted(map(str, output.keys()))}")
+        found = entries(output).keys()
+        if not self._required <= found:
+            missing = self._required - found
+            raise ModelError(f"out_keys names {sorted(missing)}, the model returned {sorted(map(str, found))}")
         if self._empty is None:
             self._note_entries(output)
 

@@ -346,7 +346,7 @@ def _concatenate_column(values: list[Any], batched: Sequence[bool], allocate: Al
 
 def check_output(output: Any, count: int) -> TensorDictBase:
     """Return the model's output if it has ``count`` rows, as its batch had, else raise :class:`ModelError`."""
-    if not isinstance(output, TensorDictBase):
+    if type(output) is not TensorDict and not isinstance(output, TensorDictBase):
         raise ModelError(
             f"the model returned {type(output).__qualname__}, expected a TensorDict of batch size [{count}, ...]"
         )
@@ -374,7 +374,7 @@ def rows(
     """
     size, device = output.batch_size[1:], output.device
     columns: dict[str, Iterable[Any]] = {
-        key: _split(value) for key, value in output.items() if keys is None or key in keys
+        key: _split(value) for key, value in entries(output).items() if keys is None or key in keys
     }
     if extra is not None:
         columns.update(extra)
@@ -395,6 +395,8 @@ def rows(
 def _split(value: Any) -> Iterable[Any]:
     if isinstance(value, Tensor):
         count = value.shape[0]
+        if count == 1:
+            return (value[0].clone(memory_format=torch.contiguous_format),)
         if value.numel() * value.element_size() >= OWN_MEMORY_BYTES * max(count, 1):
             return [row.clone(memory_format=torch.contiguous_format) for row in value.unbind(0)]
         return unbind_rows(value.clone(memory_format=torch.contiguous_format))

@@ -114,14 +114,18 @@ class _ThreadClient(_LocalClient):
         self._transport = CLOSED
 
     def submit(self, td: RequestLike | None = None, **entries: Any) -> Future[TensorDictBase]:
-        if type(td) is not TensorDict or entries:
+        if td is None:
+            td = entries
+        elif entries or type(td) is not TensorDict:
             td = make_request(td, entries)
         return self._transport.submit(td)
 
     def __call__(
         self, td: RequestLike | None = None, timeout: float | None = None, *, wait: bool = False, **entries: Any
     ) -> TensorDictBase:
-        if type(td) is not TensorDict or entries:
+        if td is None:
+            td = entries
+        elif entries or type(td) is not TensorDict:
             td = make_request(td, entries)
         transport = self._transport
         sink = transport.thread_sink
@@ -299,7 +303,9 @@ class _SlotClient(_LocalClient):
         self._slot.close()
 
     def submit(self, td: RequestLike | None = None, **entries: Any) -> Future[TensorDictBase]:
-        if type(td) is not TensorDict or entries:
+        if td is None:
+            td = entries
+        elif entries or type(td) is not TensorDict:
             td = make_request(td, entries)
         future: Future[TensorDictBase] = Future()
         try:
@@ -316,7 +322,9 @@ class _SlotClient(_LocalClient):
     def __call__(
         self, td: RequestLike | None = None, timeout: float | None = None, *, wait: bool = False, **entries: Any
     ) -> TensorDictBase:
-        if type(td) is not TensorDict or entries:
+        if td is None:
+            td = entries
+        elif entries or type(td) is not TensorDict:
             td = make_request(td, entries)
         slot, call = self._slot, _Call()
         transport = slot.transport

@@ -355,7 +355,9 @@ class _Client(InferenceClient):
         self._transport = CLOSED
 
     def submit(self, td: RequestLike | None = None, **entries: Any) -> concurrent.futures.Future[TensorDictBase]:
-        if type(td) is not TensorDict or entries:
+        if td is None:
+            td = entries
+        elif entries or type(td) is not TensorDict:
             td = make_request(td, entries)
         try:
             return self._transport.submit(td)
@@ -367,7 +369,9 @@ class _Client(InferenceClient):
     def __call__(
         self, td: RequestLike | None = None, timeout: float | None = None, *, wait: bool = False, **entries: Any
     ) -> TensorDictBase:
-        if type(td) is not TensorDict or entries:
+        if td is None:
+            td = entries
+        elif entries or type(td) is not TensorDict:
             td = make_request(td, entries)
         transport = self._transport
         put = partial(transport.submit, td)

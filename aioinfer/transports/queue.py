@@ -320,7 +320,9 @@ class RefusableAsyncClient(AsyncInferenceClient):
         """Do as ``submit``; raise what the server refuses."""
 
     def submit(self, td: RequestLike | None = None, **entries: Any) -> asyncio.Future[TensorDictBase]:
-        if type(td) is not TensorDict or entries:
+        if td is None:
+            td = entries
+        elif entries or type(td) is not TensorDict:
             td = make_request(td, entries)
         try:
             return self._put(td)
@@ -337,7 +339,9 @@ class RefusableAsyncClient(AsyncInferenceClient):
         wait: bool = False,
         **entries: Any,
     ) -> TensorDictBase:
-        if type(td) is not TensorDict or entries:
+        if td is None:
+            td = entries
+        elif entries or type(td) is not TensorDict:
             td = make_request(td, entries)
         if timeout is not None:
             async with asyncio.timeout(timeout):

@@ -248,7 +248,9 @@ class ClientBase:
 
 class _Client(ClientBase, InferenceClient):
     def submit(self, td: RequestLike | None = None, **entries: Any) -> Future[TensorDictBase]:
-        if type(td) is not TensorDict or entries:
+        if td is None:
+            td = entries
+        elif entries or type(td) is not TensorDict:
             td = make_request(td, entries)
         endpoint = self._endpoint
         payload = endpoint.check(td)
@@ -275,7 +277,9 @@ class _Client(ClientBase, InferenceClient):
     def __call__(
         self, td: RequestLike | None = None, timeout: float | None = None, *, wait: bool = False, **entries: Any
     ) -> TensorDictBase:
-        if type(td) is not TensorDict or entries:
+        if td is None:
+            td = entries
+        elif entries or type(td) is not TensorDict:
             td = make_request(td, entries)
         endpoint = self._endpoint
         payload = endpoint.check(td)
@@ -337,7 +341,9 @@ class _AsyncClient(ClientBase, AsyncInferenceClient):
         return future, connection, number
 
     def submit(self, td: RequestLike | None = None, **entries: Any) -> asyncio.Future[TensorDictBase]:
-        if type(td) is not TensorDict or entries:
+        if td is None:
+            td = entries
+        elif entries or type(td) is not TensorDict:
             td = make_request(td, entries)
         future, connection, number = self._submit(td, wait=False)
         if connection is not None:
@@ -352,7 +358,9 @@ class _AsyncClient(ClientBase, AsyncInferenceClient):
         wait: bool = False,
         **entries: Any,
     ) -> TensorDictBase:
-        if type(td) is not TensorDict or entries:
+        if td is None:
+            td = entries
+        elif entries or type(td) is not TensorDict:
             td = make_request(td, entries)
         if timeout is not None:
             async with asyncio.timeout(timeout):
