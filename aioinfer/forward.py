@@ -193,7 +193,7 @@ class ForwardPass:
         if isinstance(error, TypeError) and "__torch_function__" in str(error) and not self._takes_tensordicts:
             explained: BaseException = ModelError(
                 f"the model is called with a TensorDict, and {type(self._model).__qualname__} seems to take tensors; "
-                'wrap it: TensorDictModule(model, in_keys=["observation"], out_keys=["action"])'
+                'name them: InferenceServer(model, transport, in_keys=["observation"], out_keys=["action"])'
             )
             explained.__cause__ = error
             return explained

@@ -192,7 +192,8 @@ class Plan:
         # What is no function of tensors may look at every entry, and at the mode.
         self._is_of_tensors = all(isinstance(step, _TensorStep) for step in steps)
         # Dictionaries that torch changes in place. To compare lists of them is one call of C.
-        self._hooks = tuple(hooks for module in (*watched, torch_module) for hooks in _hooks(module))
+        observed = () if model is None else (*watched, torch_module)
+        self._hooks = tuple(hooks for module in observed for hooks in _hooks(module))
         self._children = [children for module in watched for children in _children(module)]
         self._known_children = [dict(children) for children in self._children]
 

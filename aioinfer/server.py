@@ -32,7 +32,7 @@ from aioinfer.futures import Future, run_in_thread
 from aioinfer.ipc.selector import Selector
 from aioinfer.learned_rule import LearnedRule
 from aioinfer.model_thread import ModelThread, Pause, PendingPolicy, check_policy
-from aioinfer.plan import CheckedPlan, Compile, Runner, plan_policy
+from aioinfer.plan import CheckedPlan, Compile, Plan, Runner, plan_function, plan_policy
 from aioinfer.stats import Health, ServerStats, StatsRecorder
 from aioinfer.transports.base import Transport
 from aioinfer.transports.ipc.server import ProcessTransport
@@ -105,7 +105,8 @@ class InferenceServer(BaseServer):
     Requests that are submitted before it starts wait for it.
 
     Args:
-        model: any callable from a batched TensorDict ``[B]`` to a batched TensorDict ``[B]``. It runs on
+        model: any callable from a batched TensorDict ``[B]`` to a batched TensorDict ``[B]``; or, with ``in_keys``
+            and ``out_keys``, a module or function of tensors. It runs on
             one thread of the server's own, under ``torch.no_grad``; its ``train``/``eval`` mode is left alone.
         transport: how requests and replies travel; several transports, in a list, serve tasks, threads and
             processes at once. Clients that the server makes are then the first one's.
@@ -123,6 +124,9 @@ class InferenceServer(BaseServer):
             layouts. Each row is a TensorDict without a dimension of rows, also where a request has several. The
             default joins requests of like layout, and runs those of unlike layout apart.
         device: where batches are moved, and the model at the start; ``None`` moves nothing.
+        in_keys: the entries whose tensors, each ``[B, ...]``, are the arguments of ``model``, where that is a module or
+            function of tensors: it returns the tensors of ``out_keys``, each ``[B, ...]``, in this order; or a mapping
+            that has them. By default the model is called with the batch.
         out_keys: the entries that replies have, each of which the model must return. By default the ``out_keys`` of
             the model if it is a TensorDict module, so that requests are not sent back; all that it returns if it is
             another callable.
@@ -170,16 +174,17 @@ class InferenceServer(BaseServer):
         TypeError: an argument of the wrong type, or a module of tensors instead of TensorDicts; or both
             ``batch_timeout`` and ``timeout``.
         ValueError: not ``1 <= min_batch_size <= max_batch_size``, a negative ``batch_timeout``, ``max_pending < 1``;
-            ``out_keys`` that the model neither reads nor writes; ``bucket_sizes`` that are not in ascending order, or
-            whose largest is below ``max_batch_size``; ``compile``, ``bucket_sizes`` or ``cuda_graphs`` where the layout
-            of requests is unknown, or has entries that are no tensors; ``cuda_graphs`` without a CUDA ``device``, or
-            with ``swap_weights``; options of ``compile`` that make constants of the weights, or capture graphs too.
+            ``out_keys`` that the model neither reads nor writes; ``in_keys`` without ``out_keys``; ``bucket_sizes``
+            that are not in ascending order, or whose largest is below ``max_batch_size``; ``compile``,
+            ``bucket_sizes`` or ``cuda_graphs`` where the layout of requests is unknown, or has entries that are no
+            tensors; ``cuda_graphs`` without a CUDA ``device``, or with ``swap_weights``; options of ``compile`` that
+            make constants of the weights, or capture graphs too.
         RuntimeError: ``transport`` has a running server already; or ``torch.compile`` refuses its options.
     """
 
     def __init__(
         self,
-        model: Model,
+        model: Callable[..., Any],
         transport: InferenceTransport | Sequence[InferenceTransport],
         *,
         max_batch_size: int = 64,
@@ -189,6 +194,7 @@ class InferenceServer(BaseServer):
         batching: BatchingRule | None = None,
         collate_fn: CollateFn | None = None,
         device: torch.device | str | int | None = None,
+        in_keys: Sequence[NestedKey] | None = None,
         out_keys: Sequence[NestedKey] | None = None,
         output_device: torch.device | str | int | None = None,
         weight_sync: WeightSyncScheme | None = None,
@@ -204,7 +210,7 @@ class InferenceServer(BaseServer):
         bucket_sizes: Sequence[int] | None = None,
         cuda_graphs: bool = False,
     ) -> None:
-        _check_model(model)
+        _check_model(model, in_keys, out_keys)
         _check_out_keys(model, out_keys, request_spec)
         self.transports = _transports(transport)
         if not isinstance(batching, BatchingRule | None):
@@ -249,7 +255,12 @@ class InferenceServer(BaseServer):
         )
         self._forward = ForwardPass(
             model,
-            _choose_runner(model, plan=plan, compile=compile_function, sizes=None if cuda_graphs else sizes),
+            _choose_runner(
+                model if in_keys is None else plan_function(model, in_keys, out_keys or ()),
+                plan=plan,
+                compile=compile_function,
+                sizes=None if cuda_graphs else sizes,
+            ),
             placement,
             collate_fn=collate_fn,
             out_keys=out_keys,
@@ -552,31 +563,41 @@ class InferenceServer(BaseServer):
         return True
 
 
-def _check_model(model: Any) -> None:
+def _check_model(model: Any, in_keys: Any, out_keys: Any) -> None:
     if not callable(model):
         raise TypeError(f"model must be callable, got {type(model).__qualname__}")
+    if in_keys is not None:
+        if isinstance(in_keys, str) or not isinstance(in_keys, Sequence):
+            raise TypeError(f"in_keys must be a sequence of keys, got {in_keys!r}")
+        if isinstance(model, TensorDictModuleBase):
+            raise TypeError("in_keys are for a model that takes tensors; a TensorDict module has its own")
+        if not in_keys or not out_keys:
+            raise ValueError(f"a model that takes tensors needs in_keys and out_keys, got {in_keys!r} and {out_keys!r}")
+        return
     inner = model
     while isinstance(inner, nn.Sequential) and not isinstance(inner, TensorDictModuleBase) and len(inner):
         inner = inner[0]
     if type(inner).__module__.startswith("torch.nn.modules") and not isinstance(inner, nn.Sequential):
         raise TypeError(
-            f"model must take a TensorDict, and {type(model).__qualname__} takes tensors; wrap it: "
-            'TensorDictModule(model, in_keys=["observation"], out_keys=["action"])'
+            f"model must take a TensorDict, and {type(model).__qualname__} takes tensors; name them: "
+            'InferenceServer(model, transport, in_keys=["observation"], out_keys=["action"])'
         )
 
 
-def _choose_runner(model: Model, *, plan: bool, compile: Compile | None, sizes: Sequence[int] | None) -> Runner:
+def _choose_runner(model: Runner, *, plan: bool, compile: Compile | None, sizes: Sequence[int] | None) -> Runner:
     """What a pass calls: the model, or what does the same faster.
 
     Args:
-        model: as given.
-        plan: whether to plan it.
+        model: as given; or the plan of one that takes tensors.
+        plan: whether to plan a policy.
         compile: compiles a function; ``None``: nothing is compiled.
         sizes: to which batches are padded; ``None``: they are not.
     """
     planned = plan_policy(model) if plan else None
     run: Runner
-    if compile is None:
+    if isinstance(model, Plan):
+        run = model if compile is None else model.compiled(compile)
+    elif compile is None:
         run = model if planned is None else CheckedPlan(model, planned)
     else:
         run = compile(model) if planned is None else CompiledPlan(model, planned, compile)

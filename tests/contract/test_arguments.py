@@ -101,7 +101,7 @@ def test_a_partial_batch_waits_for_a_hundredth_of_a_second_by_default() -> None:
 
 @pytest.mark.parametrize("model", [nn.Linear(3, 2), nn.Sequential(nn.Linear(3, 2), nn.Tanh()), nn.LSTM(3, 2)])
 def test_a_layer_of_tensors_is_refused_as_a_model(model: nn.Module) -> None:
-    with pytest.raises(TypeError, match=r"takes tensors; wrap it: TensorDictModule"):
+    with pytest.raises(TypeError, match=r"takes tensors; name them: InferenceServer\(model, transport, in_keys="):
         InferenceServer(model, ThreadingTransport())
 
 
@@ -116,7 +116,7 @@ def test_a_module_of_tensors_says_how_to_wrap_it_when_it_is_called() -> None:
 
     with (
         InferenceServer(Net(), ThreadingTransport()) as server,
-        pytest.raises(ModelError, match=r"Net seems to take tensors; wrap it") as raised,
+        pytest.raises(ModelError, match=r"Net seems to take tensors; name them") as raised,
     ):
         server.client()(request(1), HANG)
     assert isinstance(raised.value.__cause__, ModelError)
