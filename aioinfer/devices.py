@@ -20,7 +20,7 @@ from aioinfer.buckets import BatchLayout, PaddedRunner, find_bucket, take_rows
 from aioinfer.errors import ModelError, describe
 from aioinfer.interaction_type import InteractionType, interaction_type
 from aioinfer.modes import long_lived
-from aioinfer.tensors import Allocate, check_output, entries, is_nested
+from aioinfer.tensors import Allocate, build, check_output, entries, is_nested
 
 __all__ = ["CudaPlacement", "GraphPlacement", "HostPlacement", "Model", "Placement", "place", "settle"]
 
@@ -32,6 +32,7 @@ _log = logging.getLogger("aioinfer")
 Model = Callable[[TensorDictBase], TensorDictBase]
 Check = Callable[[Any], TensorDictBase]
 Split = Callable[[TensorDictBase], Sequence[TensorDictBase]]
+Keys = frozenset[str] | None
 
 
 class Placement(Protocol):
@@ -49,7 +50,9 @@ class Placement(Protocol):
         """
         ...
 
-    def run(self, model: Model, batch: TensorDictBase, check: Check, split: Split) -> Sequence[TensorDictBase]:
+    def run(
+        self, model: Model, batch: TensorDictBase, check: Check, split: Split, keys: Keys
+    ) -> Sequence[TensorDictBase]:
         """Run the model over a batch where it lives, and bring one reply per row back.
 
         Args:
@@ -57,6 +60,7 @@ class Placement(Protocol):
             batch: ``[B, ...]``, where its requests were.
             check: returns the model's output if it is a proper one, else raises.
             split: makes the replies of an output.
+            keys: the entries of an output that replies have; ``None``: all.
         """
         ...
 
@@ -116,13 +120,15 @@ class HostPlacement:
     def build(self, make: Callable[[Allocate | None], TensorDict]) -> TensorDict:
         return make(None)
 
-    def run(self, model: Model, batch: TensorDictBase, check: Check, split: Split) -> Sequence[TensorDictBase]:
+    def run(
+        self, model: Model, batch: TensorDictBase, check: Check, split: Split, keys: Keys
+    ) -> Sequence[TensorDictBase]:
         target = self._output_device
         if self._device is not None:
             target = target or _origin(batch)
             batch = batch.to(self._device)
         output = check(model(batch))
-        return split(output if target is None else output.to(target))
+        return split(output if target is None else select(output, keys).to(target))
 
     def update(self, write: Callable[[], None]) -> None:
         write()
@@ -164,10 +170,12 @@ class CudaPlacement:
         # torch keeps freed pinned blocks, and reuses one only after the copies that read it have ended.
         return torch.empty(shape, dtype=dtype, pin_memory=True)
 
-    def run(self, model: Model, batch: TensorDictBase, check: Check, split: Split) -> Sequence[TensorDictBase]:
+    def run(
+        self, model: Model, batch: TensorDictBase, check: Check, split: Split, keys: Keys
+    ) -> Sequence[TensorDictBase]:
         target = self._output_device or _origin(batch) or torch.device("cpu")
         with self._cuda.stream(self._stream):
-            output = check(self._compute(model, batch))
+            output = select(check(self._compute(model, batch)), keys)
             if target.type == "cuda":
                 replies = split(move(output, target))
                 self._synchronize()
@@ -349,6 +357,13 @@ def settle(tensors: Iterable[Tensor]) -> None:
     for device in {tensor.device for tensor in tensors}:
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()
+
+
+def select(output: TensorDictBase, keys: Keys) -> TensorDictBase:
+    """The entries that replies have, so that no others travel; all if one is lacking, so that a message can say so."""
+    if keys is None or type(output) is not TensorDict or not keys.issubset(found := entries(output)):
+        return output
+    return build({name: value for name, value in found.items() if name in keys}, output.batch_size, output.device)
 
 
 def move(td: TensorDictBase, device: torch.device) -> TensorDictBase:

@@ -128,7 +128,9 @@ class ForwardPass:
         """Run the model over rows as over those of requests, and throw the replies away."""
         batch = self._placement.build(partial(stack, tds)) if self._collate_fn is None else self._collate_fn(tds)
         with use_mode(mode):
-            self._placement.run(self._run, batch, lambda output: check_output(output, len(tds)), self._split)
+            self._placement.run(
+                self._run, batch, lambda output: check_output(output, len(tds)), self._split, self._keys
+            )
 
     def __call__(self, requests: Sequence[Request]) -> Iterator[Outcome]:
         """Run the model, once where all requests agree in layout and exploration mode.
@@ -219,7 +221,7 @@ class ForwardPass:
         else:
             batch, make = self._gather(store, requests), partial(self._scatter, store, requests)
         with use_mode(requests[0].mode):
-            return self._placement.run(self._run, batch, lambda output: check_output(output, count), make)
+            return self._placement.run(self._run, batch, lambda output: check_output(output, count), make, self._keys)
 
     def _split(self, output: TensorDictBase) -> Sequence[TensorDictBase]:
         if self._required or self._empty is None:

@@ -101,6 +101,11 @@ class ModelThread:
         return not self.ended.done()
 
     @property
+    def is_ready(self) -> bool:
+        """Whether the model is where it runs, and warm, or could not get there."""
+        return self._ready.done()
+
+    @property
     def is_terminated(self) -> bool:
         """Whether nobody waits for the thread's end any more."""
         return self._terminated is not None

@@ -323,9 +323,12 @@ class InferenceServer(BaseServer):
         """How the server is: ``alive`` is about its worker, ``ready`` about whether it takes requests."""
         thread, closed = self._model_thread, self._queue.admission.closed
         alive = self.is_alive
-        ready = alive and closed is None
+        starting = alive and closed is None and thread is not None and not thread.is_ready
+        ready = alive and closed is None and not starting
         if ready:
             reason = ""
+        elif starting:
+            reason = "the server starts"
         elif thread is None and closed is None:
             reason = "the server was not started"
         else:

@@ -200,6 +200,8 @@ def test_a_shutdown_while_the_model_is_compiled_ends_and_so_does_the_start() -> 
             starting = pool.submit(server.start)
             assert backend.entered.wait(HANG)
             assert not starting.done()
+            health = server.health()
+            assert (health.alive, health.ready, health.reason) == (True, False, "the server starts")
             server.shutdown(0.01)
             assert isinstance(waiting.exception(HANG), ServerClosedError)
             assert isinstance(starting.exception(HANG), ServerClosedError)

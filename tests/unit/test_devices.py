@@ -27,7 +27,7 @@ def test_nothing_moves_without_a_device() -> None:
     placement = HostPlacement(None, None)
     batch = placement.build(partial(stack, [request(1), request(2)]))
     seen: list[TensorDictBase] = []
-    placement.run(lambda td: seen.append(td) or double(td), batch, lambda out: check_output(out, 2), rows)  # type: ignore[func-returns-value]
+    placement.run(lambda td: seen.append(td) or double(td), batch, lambda out: check_output(out, 2), rows, None)  # type: ignore[func-returns-value]
     assert seen[0] is batch
 
 
@@ -51,6 +51,28 @@ def test_replies_go_back_to_where_their_requests_were() -> None:
         reply = server.client()(request(1), 20)
     assert seen == [torch.device("meta")]
     assert reply["action"].device == torch.device("cpu")
+
+
+def test_only_what_replies_have_travels_back(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[list[str]] = []
+
+    def move(td: TensorDictBase, device: torch.device) -> TensorDictBase:
+        moved.append(sorted(td.keys()))
+        return td
+
+    monkeypatch.setattr(devices, "move", move)
+    placement = CudaPlacement(torch.device("cuda"), None, cuda)
+    placement.open(double)
+    batch = placement.build(partial(stack, [request(1), request(2)]))
+    for keys in ({"action"}, {"action", "unknown"}):
+        placement.run(
+            lambda td: td.update(double(td)),
+            batch.copy(),
+            lambda output: check_output(output, 2),
+            rows,
+            frozenset(keys),
+        )
+    assert moved == [["observation"], ["action"], ["observation"], ["action", "observation"]]
 
 
 def test_the_placement_follows_from_the_device() -> None:
@@ -175,7 +197,7 @@ def test_a_cuda_batch_is_staged_in_pinned_memory_and_waits_for_one_event(cuda: F
     placement = CudaPlacement(torch.device("cuda"), None, cuda)
     placement.open(double)
     batch = placement.build(partial(stack, [request(1), request(2)]))
-    replies = placement.run(double, batch, lambda output: check_output(output, 2), rows)
+    replies = placement.run(double, batch, lambda output: check_output(output, 2), rows, None)
     assert [reply["action"][0].item() for reply in replies] == [2, 4]
     assert cuda.log == [
         "model to cuda:0",
@@ -201,7 +223,7 @@ def test_replies_that_stay_on_the_device_are_lent_to_the_callers_stream(
     placement = CudaPlacement(torch.device("cuda"), torch.device("cuda"), cuda)
     placement.open(double)
     batch = placement.build(partial(stack, [request(1), request(2)]))
-    placement.run(double, batch, lambda output: check_output(output, 2), rows)
+    placement.run(double, batch, lambda output: check_output(output, 2), rows, None)
     assert cuda.log.count("event done") == 1
     assert lent == ["default", "default"]
 
@@ -254,7 +276,7 @@ class Graphs:
         self.cuda.log.clear()
         batch = self.placement.build(partial(stack, [request(value) for value in values]))
         count = len(values)
-        replies = self.placement.run(self.model, batch, lambda output: check_output(output, count), rows)
+        replies = self.placement.run(self.model, batch, lambda output: check_output(output, count), rows, None)
         return [reply["action"][0].item() for reply in replies]
 
 
