@@ -114,6 +114,27 @@ async def ask(server: InferenceServer, td: TensorDictBase) -> list[float]:
     return [reply["action"].item() for reply in await asyncio.gather(*[client(td, HANG) for _ in range(7)])]
 
 
+def test_a_function_of_tensors_is_compiled() -> None:
+    backend = Backend()
+    server = InferenceServer(
+        lambda observation: (observation * 2, observation.sum(-1)),
+        ThreadingTransport(),
+        in_keys=["observation"],
+        out_keys=["action", "value"],
+        compile={"backend": backend},
+        max_batch_size=4,
+        request_spec=request(0),
+    )
+    with server:
+        compiled = backend.count
+        assert compiled == 3
+        for rows in ([1], [1, 2, 3], [4, 3, 2, 1]):
+            reply = server.client()(request_of(*rows), HANG)
+            assert reply["action"][:, 0].tolist() == [2 * row for row in rows]
+            assert reply["value"].tolist() == [3 * row for row in rows]
+        assert backend.count == compiled
+
+
 def test_a_model_that_only_needs_few_sizes_gets_them_and_the_replies_have_no_padding() -> None:
     sizes: list[int] = []
 
