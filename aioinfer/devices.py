@@ -64,8 +64,13 @@ class Placement(Protocol):
         """
         ...
 
-    def update(self, write: Callable[[], None]) -> None:
-        """Let ``write`` change the model's weights, after the pass before and ahead of the next one."""
+    def update(self, write: Callable[[], None], *, tensors_only: bool = True) -> None:
+        """Let ``write`` change the model's weights, after the pass before and ahead of the next one.
+
+        Args:
+            write: changes them.
+            tensors_only: whether it changes nothing but the values of tensors.
+        """
         ...
 
 
@@ -130,7 +135,7 @@ class HostPlacement:
         output = check(model(batch))
         return split(output if target is None else select(output, keys).to(target))
 
-    def update(self, write: Callable[[], None]) -> None:
+    def update(self, write: Callable[[], None], *, tensors_only: bool = True) -> None:
         write()
 
 
@@ -188,7 +193,7 @@ class CudaPlacement:
     def _compute(self, model: Model, batch: TensorDictBase) -> TensorDictBase:
         return model(move(batch, self._device))
 
-    def update(self, write: Callable[[], None]) -> None:
+    def update(self, write: Callable[[], None], *, tensors_only: bool = True) -> None:
         with self._cuda.stream(self._stream):
             write()
             self._synchronize()  # the lender of the new weights may write to them again from now on
@@ -254,9 +259,9 @@ class GraphPlacement(CudaPlacement):
         """Allocate memory of the device that graphs read from."""
         return torch.empty(shape, dtype=dtype, device=self._device)
 
-    def update(self, write: Callable[[], None]) -> None:
+    def update(self, write: Callable[[], None], *, tensors_only: bool = True) -> None:
         super().update(write)
-        if self._addresses != self._find_addresses():  # a module has replaced a tensor: capture again
+        if not tensors_only or self._addresses != self._find_addresses():  # what was captured may not be so any more
             self._drop_graphs()
 
     def _compute(self, model: Model, batch: TensorDictBase) -> TensorDictBase:

@@ -25,7 +25,7 @@ from aioinfer.batching import BatchingRule, BatchLimits, BatchScheduler
 from aioinfer.buckets import BatchLayout, PaddedRunner, make_bucket_sizes
 from aioinfer.client import AsyncInferenceClient, ClientMaker, InferenceClient
 from aioinfer.compilation import CompiledPlan, WarmUp, compiler
-from aioinfer.devices import Model, place
+from aioinfer.devices import place
 from aioinfer.errors import ServerClosedError, ServerNotRunningError, clone_exception
 from aioinfer.forward import CollateFn, ForwardPass
 from aioinfer.futures import Future, run_in_thread

@@ -114,7 +114,9 @@ class WeightUpdates:
         if version is None and self.version == MAX_VERSION:
             raise WeightSyncError(f"there is no version after {self.version}; give these weights a number")
         version = self.version + 1 if version is None else int(version)
-        self._placement.update(lambda: loader.load(weights, swap=self._swap, cast=cast))
+        self._placement.update(
+            lambda: loader.load(weights, swap=self._swap, cast=cast), tensors_only=not weights.extra_states
+        )
         self.version = version
         self.on_version(version)
         self._stats.update(applied=True)

@@ -317,7 +317,7 @@ def test_a_graph_reads_the_rows_of_its_batch_alone_also_where_the_model_writes_t
     assert graphs.run(3, 1, 2) == [0, -4, -2]
 
 
-def test_graphs_see_weights_that_are_written_in_place_and_are_captured_anew_where_a_tensor_was_replaced(
+def test_graphs_see_weights_that_are_written_in_place_and_are_captured_anew_where_more_has_changed(
     cuda: FakeCuda,
 ) -> None:
     model = linear(1.0)
@@ -331,6 +331,9 @@ def test_graphs_see_weights_that_are_written_in_place_and_are_captured_anew_wher
     graphs.placement.update(write)
     assert graphs.run(1, 2) == [6, 12]
     assert "captured" not in cuda.log
+    graphs.placement.update(lambda: None, tensors_only=False)  # but what Python reads of the model, say
+    assert graphs.run(1, 2) == [6, 12]
+    assert "captured" in cuda.log
     graphs.placement.update(lambda: setattr(weight, "data", torch.full((1, 3), 3.0)))
     assert graphs.run(1, 2) == [9, 18]
     assert "captured" in cuda.log
