@@ -569,6 +569,7 @@ class VersionTensorCache:
 
     def __init__(self) -> None:
         self._version = 0
+        self._one: Tensor | None = None
         self._blocks: defaultdict[int, deque[_Block]] = defaultdict(partial(deque, maxlen=_BLOCKS))
 
     def make(self, version: int, size: torch.Size, device: torch.device | None) -> Sequence[Tensor]:
@@ -576,9 +577,13 @@ class VersionTensorCache:
         count = size[0]
         if len(size) > 1 or device not in (None, _CPU) or _storage_uses is None or _tensor_uses is None:
             return unbind_rows(torch.full(size, version, dtype=torch.int64, device=device or _CPU))
-        if version != self._version:
+        if version != self._version or self._one is None:
             self._version = version
             self._blocks.clear()
+            with long_lived():
+                self._one = torch.full((), version, dtype=torch.int64)
+        if count == 1:
+            return (self._one.clone(),)
         # Sizes are powers of two: callers that keep their replies must not cost many more tensors than they get.
         blocks = self._blocks[places := 1 << (count - 1).bit_length()]
         for block in blocks:
