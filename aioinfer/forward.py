@@ -138,11 +138,10 @@ class ForwardPass:
         Returns:
             Outcomes that cover each request once, computed as they are asked for.
         """
-        first = requests[0].mode
-        if not any([request.mode is not first or request.batched for request in requests]):  # noqa: C419 - faster
+        modes = [request.mode for request in requests]
+        if modes.count(modes[0]) == len(modes) and not any(_batched(requests)):
             return self._outcomes(requests, batched=False)
-        modes = {request.mode for request in requests}
-        groups = [[request for request in requests if request.mode is mode] for mode in modes]
+        groups = [[request for request in requests if request.mode is mode] for mode in set(modes)]
         return chain.from_iterable(self._outcomes(group, batched=any(_batched(group))) for group in groups)
 
     def _outcomes(self, requests: Sequence[Request], *, batched: bool, again: bool = False) -> Iterator[Outcome]:

@@ -368,6 +368,7 @@ class ModelThread:
         settled_at = time.perf_counter()
         try:
             submitted_at = [request.submitted_at for request in outcome.requests]
+            gone = any([request.receiver.done() for request in outcome.requests])  # noqa: C419 - faster
             self._scheduler.on_replies(outcome.requests, submitted_at, settled_at)
             # Before the replies leave, so that a caller who has its reply finds it in the statistics.
             self._stats.batch(
@@ -379,7 +380,7 @@ class ModelThread:
                     forward=outcome.seconds,
                     settled_at=settled_at,
                     ok=outcome.error is None,
-                    cancelled=sum([request.receiver.done() and not request.is_part for request in outcome.requests]),
+                    cancelled=sum([one.receiver.done() and not one.is_part for one in outcome.requests]) if gone else 0,
                     rows=outcome.rows,
                     parts=outcome.parts,
                 )

@@ -6,7 +6,7 @@ import asyncio
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
@@ -154,18 +154,33 @@ class _TaskClient(_LocalAsyncClient):
     def __init__(self, transport: ThreadingTransport) -> None:
         self._transport = transport
         self._sink: LoopReplySink | None = None  # that of the loop which used this client last
+        self._task: Callable[[], object] = _no_task  # a weak reference to the task which did so
+        self._caller: Caller | None = None  # that this task is
 
     def close(self) -> None:
         self._transport = CLOSED
 
     def _put(self, td: Any) -> asyncio.Future[TensorDictBase]:
         sink = self._sink
-        if sink is None or not sink.runs_here():
+        task = None if sink is None else sink.running_task()
+        if sink is None or (task is None and not sink.runs_here()):
             sink = self._sink = self._transport.loop_sink()
-        future: asyncio.Future[TensorDictBase] = sink.loop.create_future()
-        self._transport.queue.put(td, future, sink, sink.caller())
+            task = sink.running_task()
+        if task is None:
+            caller = None
+        elif task is self._task():
+            caller = self._caller
+        else:
+            caller = self._caller = sink.caller(task)
+            self._task = weakref.ref(task)
+        future: asyncio.Future[TensorDictBase] = asyncio.Future(loop=sink.loop)  # in half the time of create_future
+        self._transport.queue.put(td, future, sink, caller)
         sink.notify_at_end_of_tick()
         return future
+
+
+def _no_task() -> None:
+    return None
 
 
 class SlotTransport(_LocalTransport):
@@ -371,7 +386,7 @@ class _AsyncSlotClient(_LocalAsyncClient):
         slot, sink = self._slot, self._sink
         if sink is None or not sink.runs_here():
             sink = self._sink = slot.transport.loop_sink()
-        future: asyncio.Future[TensorDictBase] = sink.loop.create_future()
+        future: asyncio.Future[TensorDictBase] = asyncio.Future(loop=sink.loop)
         try:
             slot.take(future)
             slot.put(td, future, sink)

@@ -10,6 +10,7 @@ import asyncio
 import math
 import os
 import select
+import sys
 import threading
 import time
 import weakref
@@ -176,6 +177,12 @@ class FutureReplySink(ReplySink):
             future.settle(None, error)
 
 
+# Up to Python 3.11 asyncio.current_task is a function of Python around this dictionary.
+_current_task: Callable[[asyncio.AbstractEventLoop], asyncio.Task[Any] | None] = (
+    asyncio.tasks._current_tasks.get if sys.version_info < (3, 12) else asyncio.current_task  # type: ignore[attr-defined]
+)
+
+
 class LoopReplySink(ReplySink):
     """Settles the futures of one event loop's tasks: one wake-up per batch, however many replies.
 
@@ -183,8 +190,8 @@ class LoopReplySink(ReplySink):
     batch. The next batch is held back for the requests that tasks are about to make: from the delivery of a batch to
     the end of the tick in which its tasks run, and from the first request of any other tick to its end.
 
-    Loop thread only: ``caller``, ``notify_at_end_of_tick``, ``_notifying``. Model thread, or the thread that ends a
-    request in its stead: ``set_results``, ``set_exceptions``, ``discard``.
+    Any thread: ``runs_here``, ``running_task``. Loop thread only: ``caller``, ``notify_at_end_of_tick``, ``_notifying``.
+    Model thread, or the thread that ends a request in its stead: ``set_results``, ``set_exceptions``, ``discard``.
 
     Args:
         loop: whose tasks.
@@ -203,11 +210,12 @@ class LoopReplySink(ReplySink):
         """Whether the caller runs on this loop, without the system call that ``get_running_loop`` makes up to 3.11."""
         return threading.get_ident() == self._thread and self.loop.is_running()
 
-    def caller(self) -> Caller | None:
-        """Who makes a request now: the running task. ``None`` outside of a task."""
-        task = asyncio.current_task(self.loop)
-        if task is None:
-            return None
+    def running_task(self) -> asyncio.Task[Any] | None:
+        """The task of this loop that calls; ``None`` if it is no task, or one of another loop."""
+        return _current_task(self.loop) if threading.get_ident() == self._thread else None
+
+    def caller(self, task: asyncio.Task[Any]) -> Caller:
+        """The caller that a task is."""
         ref = weakref.ref(task)
         caller = self._callers.get(ref)
         if caller is None:
