@@ -190,8 +190,9 @@ class LoopReplySink(ReplySink):
     batch. The next batch is held back for the requests that tasks are about to make: from the delivery of a batch to
     the end of the tick in which its tasks run, and from the first request of any other tick to its end.
 
-    Any thread: ``runs_here``, ``running_task``. Loop thread only: ``caller``, ``notify_at_end_of_tick``, ``_notifying``.
-    Model thread, or the thread that ends a request in its stead: ``set_results``, ``set_exceptions``, ``discard``.
+    Any thread: ``runs_here``, ``running_task``. Loop thread only: ``caller``, ``notify_at_end_of_tick``,
+    ``_notifying``. Model thread, or the thread that ends a request in its stead: ``set_results``, ``set_exceptions``,
+    ``discard``.
 
     Args:
         loop: whose tasks.
