@@ -13,10 +13,12 @@ from typing import Any, TypeAlias
 import numpy as np  # tensordict requires it
 import torch
 from tensordict import TensorDict, TensorDictBase
+from tensordict.utils import NestedKey
 from torch import Tensor
 
 from aioinfer.errors import InvalidRequestError
-from aioinfer.tensors import Allocate, UnlikeRequestsError, build, stack_column
+from aioinfer.tensors import Allocate, UnlikeRequestsError, build, is_nested, stack_column
+from aioinfer.tensors import entries as entries_of
 
 __all__ = [
     "Entries",
@@ -24,7 +26,6 @@ __all__ = [
     "array_dtype",
     "as_array",
     "check_entries",
-    "describe_shapes",
     "is_checked",
     "make_request",
     "make_td",
@@ -76,12 +77,16 @@ def is_checked(entries: Entries) -> bool:
     return bool(entries)
 
 
-def check_entries(entries: Entries, dtypes: Mapping[str, torch.dtype] = {}) -> None:
+def check_entries(
+    entries: Entries, dtypes: Mapping[NestedKey, torch.dtype] | None = {}, above: tuple[str, ...] = ()
+) -> None:
     """Replace each entry that is neither tensor nor array by the tensor that it makes.
 
     Args:
         entries: of a request.
-        dtypes: of the tensors that numbers make, by name; others get the dtype that ``torch.tensor`` gives them.
+        dtypes: of the tensors that numbers make, by key; others get the dtype that ``torch.tensor`` gives them.
+            ``None``: they are known elsewhere, so numbers, and mappings, are only checked and stay what they are.
+        above: the key of the entry in which these lie.
 
     Raises:
         InvalidRequestError: one can't be a tensor; the message names it. Or there is none.
@@ -89,26 +94,36 @@ def check_entries(entries: Entries, dtypes: Mapping[str, torch.dtype] = {}) -> N
     if not entries:
         raise InvalidRequestError("expected a request: a TensorDict, a mapping, or entries by name (observation=...)")
     if not is_checked(entries):
-        entries |= {name: _converted(name, value, dtypes.get(name)) for name, value in entries.items()}
+        entries |= {name: _converted((*above, name), value, dtypes) for name, value in entries.items()}
 
 
-def _converted(name: str, value: Any, dtype: torch.dtype | None) -> Any:
+def _converted(path: tuple[str, ...], value: Any, dtypes: Mapping[NestedKey, torch.dtype] | None) -> Any:
     if isinstance(value, Tensor | TensorDictBase):
         return value
+    key: NestedKey = path[0] if len(path) == 1 else path
     if isinstance(value, Mapping):
-        inner = make_request(value, {})
-        check_entries(inner)
-        return make_td(inner, torch.Size([]))
+        inner = dict(make_request(value, {}))
+        check_entries(inner, dtypes, path)
+        return inner if dtypes is None else make_td(inner, torch.Size([]))
     try:
         array = np.asarray(value)
-        if array.dtype.newbyteorder("=") in _DTYPES:
-            if isinstance(value, np.ndarray | np.generic):
-                return array.astype(array.dtype.newbyteorder("="), copy=False)
-            return torch.tensor(value, dtype=dtype, device="cpu")
-        reason = f"an array of dtype {array.dtype}"
+        if array.dtype.newbyteorder("=") not in _DTYPES:
+            reason = f"an array of dtype {array.dtype}"
+        elif hasattr(value, "__array__"):
+            return array.astype(array.dtype.newbyteorder("="), copy=False)
+        else:
+            tensor = torch.tensor(value, device="cpu")
+            if dtypes is None:
+                return value
+            dtype = dtypes.get(key, tensor.dtype)
+            made = tensor if dtype is tensor.dtype else torch.tensor(value, dtype=dtype, device="cpu")
+            if torch.can_cast(tensor.dtype, dtype) or torch.equal(made.to(tensor.dtype), tensor):
+                return made
+            reason = f"another value as {dtype}"
     except Exception as error:  # whatever the value's own methods raise
         reason = f"{type(error).__qualname__}: {error}"
-    raise InvalidRequestError(f'"{name}" can\'t be a tensor, got {type(value).__qualname__} ({reason})')
+    name = f'"{key}"' if isinstance(key, str) else repr(key)
+    raise InvalidRequestError(f"{name} can't be a tensor, got {type(value).__qualname__} ({reason})")
 
 
 def array_dtype(dtype: torch.dtype) -> np.dtype[Any] | None:
@@ -125,32 +140,41 @@ def to_tensor(value: Any) -> Any:
     """The tensor of a checked entry. It shares the memory of an array that may be written to."""
     if type(value) is not np.ndarray:
         return value
-    if value.flags.writeable and all(stride >= 0 for stride in value.strides):
-        return torch.from_numpy(value)
+    if value.flags.writeable:
+        try:
+            return torch.from_numpy(value)
+        except ValueError:  # tensors have no such strides
+            pass
     return torch.from_numpy(value.copy())
 
 
 def make_td(entries: Entries, batch_size: torch.Size) -> TensorDict:
-    """Make a TensorDict of checked entries."""
-    return build({name: to_tensor(value) for name, value in entries.items()}, batch_size, None)
+    """Make a TensorDict of checked entries. TensorDicts among them get its batch size, unless theirs begins with it."""
+    return build({name: _fitted(value, batch_size) for name, value in entries.items()}, batch_size, None)
 
 
-def row_count(entries: Entries, shapes: Mapping[str, torch.Size]) -> int | None:
+def _fitted(value: Any, size: torch.Size) -> Any:
+    if type(value) is np.ndarray or not is_nested(value):
+        return to_tensor(value)
+    if value.batch_size[: len(size)] == size:
+        return value
+    return build({name: _fitted(inner, size) for name, inner in entries_of(value).items()}, size, value.device)
+
+
+def row_count(entries: Entries, shapes: Mapping[NestedKey, torch.Size]) -> int | None:
     """How many rows checked entries have; ``None``: they have no dimension for rows.
 
     Args:
         entries: of a request.
-        shapes: the shapes of some entries of one row; the first of them tells.
+        shapes: the shapes of the tensors of one row; the first of them that the entries have tells.
     """
-    for name, shape in shapes.items():
-        found = getattr(entries.get(name), "shape", shape)
-        return found[0] if len(found) == len(shape) + 1 else None
+    for key, shape in shapes.items():
+        value: Any = entries
+        for name in (key,) if isinstance(key, str) else key:
+            value = value.get(name) if isinstance(value, dict | TensorDictBase) else None
+        if (found := getattr(value, "shape", None)) is not None:
+            return found[0] if len(found) == len(shape) + 1 else None
     return None
-
-
-def describe_shapes(entries: Entries) -> str:
-    """The shapes of checked entries, for a message."""
-    return ", ".join(f'"{name}" {list(value.shape)}' for name, value in entries.items())
 
 
 def stack_entries(rows: Sequence[Entries], size: torch.Size, allocate: Allocate | None = None) -> TensorDict:

@@ -9,6 +9,7 @@ policy is called as it is.
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -51,7 +52,8 @@ _IGNORED = "_"  # the out_key of what is not kept
 # layouts never repeat are not all computed twice.
 _MOST_LAYOUTS = 64
 
-# How often a comparison may fail whose cause may be another thread that draws from the same generator.
+# How often a comparison may fail whose cause may be another thread that draws from the same generator, or what a policy
+# does only the first time that it is called.
 _MOST_DOUBTS = 3
 
 
@@ -66,10 +68,25 @@ class _Step(Protocol):
 
 
 class _TensorStep:
-    """Calls a function of tensors."""
+    """Calls a function of tensors.
 
-    def __init__(self, function: Function, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> None:
+    Args:
+        function: what is called.
+        in_keys: the entries that it is called with.
+        out_keys: the entries that it returns.
+        takes_subclasses: whether entries may be of subclasses of ``Tensor``.
+    """
+
+    def __init__(
+        self,
+        function: Function,
+        in_keys: Sequence[NestedKey],
+        out_keys: Sequence[NestedKey],
+        *,
+        takes_subclasses: bool = False,
+    ) -> None:
         self.function = function
+        self.takes_subclasses = takes_subclasses
         self.in_keys = tuple(in_keys)
         self.out_keys = tuple(out_keys)
         self._is_flat = all(isinstance(key, str) for key in (*in_keys, *out_keys))
@@ -78,7 +95,7 @@ class _TensorStep:
         read = values.get if self._is_flat else partial(_read, values)
         inputs = list(map(read, self.in_keys))
         for value in inputs:
-            if type(value) is not Tensor:
+            if type(value) is not Tensor and not (self.takes_subclasses and isinstance(value, Tensor)):
                 return f"an entry of {list(self.in_keys)} is missing, or no plain tensor"
         output = self.function(*inputs)
         outputs: Any = (output,)
@@ -89,7 +106,7 @@ class _TensorStep:
         for key, value in zip(self.out_keys, outputs):  # noqa: B905 - faster
             if key == _IGNORED:
                 continue
-            if type(value) is not Tensor:
+            if type(value) is not Tensor and not (self.takes_subclasses and isinstance(value, Tensor)):
                 return f"{_name(self.function)} returned {type(value).__qualname__} for {_show(key)}"
             if not self._is_flat:
                 if not _write(values, key if isinstance(key, tuple) else (key,), value, size, device):
@@ -196,6 +213,8 @@ class Plan:
         self._hooks = tuple(hooks for module in observed for hooks in _hooks(module))
         self._children = [children for module in watched for children in _children(module)]
         self._known_children = [dict(children) for children in self._children]
+        attributes = [vars(module) for module in watched]
+        self._functions = [(own, own["module"]) for own in attributes if "module" in own]  # which are no modules
 
     def __call__(self, batch: TensorDictBase) -> TensorDictBase:
         """Run the plan.
@@ -216,7 +235,7 @@ class Plan:
             return output
         if self._model is not None:
             return self._model(batch)
-        if missing := [key for key in self._in_keys if type(_read(entries(batch), key)) is not Tensor]:
+        if missing := [key for key in self._in_keys if not isinstance(_read(entries(batch), key), Tensor)]:
             raise InvalidRequestError(f"the request has no tensor {', '.join(map(_show, missing))}")
         raise ModelError(output)
 
@@ -226,6 +245,7 @@ class Plan:
             type(batch) is not TensorDict
             or any(self._hooks)
             or self._children != self._known_children
+            or (self._functions and any(own.get("module") is not function for own, function in self._functions))
             or skip_existing()
         ):
             return None
@@ -361,7 +381,9 @@ def _compiled(steps: Sequence[_Step], compile: Compile) -> list[_Step]:
 
 def _joined(steps: Sequence[_TensorStep], compile: Compile) -> _TensorStep:
     if len(steps) == 1:
-        return _TensorStep(compile(steps[0].function), steps[0].in_keys, steps[0].out_keys)
+        step = steps[0]
+        function = compile(step.function)
+        return _TensorStep(function, step.in_keys, step.out_keys, takes_subclasses=step.takes_subclasses)
     in_keys, out_keys = _keys(steps)
 
     def joined(*tensors: Tensor) -> tuple[Any, ...]:
@@ -391,7 +413,7 @@ def plan_function(function: Function, in_keys: Sequence[NestedKey], out_keys: Se
     Returns:
         A plan that raises :class:`ModelError` where something else is returned.
     """
-    return Plan([_TensorStep(function, _unravelled(in_keys), _unravelled(out_keys))])
+    return Plan([_TensorStep(function, _unravelled(in_keys), _unravelled(out_keys), takes_subclasses=True)])
 
 
 def plan_policy(model: Runner) -> Plan | None:
@@ -543,7 +565,8 @@ class CheckedPlan:
 
     For that first batch the policy runs, whose output counts, then the plan, from the same states of buffers and
     generators. Outputs and states must be equal afterwards; else the policy is called from then on, and the log says
-    why.
+    why. A policy that has changed its own attributes is not run a second time: it is called as it is, and has no plan
+    if it does so again and again.
 
     Args:
         model: the policy.
@@ -579,7 +602,11 @@ class CheckedPlan:
         except Exception as error:
             self._drop(describe(error))
             return self._model(batch)
+        attributes = _attributes(modules)
         output = self._model(batch)
+        if not _are_same(attributes, _attributes(modules)):
+            self._doubt("it changes attributes of its own")
+            return output
         try:
             after = _State(modules)
             drew = not before.has_generators_of(after)
@@ -595,11 +622,16 @@ class CheckedPlan:
             return output
         if reason is None:
             self._checked.add(layout)
+        elif drew:
+            self._doubt(reason)
         else:
-            self._doubts += 1
-            if not drew or self._doubts == _MOST_DOUBTS:
-                self._drop(reason)
+            self._drop(reason)
         return output
+
+    def _doubt(self, reason: str) -> None:
+        self._doubts += 1
+        if self._doubts == _MOST_DOUBTS:
+            self._drop(reason)
 
     def _drop(self, reason: str) -> None:
         self._plan = None
@@ -609,6 +641,34 @@ class CheckedPlan:
 def _tensors(modules: Sequence[nn.Module]) -> list[Tensor]:
     groups = [group for module in modules for group in (module._parameters, module._buffers)]
     return [tensor for group in groups for tensor in group.values() if tensor is not None]
+
+
+_WEIGHTS = ("_parameters", "_buffers", "_modules")
+
+
+def _attributes(modules: Sequence[nn.Module]) -> list[Any]:
+    """What modules, and the objects whose methods they call, refer to, beside parameters and buffers."""
+    found: list[Any] = []
+    for module in modules:
+        own = vars(module)
+        found += [value for name, value in own.items() if name not in _WEIGHTS]
+        function = own.get("module")  # of a TensorDict module
+        found += [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+        found += getattr(getattr(function, "__self__", function), "__dict__", {}).values()
+    found += [item for value in found for item in _items(value)]
+    versions = [value._version for value in found if isinstance(value, Tensor) and not value.is_inference()]
+    return [*found, *versions]
+
+
+def _items(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list | deque | set) else ()
+
+
+def _are_same(ours: Sequence[Any], theirs: Sequence[Any]) -> bool:
+    """Whether two lists have the same objects, where integers need only be equal."""
+    return len(ours) == len(theirs) and all(
+        one is other or (type(one) is int and one == other) for one, other in zip(ours, theirs, strict=True)
+    )
 
 
 class _State:

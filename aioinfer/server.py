@@ -125,8 +125,8 @@ class InferenceServer(BaseServer):
             default joins requests of like layout, and runs those of unlike layout apart.
         device: where batches are moved, and the model at the start; ``None`` moves nothing.
         in_keys: the entries whose tensors, each ``[B, ...]``, are the arguments of ``model``, where that is a module or
-            function of tensors: it returns the tensors of ``out_keys``, each ``[B, ...]``, in this order; or a mapping
-            that has them. By default the model is called with the batch.
+            function of tensors: it returns the tensors of ``out_keys``, each ``[B, ...]``, in this order, of which
+            ``"_"`` is not kept; or a mapping that has them. By default the model is called with the batch.
         out_keys: the entries that replies have, each of which the model must return. By default the ``out_keys`` of
             the model if it is a TensorDict module, so that requests are not sent back; all that it returns if it is
             another callable.
@@ -263,7 +263,7 @@ class InferenceServer(BaseServer):
             ),
             placement,
             collate_fn=collate_fn,
-            out_keys=out_keys,
+            out_keys=out_keys if in_keys is None else [key for key in out_keys or () if key != "_"],
             version_key=policy_version_key,
             version=partial(getattr, self._updates, "version"),
             split_failed_batches=split_failed_batches,
@@ -574,7 +574,7 @@ def _check_model(model: Any, in_keys: Any, out_keys: Any) -> None:
             raise TypeError(f"in_keys must be a sequence of keys, got {in_keys!r}")
         if isinstance(model, TensorDictModuleBase):
             raise TypeError("in_keys are for a model that takes tensors; a TensorDict module has its own")
-        if not in_keys or not out_keys:
+        if not in_keys or not out_keys or set(out_keys) == {"_"}:
             raise ValueError(f"a model that takes tensors needs in_keys and out_keys, got {in_keys!r} and {out_keys!r}")
         return
     inner = model

@@ -507,9 +507,9 @@ class RequestSpec:
             raise TypeError(f"request_spec must be a TensorDict, got {type(example).__qualname__}")
         self.batch_size = example.batch_size
         self._leaves = {key: _describe(value) for key, value in _leaves(example)}
-        tensors = {key: value for key, value in example.items() if isinstance(value, Tensor)}
+        tensors = {key: value for key, value in _leaves(example) if isinstance(value, Tensor)}
         self.shapes = {key: value.shape for key, value in tensors.items()}
-        """Of the entries of one row that are tensors."""
+        """Of the tensors of one row, by key."""
         self.dtypes = {key: value.dtype for key, value in tensors.items()}
 
     def check(self, td: TensorDictBase, *, batched: bool = False) -> None:
@@ -526,6 +526,11 @@ class RequestSpec:
         for key, value in found.items():
             described = _describe(value)
             if batched:
+                if described[0] is not None and described[0][:1] != td.batch_size[:1]:
+                    raise InvalidRequestError(
+                        f"{_name(key)} has shape {_show(described[0])}, expected a first dimension of "
+                        f"{td.batch_size[0]} rows as other entries have"
+                    )
                 described = described[0] and described[0][1:], described[1]
             for what, got, wanted in zip(("shape", "dtype"), described, self._leaves[key], strict=True):
                 if got != wanted:

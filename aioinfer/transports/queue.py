@@ -31,7 +31,6 @@ from aioinfer.entries import (
     Entries,
     RequestLike,
     check_entries,
-    describe_shapes,
     is_checked,
     make_request,
     make_td,
@@ -48,7 +47,7 @@ from aioinfer.futures import run_in_thread
 from aioinfer.interaction_type import caller_mode
 from aioinfer.ipc.selector import Selector
 from aioinfer.stats import StatsRecorder
-from aioinfer.tensors import RequestSpec
+from aioinfer.tensors import RequestSpec, is_nested
 from aioinfer.transports.replies import ALREADY_NOTIFIED, LockWaker, ThreadReplySink, TransportSink, Waker
 from aioinfer.transports.request import NamedRequest, Request, set_exceptions, set_results, split
 
@@ -162,8 +161,7 @@ class Admission:
             td = self.make_td(entries)
             batched = td.batch_size != self.batch_size
             spec.check(td, batched=batched)
-            if batched and len({value.shape[0] for value in entries.values()}) != 1:
-                raise InvalidRequestError(f"the entries have unlike numbers of rows: {describe_shapes(entries)}")
+            entries |= {name: value for name, value in td.items() if is_nested(value)}  # of its batch size
         except InvalidRequestError:
             self.stats.reject()
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import traceback
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,15 +22,19 @@ from tests.transports import TRANSPORTS
 
 
 class Witness(nn.Module):
-    """Doubles, and notes for each call whether tensordict has called it."""
+    """Doubles, and notes for each call whether tensordict has called it, outside of what a plan looks at."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.by_tensordict: list[bool] = []
+        self.notes = SimpleNamespace(by_tensordict=[])
+
+    @property
+    def by_tensordict(self) -> list[bool]:
+        return list(self.notes.by_tensordict)
 
     def forward(self, observation: Tensor) -> Tensor:
         files = [frame.filename for frame in traceback.extract_stack()]
-        self.by_tensordict.append(any("tensordict" in file.split("/") for file in files))
+        self.notes.by_tensordict.append(any("tensordict" in file.split("/") for file in files))
         return observation * 2
 
 

@@ -114,3 +114,24 @@ def test_a_compiled_function_of_tensors_runs_once_for_each_bucket() -> None:
         replies = [server.client().submit(observation=OBSERVATION) for _ in range(3)]
         assert all(torch.equal(reply.result(60)["action"], torch.tensor([0.0, 2, 4])) for reply in replies)
     assert sorted(set(seen)) == [1, 2, 4]
+
+
+def test_an_output_without_a_name_is_not_kept() -> None:
+    keys: dict[str, Any] = {"in_keys": ["observation"], "out_keys": ["_", "action"]}
+    with InferenceServer(lambda x: (x, -x), ThreadingTransport(), **keys) as server:
+        reply = server.client()(observation=OBSERVATION)
+    assert set(reply.keys()) == {"action", "policy_version"}
+    with pytest.raises(ValueError, match="in_keys and out_keys"):
+        InferenceServer(nn.ReLU(), ThreadingTransport(), in_keys=["x"], out_keys=["_"])
+
+
+def test_a_function_may_take_and_return_subclasses_of_tensors() -> None:
+    bias = nn.Parameter(torch.ones(1, 3))
+
+    class Image(Tensor):
+        pass
+
+    with InferenceServer(lambda x: bias if x.sum() else x, ThreadingTransport(), **KEYS) as server:
+        client = server.client()
+        assert client(observation=torch.zeros(3).as_subclass(Image))["action"].sum() == 0
+        assert client(observation=OBSERVATION)["action"].sum() == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -234,3 +235,39 @@ def test_an_output_of_another_layout_is_an_error_that_names_it_and_the_server_li
                 client(request(-1), HANG)
             assert client(request(1), HANG)["action"][0] == 2
         assert (server.stats().ok, server.stats().failed) == (2, 2)
+
+
+async def test_arrays_and_tensors_that_need_a_gradient_may_leave_in_one_tick() -> None:
+    spec = TensorDict({"depth": torch.zeros(3, dtype=torch.uint16), "x": torch.zeros(3)})
+    async with InferenceServer(echo, transport := ProcessSlotTransport(spec, spec, num_slots=12)):
+        clients = transport.async_clients(12)
+        calls = [
+            client(
+                x=torch.full((3,), float(index), requires_grad=True) if index == 5 else np.full(3, index, np.float32),
+                depth=torch.full((3,), index, dtype=torch.uint16) if index == 5 else np.full(3, index, np.uint16),
+            )
+            for index, client in enumerate(clients)
+        ]
+        replies = await asyncio.wait_for(asyncio.gather(*calls), HANG)
+    assert [int(reply["depth"][0]) for reply in replies] == list(range(12))
+    assert [int(reply["x"][0]) for reply in replies] == list(range(12))
+
+
+async def test_an_array_of_doubles_is_none_of_a_dtype_that_arrays_lack() -> None:
+    spec = TensorDict({"x": torch.zeros(3, dtype=torch.bfloat16)})
+    async with InferenceServer(echo, transport := ProcessSlotTransport(spec, spec, num_slots=2)):
+        client, other = transport.async_clients(2)
+        reply = other(x=[1, 2, 3.0], timeout=HANG)
+        with pytest.raises(InvalidRequestError, match=r"dtype torch.float64, expected torch.bfloat16"):
+            client.submit(x=np.zeros(3))
+        assert (await reply)["x"].tolist() == [1, 2, 3]
+
+
+def test_undeclared_entries_by_name_need_not_be_tensors_where_they_are_left_out() -> None:
+    with InferenceServer(
+        echo, transport := ProcessSlotTransport(request(0), request(0), num_slots=1, drop_undeclared=True)
+    ):
+        client = transport.client()
+        assert client(observation=[1.0, 2, 3], info="left out", timeout=HANG)["observation"].tolist() == [1, 2, 3]
+        with pytest.raises(InvalidRequestError, match="lacks"):
+            client(info="left out", timeout=HANG)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -351,15 +352,19 @@ def test_an_actor_of_torchrl_that_projects_its_actions_has_no_plan() -> None:
 
 
 class Calls(nn.Module):
-    """Counts its calls; what it returns from the second on depends on ``after``."""
+    """Counts its calls, outside of what a plan looks at; what it returns from the second on depends on ``after``."""
 
     def __init__(self, after: Callable[[int, Tensor], Any] = lambda _, given: given) -> None:
         super().__init__()
-        self.count = 0
         self.after = after
+        self.counter = SimpleNamespace(count=0)
+
+    @property
+    def count(self) -> int:
+        return int(self.counter.count)
 
     def forward(self, given: Tensor) -> Any:
-        self.count += 1
+        self.counter.count += 1
         return self.after(self.count, given)
 
 
@@ -433,6 +438,62 @@ def test_an_error_of_the_policy_says_nothing_about_its_plan(caplog: pytest.LogCa
     checked(batch())
     assert calls.count == 5
     assert not caplog.records
+
+
+class Stateful(nn.Module):
+    """Returns how often it was called, as its own attributes say, each of another kind."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.number = 0
+        self.tensor = torch.zeros(())
+        self.items: list[None] = []
+
+    def forward(self, given: Tensor) -> Tensor:
+        if self.kind == "number":
+            self.number += 1
+        elif self.kind == "list":
+            self.items.append(None)
+        elif self.kind == "in place":
+            self.tensor.add_(1)
+        else:
+            self.tensor = self.tensor + 1
+        return given * 0 + self.number + self.tensor + len(self.items)
+
+
+@pytest.mark.parametrize("is_method", [False, True])
+@pytest.mark.parametrize("kind", ["number", "list", "in place", "tensor"])
+def test_a_policy_with_a_state_of_its_own_is_never_run_twice_for_a_batch(kind: str, is_method: bool) -> None:
+    policy = Stateful(kind)
+    model = TensorDictModule(policy.forward if is_method else policy, ["observation"], ["action"])
+    checked = CheckedPlan(model, planned(model))
+    assert [int(checked(batch())["action"][0, 0]) for _ in range(5)] == [1, 2, 3, 4, 5]
+    assert checked.plan is None
+
+
+def test_what_a_policy_sets_at_its_first_call_costs_it_no_plan() -> None:
+    class Once(nn.Module):
+        scale: Tensor | None = None
+
+        def forward(self, given: Tensor) -> Tensor:
+            if self.scale is None:
+                self.scale = torch.ones(())
+            return given * self.scale
+
+    model = TensorDictModule(Once(), ["observation"], ["action"])
+    checked = CheckedPlan(model, planned(model))
+    for _ in range(5):
+        checked(batch())
+    assert checked.plan is not None
+
+
+def test_a_function_that_is_replaced_while_it_serves_is_seen() -> None:
+    model = TensorDictModule(lambda given: given * 2, ["observation"], ["action"])
+    checked = CheckedPlan(model, planned(model))
+    checked(given := batch())
+    model.module = lambda given: given * 5
+    assert torch.equal(checked(given)["action"], given["observation"] * 5)
 
 
 def test_an_output_that_is_wrong_later_raises_what_the_policy_raises(caplog: pytest.LogCaptureFixture) -> None:

@@ -131,7 +131,7 @@ class _PickleClientCodec(ClientCodec):
 
     def check(self, td: TensorDictBase | Entries) -> bytes:
         if type(td) is dict:
-            check_entries(td)
+            check_entries(td, None)  # the server knows which dtypes numbers should have
         elif not isinstance(td, TensorDictBase):
             raise InvalidRequestError(
                 f"a request must be a TensorDict, a mapping, or entries by name, got {type(td).__qualname__}"
