@@ -38,6 +38,13 @@ ENDINGS = {
         "server.client().submit(request(2))",
         0,
     ),
+    "a thread that reads for futures": (
+        "from aioinfer import ProcessSlotTransport\n"
+        "transport = ProcessSlotTransport(request(0), double(request(0)), num_slots=1)\n"
+        "with InferenceServer(double, transport) as other:\n"
+        "    other.client().submit(request(2)).result(60)",
+        0,
+    ),
     "an embedded server in a loop that is left": (
         "async def main():\n    await InferenceServer(double, ThreadingTransport()).__aenter__()\nasyncio.run(main())",
         0,

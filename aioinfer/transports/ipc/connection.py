@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import itertools
 import os
 import sys
@@ -68,6 +69,8 @@ _WAKE_INTERVAL = 0.25
 _ENCODING_LIMIT = 1.0
 # Seconds for which the thread that reads for futures waits for more to do.
 _IDLE_LIMIT = 0.25
+# Seconds for which the end of the program waits at most for such threads, whose callbacks may block.
+_EXIT_LIMIT = 2.0
 
 OutgoingRequest: TypeAlias = tuple[int, int, Any]
 """A request's number, its header, and its payload as :meth:`ClientCodec.check` returned it."""
@@ -323,7 +326,9 @@ class FutureReader(ReplySink):
     def ensure_reading(self) -> None:
         """Start the thread unless it runs; it ends a while after the last future has its answer."""
         if not self._thread and (connection := self._connection()) is not None:
-            threading.Thread(target=self._run, args=(connection,), name="aioinfer-replies", daemon=True).start()
+            thread = threading.Thread(target=self._run, args=(connection,), name="aioinfer-replies", daemon=True)
+            _readers[thread] = self._connection
+            thread.start()
 
     def _run(self, connection: ClientConnection) -> None:
         me = threading.get_ident()
@@ -358,6 +363,25 @@ class FutureReader(ReplySink):
             future.settle(reply, error)
             del future, reply, error
         return some
+
+
+# The threads of this process that read for futures.
+_readers: weakref.WeakKeyDictionary[threading.Thread, weakref.ref[ClientConnection]] = weakref.WeakKeyDictionary()
+
+
+def _end_readers() -> None:
+    """End the threads before the interpreter does: one that frees tensors while that ends aborts the program."""
+    running = list(_readers.items())
+    for _, connection in running:
+        if (one := connection()) is not None:
+            one.close()
+    deadline = time.monotonic() + _EXIT_LIMIT
+    for thread, _ in running:
+        thread.join(max(0.0, deadline - time.monotonic()))
+
+
+atexit.register(_end_readers)
+os.register_at_fork(after_in_child=_readers.clear)
 
 
 class LoopReader:
