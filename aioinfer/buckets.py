@@ -127,7 +127,7 @@ class PaddedRunner:
         count = batch.batch_size[0]
         size = find_bucket(self._sizes, count)
         if size == count:
-            return self._run(self._layout.arrange(batch, count))
+            return self._run(self._layout.arrange(batch, count, Tensor.contiguous))
         output = self._run(self._layout.arrange(batch, size, lambda leaf: pad(leaf, size)))
         return take_rows(check_output(output, size), count)
 

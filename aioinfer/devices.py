@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from itertools import chain
 from typing import Any, Protocol
 
@@ -26,6 +27,8 @@ __all__ = ["CudaPlacement", "GraphPlacement", "HostPlacement", "Model", "Placeme
 
 # Passes before a capture, in which libraries make what they must not make while it lasts.
 _PASSES_BEFORE_CAPTURE = 3
+# Graphs whose capture has failed: torch's allocators may still ask them which streams belong to it.
+_failed_captures: list[Any] = []
 
 _log = logging.getLogger("aioinfer")
 
@@ -42,8 +45,8 @@ class Placement(Protocol):
         """Make what the device needs, and move the model there."""
         ...
 
-    def build(self, make: Callable[[Allocate | None], TensorDict]) -> TensorDict:
-        """Make a batch so that it travels fast.
+    def build(self, make: Callable[[Allocate | None], TensorDictBase]) -> TensorDictBase:
+        """Make a batch so that it travels fast, after what made its requests.
 
         Args:
             make: copies the requests into memory that it is told how to allocate.
@@ -122,7 +125,7 @@ class HostPlacement:
         if self._device is not None:
             move_model(model, self._device)
 
-    def build(self, make: Callable[[Allocate | None], TensorDict]) -> TensorDict:
+    def build(self, make: Callable[[Allocate | None], TensorDictBase]) -> TensorDictBase:
         return make(None)
 
     def run(
@@ -164,7 +167,7 @@ class CudaPlacement:
         # What wrote the parameters may still run on the stream that was current until now.
         self._stream.wait_stream(self._cuda.current_stream(self._device))
 
-    def build(self, make: Callable[[Allocate | None], TensorDict]) -> TensorDict:
+    def build(self, make: Callable[[Allocate | None], TensorDictBase]) -> TensorDictBase:
         with self._cuda.stream(self._stream):
             # Requests that live on the device were written on the callers' stream, by default the default one.
             self._stream.wait_stream(self._cuda.default_stream(self._device))
@@ -299,7 +302,7 @@ class GraphPlacement(CudaPlacement):
                 outputs = model(take_rows(inputs, size))
             check_captured(outputs, inputs)
         except Exception as error:
-            graph.reset()
+            self._abandon(graph)
             self._refused.add(mode)
             for key in [key for key in self._graphs if key[0] is mode]:
                 del self._graphs[key]
@@ -311,6 +314,19 @@ class GraphPlacement(CudaPlacement):
             return None
         made = self._graphs[mode, size] = _Graph(graph, outputs)
         return made
+
+    def _abandon(self, graph: Any) -> None:
+        """Undo a capture that has failed.
+
+        Where its end raises too, torch (2.13) leaves the allocator recording to the pool. While it does, the pool takes
+        no other capture, and no memory that a second stream has used is used again.
+        """
+        graph.reset()
+        _failed_captures.append(graph)
+        with suppress(AttributeError, RuntimeError):  # it does not record any more
+            self._cuda.memory._cuda_endAllocateToPool(self._device.index, self._pool)
+            self._cuda.memory._cuda_releasePool(self._device.index, self._pool)
+        self._pool = self._cuda.graph_pool_handle()
 
 
 class _Graph:

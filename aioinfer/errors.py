@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from concurrent.futures import CancelledError
 
 __all__ = [
     "ClientBusyError",
@@ -121,7 +122,7 @@ def describe(error: BaseException) -> str:
 
 
 def _clone(original: BaseException) -> Exception | None:
-    if not isinstance(original, Exception) or isinstance(original, (StopIteration, StopAsyncIteration)):
+    if not isinstance(original, Exception) or isinstance(original, (StopIteration, StopAsyncIteration, CancelledError)):
         return None
     for make in (copy.copy, _without_init):
         try:

@@ -126,7 +126,7 @@ class ForwardPass:
 
     def _run_rows(self, tds: list[TensorDictBase], mode: Mode) -> None:
         """Run the model over rows as over those of requests, and throw the replies away."""
-        batch = self._placement.build(partial(stack, tds)) if self._collate_fn is None else self._collate_fn(tds)
+        batch = self._placement.build(partial(stack, tds)) if self._collate_fn is None else self._collate_rows(tds)
         with use_mode(mode):
             self._placement.run(
                 self._run, batch, lambda output: check_output(output, len(tds)), self._split, self._keys
@@ -271,7 +271,7 @@ class ForwardPass:
 
     def _gather(self, store: SlotTable, requests: Sequence[Request]) -> TensorDictBase:
         if self._collate_fn is not None:
-            return self._collate_fn(_rows(requests))
+            return self._collate_rows(_rows(requests))
         return self._placement.build(lambda allocate: store.gather(requests, allocate))
 
     def _scatter(
@@ -282,9 +282,14 @@ class ForwardPass:
             self._note_entries(output)
         return [WRITTEN_IN_PLACE] * len(requests)
 
+    def _collate_rows(self, tds: list[TensorDictBase]) -> TensorDictBase:
+        assert self._collate_fn is not None
+        collate = self._collate_fn
+        return self._placement.build(lambda _: collate(tds))
+
     def _collate(self, requests: Sequence[Request], batched: bool) -> TensorDictBase:
         if self._collate_fn is not None:
-            return self._collate_fn(_rows(requests))
+            return self._collate_rows(_rows(requests))
         first = requests[0]
         try:
             if not batched and isinstance(first, NamedRequest):

@@ -46,8 +46,8 @@ __all__ = ["ProcessInferenceServer"]
 # Seconds to wait for the exit of a process past the timeout of a shutdown: until it is killed, and then for the kill.
 _EXIT_TIMEOUT = EXIT_GRACE + 1.0
 
-# Options for which the layout of requests must be known.
-_NEED_LAYOUT = ("compile", "bucket_sizes", "cuda_graphs")
+# Options for which the layout of requests must be known, unless they are as they are by default.
+_NEED_LAYOUT = {"compile": False, "bucket_sizes": None, "cuda_graphs": False}
 
 _log = logging.getLogger("aioinfer")
 
@@ -439,7 +439,7 @@ def _check_options(options: dict[str, Any], transports: Sequence[ProcessTranspor
     """Check the arguments of the server with one that is never started; return them with their defaults."""
     model, transport = _AnyModel(), ThreadingTransport()
     checked = dict(options)
-    if any(options.get(name) for name in _NEED_LAYOUT):
+    if any(options.get(name, default) is not default for name, default in _NEED_LAYOUT.items()):
         checked["request_spec"] = find_example(transports, options.get("request_spec"))
     InferenceServer(model, transport, **checked)
     bound = inspect.signature(InferenceServer).bind(model, transport, **options)

@@ -6,7 +6,7 @@ import asyncio
 import shutil
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch import nn
 from aioinfer import (
     InferenceServer,
     InferenceTransport,
+    ModelError,
     MPTransport,
     ProcessInferenceServer,
     ServerClosedError,
@@ -135,6 +136,24 @@ def test_a_function_of_tensors_is_compiled() -> None:
         assert backend.count == compiled
 
 
+def test_nothing_is_compiled_for_images_whose_channels_come_last() -> None:
+    backend = Backend()
+    server = InferenceServer(
+        nn.Conv2d(3, 2, 3),
+        ThreadingTransport(),
+        in_keys=["pixels"],
+        out_keys=["action"],
+        compile={"backend": backend},
+        max_batch_size=2,
+        request_spec=TensorDict({"pixels": torch.zeros(3, 4, 4)}),
+    )
+    with server:
+        compiled = backend.count
+        for count in (1, 2, 3):
+            server.client()({"pixels": torch.ones(count, 4, 4, 3).permute(0, 3, 1, 2)}, HANG)
+        assert backend.count == compiled
+
+
 def test_a_model_that_only_needs_few_sizes_gets_them_and_the_replies_have_no_padding() -> None:
     sizes: list[int] = []
 
@@ -190,6 +209,7 @@ def test_processes_with_slots_need_no_request_spec() -> None:
     options: dict[str, Any] = {"compile": {"backend": "eager"}, "max_batch_size": 4}
     with ProcessInferenceServer(make_double, process_slots(), ctx="fork", **options) as server:
         assert is_double(server.client()(request(3), HANG), 3)
+    ProcessInferenceServer(make_double, process_slots(), compile={}).shutdown()
 
 
 # -- the start and the end ---------------------------------------------------------------------------------
@@ -207,6 +227,23 @@ def test_an_error_of_the_warm_up_is_that_of_the_start() -> None:
         server.start()
     assert not server.is_alive
     assert isinstance(waiting.exception(HANG), ServerClosedError)
+
+
+@pytest.mark.parametrize("kind", [StopIteration, SystemExit, GeneratorExit, CancelledError, asyncio.CancelledError])
+def test_what_would_end_a_thread_or_a_loop_is_an_error_of_the_start_too(kind: type[BaseException]) -> None:
+    def model(td: TensorDictBase) -> TensorDictBase:
+        raise kind
+
+    async def astart() -> None:
+        with pytest.raises(ModelError, match=kind.__name__):
+            await server.__aenter__()
+
+    server = InferenceServer(model, ThreadingTransport(), bucket_sizes=[64], request_spec=request(0))
+    with pytest.raises(ModelError, match=kind.__name__) as raised:
+        server.start()
+    assert isinstance(raised.value.__cause__, kind)
+    asyncio.run(asyncio.wait_for(astart(), HANG))
+    assert not server.is_alive
 
 
 def test_a_shutdown_while_the_model_is_compiled_ends_and_so_does_the_start() -> None:

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -113,6 +114,12 @@ class FakeCuda:
     def __init__(self) -> None:
         self.log: list[str] = []
         self.error: Exception | None = None
+        self.pools = 0
+        self.recording: list[str] = []  # the pools to which the allocator records
+        self.memory = SimpleNamespace(
+            _cuda_endAllocateToPool=lambda device, pool: self.end_recording(pool),
+            _cuda_releasePool=lambda device, pool: self.log.append(f"release {pool}"),
+        )
         fake = self
 
         class Stream:
@@ -145,19 +152,29 @@ class FakeCuda:
         self.Stream, self.Event, self.CUDAGraph = Stream, Event, CUDAGraph
 
     @contextmanager
-    def graph(self, graph: Any, *, pool: object, stream: Any, capture_error_mode: str) -> Iterator[None]:
+    def graph(self, graph: Any, *, pool: str, stream: Any, capture_error_mode: str) -> Iterator[None]:
         self.log.append(f"capture on {stream.name} in {pool}, {capture_error_mode}")
+        if pool in self.recording:
+            raise RuntimeError("already recording")
+        self.recording.append(pool)
         try:
             with graph.recording:
                 yield
             graph.recording.forget_values()
+            self.end_recording(pool)
         except RuntimeError:
             raise RuntimeError("the capture was invalidated")  # noqa: B904 - as torch does it
         finally:
             self.log.append("captured")
 
+    def end_recording(self, pool: str) -> None:
+        if pool not in self.recording:
+            raise RuntimeError("not currently recording")
+        self.recording.remove(pool)
+
     def graph_pool_handle(self) -> str:
-        return "pool"
+        self.pools += 1
+        return "pool" if self.pools == 1 else f"pool {self.pools}"
 
     def current_device(self) -> int:
         return 0
@@ -250,6 +267,19 @@ def test_a_copy_of_weights_is_there_before_another_thread_sees_it(monkeypatch: p
     tensors: Any = [Somewhere(), torch.ones(1), Somewhere()]
     devices.settle(tensors)
     assert waited == ["current stream"]
+
+
+def test_a_batch_that_collate_fn_makes_waits_for_its_requests(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    def collate(tds: list[TensorDictBase]) -> TensorDictBase:
+        cuda.log.append("collate")
+        return stack(tds)
+
+    placement = CudaPlacement(torch.device("cpu"), None, cuda)
+    monkeypatch.setattr(devices, "CudaPlacement", lambda *_: placement)
+    with InferenceServer(double, ThreadingTransport(), device="cuda", collate_fn=collate) as server:
+        cuda.log.clear()
+        assert server.client()(request(3), 20)["action"][0] == 6
+    assert cuda.log[:4] == ["enter own", "own waits for default", "collate", "leave"]
 
 
 # -- CUDA graphs -------------------------------------------------------------------------------------------
@@ -375,6 +405,7 @@ def test_a_model_that_cannot_be_captured_is_run_without_graphs_in_that_mode(
         with use_mode(InteractionType.RANDOM):
             assert graphs.run(*values) == [2 * value for value in values]
         assert "replay" not in cuda.log
+    assert not cuda.recording
     assert graphs.run(1, 2) == [2, 4]
     assert cuda.log.count("replay") == 1
     reason = "not permitted when stream is capturing" if kind == "it synchronises" else "'seen' of its output"
