@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from itertools import product
 from typing import Any, TypeAlias
 
 import torch
@@ -20,6 +21,8 @@ __all__ = ["CompiledPlan", "WarmUp", "compiler"]
 
 # Of code that is compiled once for each bucket and exploration mode; torch's own limits are 8 and 256.
 _RECOMPILE_LIMIT = 1 << 30
+# A first pass may leave behind what its own code does not fit: caches, and what modes were before.
+_ROUNDS = 2
 # What makes inductor capture CUDA graphs of its own.
 _GRAPH_MODES = ("reduce-overhead", "max-autotune")
 _GRAPH_OPTION = "triton.cudagraphs"
@@ -108,17 +111,16 @@ class WarmUp:
             with use_mode(mode):
                 pass
         with _many_recompiles():
-            for size in reversed(self._sizes):
-                for mode in self._modes:
-                    if is_stopping():
-                        return
-                    rows = [self._example.copy() for _ in range(size)]
-                    try:
-                        run(rows, mode)
-                    except Exception as error:
-                        if mode is INHERIT:
-                            raise
-                        _log.debug("the model can't be warmed up in exploration mode %s: %s", mode, describe(error))
+            for _, size, mode in product(range(_ROUNDS), reversed(self._sizes), self._modes):
+                if is_stopping():
+                    return
+                rows = [self._example.copy() for _ in range(size)]
+                try:
+                    run(rows, mode)
+                except Exception as error:
+                    if mode is INHERIT:
+                        raise
+                    _log.debug("the model can't be warmed up in exploration mode %s: %s", mode, describe(error))
 
 
 def _many_recompiles() -> AbstractContextManager[Any]:

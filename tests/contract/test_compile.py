@@ -13,7 +13,13 @@ import numpy as np
 import pytest
 import torch
 from tensordict import NonTensorData, TensorDict, TensorDictBase
-from tensordict.nn import InteractionType, TensorDictModule
+from tensordict.nn import (
+    InteractionType,
+    ProbabilisticTensorDictModule,
+    ProbabilisticTensorDictSequential,
+    TensorDictModule,
+)
+from tensordict.nn.distributions import Delta
 from torch import nn
 
 from aioinfer import (
@@ -136,6 +142,25 @@ def test_a_function_of_tensors_is_compiled() -> None:
         assert backend.count == compiled
 
 
+def test_nothing_is_compiled_for_what_a_first_pass_leaves_behind() -> None:
+    backend = Backend()
+    network = TensorDictModule(nn.Linear(3, 1), in_keys=["observation"], out_keys=["param"])
+    sampler = ProbabilisticTensorDictModule(in_keys=["param"], out_keys=["action"], distribution_class=Delta)
+    server = InferenceServer(
+        ProbabilisticTensorDictSequential(network, sampler),
+        ThreadingTransport(),
+        plan=False,
+        compile={"backend": backend},
+        max_batch_size=2,
+        bucket_sizes=[2],
+        request_spec=request(0),
+    )
+    with server:
+        compiled = backend.count
+        together(server, 1, 2)
+        assert backend.count == compiled
+
+
 def test_nothing_is_compiled_for_images_whose_channels_come_last() -> None:
     backend = Backend()
     server = InferenceServer(
@@ -150,7 +175,8 @@ def test_nothing_is_compiled_for_images_whose_channels_come_last() -> None:
     with server:
         compiled = backend.count
         for count in (1, 2, 3):
-            server.client()({"pixels": torch.ones(count, 4, 4, 3).permute(0, 3, 1, 2)}, HANG)
+            pixels = torch.ones(count, 4, 4, 3).permute(0, 3, 1, 2)
+            server.client()(TensorDict({"pixels": pixels}, [count]), HANG)
         assert backend.count == compiled
 
 
