@@ -86,7 +86,7 @@ class CompiledPlan:
 
 
 class WarmUp:
-    """Runs batches of all sizes, so that nothing is compiled or captured for the first one later.
+    """Runs batches of all sizes, each twice, so that nothing is compiled or captured for the first one later.
 
     Args:
         example: one row, ``[*size]``.

@@ -179,9 +179,8 @@ class ModelThread:
             self._no_more_jobs = True
             self._cancel_jobs()
             self._end(cause)
-            if (
-                cause is not None
-            ):  # as callers get it: no event loop hands a StopIteration over, and SystemExit ends one
+            if cause is not None:
+                # As callers get it: no event loop hands a StopIteration over, and SystemExit ends one.
                 self._ready.settle(None, clone_exception(cause))
 
     def _end(self, cause: BaseException | None) -> None:

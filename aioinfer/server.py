@@ -479,6 +479,7 @@ class InferenceServer(BaseServer):
         Raises:
             RuntimeError: it runs already, or its last worker has not ended yet.
             ServerClosedError: it was shut down meanwhile.
+            ModelError: the warm-up raised what no caller can be given as it is; other errors of it are raised as such.
         """
         with ExitStack() as host:
             portal = host.enter_context(start_blocking_portal(name="aioinfer-loop"))
