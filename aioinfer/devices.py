@@ -8,6 +8,7 @@ CUDA graph.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from itertools import chain
@@ -29,6 +30,8 @@ __all__ = ["CudaPlacement", "GraphPlacement", "HostPlacement", "Model", "Placeme
 _PASSES_BEFORE_CAPTURE = 3
 # Graphs whose capture has failed: torch's allocators may still ask them which streams belong to it.
 _failed_captures: list[Any] = []
+# Held by the one server of this process that captures.
+_capture_lock = threading.Lock()
 
 _log = logging.getLogger("aioinfer")
 
@@ -297,8 +300,9 @@ class GraphPlacement(CudaPlacement):
             check_output(model(take_rows(inputs, size)), size)
         graph = self._cuda.CUDAGraph()
         try:
-            # Other threads may use CUDA meanwhile.
-            with self._cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            # Other threads may use CUDA meanwhile, but a capture begins with a synchronisation that ends another one.
+            options = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
+            with _capture_lock, self._cuda.graph(graph, **options):
                 outputs = model(take_rows(inputs, size))
             check_captured(outputs, inputs)
         except Exception as error:
