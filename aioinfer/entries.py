@@ -48,17 +48,19 @@ _TORCH_DTYPES = {dtype: torch.from_numpy(np.empty(0, dtype)).dtype for dtype in 
 _ARRAY_DTYPES = {kind: dtype for dtype, kind in _TORCH_DTYPES.items()}
 
 
-def make_request(td: RequestLike, entries: Mapping[str, Any]) -> TensorDictBase | Entries:
-    """What a client was called with: a TensorDict as it is, or the entries of a mapping.
+def make_request(td: RequestLike | None, entries: Entries) -> TensorDictBase | Entries:
+    """What a client was called with: a TensorDict as it is, the entries of a mapping, or those given by name.
 
     Args:
-        td: what is asked.
+        td: what is asked; ``None``: what the entries say.
         entries: that were given by name, of which there must be none beside ``td``.
 
     Raises:
         TypeError: a request and entries by name.
         InvalidRequestError: a name is no string.
     """
+    if td is None:
+        return entries
     if entries:
         raise TypeError(f"expected a request or entries by name, got both: {', '.join(entries)}")
     if not isinstance(td, Mapping) or isinstance(td, TensorDictBase):

@@ -155,8 +155,9 @@ class InferenceServer(BaseServer):
         plan: where the model is a ``TensorDictModule``, a ``TensorDictSequential``, a probabilistic one, or one of
             torchrl's actors, run the functions that it is made of without what is around them: a pass is 2 to 50 us
             shorter. For the first batch of each layout both run, and are compared: the model's own output counts, and
-            buffers and torch's generators are left as its call left them. What else a call changes, a counter in
-            Python say, changes twice then. Where a model has hooks, anything else about it is unusual, or the two
+            buffers and torch's generators are left as its call left them. A model that has changed attributes of
+            its modules meanwhile, such as a counter, is not run again, and is called as it is if it goes on so; what it
+            changes elsewhere changes twice. Where a model has hooks, anything else about it is unusual, or the two
             don't agree, it is called as it is. With ``False`` it always is. Hooks that are registered and modules that
             are replaced later are noticed; what else is set on a TensorDict module after the server was made is not.
         compile: hand the plan of the model, or else the model, to ``torch.compile``; a dictionary has its options, to

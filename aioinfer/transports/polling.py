@@ -14,7 +14,7 @@ from contextlib import suppress
 from functools import cached_property, partial
 from typing import Any
 
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDictBase
 
 from aioinfer.client import CLOSED, AsyncInferenceClient, ClientMaker, InferenceClient, check_count
 from aioinfer.entries import RequestLike, make_request
@@ -355,10 +355,7 @@ class _Client(InferenceClient):
         self._transport = CLOSED
 
     def submit(self, td: RequestLike | None = None, **entries: Any) -> concurrent.futures.Future[TensorDictBase]:
-        if td is None:
-            td = entries
-        elif entries or type(td) is not TensorDict:
-            td = make_request(td, entries)
+        td = make_request(td, entries)
         try:
             return self._transport.submit(td)
         except REFUSALS as error:
@@ -369,10 +366,7 @@ class _Client(InferenceClient):
     def __call__(
         self, td: RequestLike | None = None, timeout: float | None = None, *, wait: bool = False, **entries: Any
     ) -> TensorDictBase:
-        if td is None:
-            td = entries
-        elif entries or type(td) is not TensorDict:
-            td = make_request(td, entries)
+        td = make_request(td, entries)
         transport = self._transport
         put = partial(transport.submit, td)
         deadline = None if timeout is None else time.monotonic() + timeout

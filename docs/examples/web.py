@@ -115,8 +115,7 @@ def make_app(lifespan: Lifespan) -> FastAPI:
 
     @app.post("/act")
     async def act(body: Observation, request: Request) -> Action:
-        td = TensorDict({"observation": torch.tensor(body.observation)})
-        reply = await while_connected(request, app.state.client.submit(td))
+        reply = await while_connected(request, app.state.client.submit(observation=body.observation))
         return Action(action=reply["action"].tolist())
 
     @app.websocket("/act")
@@ -125,7 +124,7 @@ def make_app(lifespan: Lifespan) -> FastAPI:
         async for text in socket.iter_text():
             try:
                 body = Observation.model_validate_json(text)
-                reply = await app.state.client(TensorDict({"observation": torch.tensor(body.observation)}))
+                reply = await app.state.client(observation=body.observation)
             except (ValidationError, InferenceError) as error:
                 await socket.send_json({"detail": str(error)})
             else:

@@ -17,8 +17,7 @@ async def answer(connection: ServerConnection, client: AsyncInferenceClient) -> 
     """Serve one connection, one message after the other, until its caller goes away."""
     async for message in connection:
         try:
-            observation = torch.tensor(json.loads(message)["observation"], dtype=torch.float32)
-            reply = await client(TensorDict({"observation": observation}), timeout=1.0)
+            reply = await client(observation=json.loads(message)["observation"], timeout=1.0)
             result = {"action": reply["action"].tolist()}
         except (InferenceError, TimeoutError) as error:  # full, paused, closed; or a wrong shape; or too late
             result = {"error": type(error).__name__, "detail": str(error)}

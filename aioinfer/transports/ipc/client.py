@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDictBase
 
 from aioinfer.client import AsyncInferenceClient, ClientMaker, InferenceClient, check_count
 from aioinfer.entries import RequestLike, make_request
@@ -248,10 +248,7 @@ class ClientBase:
 
 class _Client(ClientBase, InferenceClient):
     def submit(self, td: RequestLike | None = None, **entries: Any) -> Future[TensorDictBase]:
-        if td is None:
-            td = entries
-        elif entries or type(td) is not TensorDict:
-            td = make_request(td, entries)
+        td = make_request(td, entries)
         endpoint = self._endpoint
         payload = endpoint.check(td)
         future: Future[TensorDictBase] = Future()
@@ -277,10 +274,7 @@ class _Client(ClientBase, InferenceClient):
     def __call__(
         self, td: RequestLike | None = None, timeout: float | None = None, *, wait: bool = False, **entries: Any
     ) -> TensorDictBase:
-        if td is None:
-            td = entries
-        elif entries or type(td) is not TensorDict:
-            td = make_request(td, entries)
+        td = make_request(td, entries)
         endpoint = self._endpoint
         payload = endpoint.check(td)
         connection = endpoint.connection
@@ -341,10 +335,7 @@ class _AsyncClient(ClientBase, AsyncInferenceClient):
         return future, connection, number
 
     def submit(self, td: RequestLike | None = None, **entries: Any) -> asyncio.Future[TensorDictBase]:
-        if td is None:
-            td = entries
-        elif entries or type(td) is not TensorDict:
-            td = make_request(td, entries)
+        td = make_request(td, entries)
         future, connection, number = self._submit(td, wait=False)
         if connection is not None:
             future.add_done_callback(partial(_cancel, connection, number))
@@ -358,10 +349,7 @@ class _AsyncClient(ClientBase, AsyncInferenceClient):
         wait: bool = False,
         **entries: Any,
     ) -> TensorDictBase:
-        if td is None:
-            td = entries
-        elif entries or type(td) is not TensorDict:
-            td = make_request(td, entries)
+        td = make_request(td, entries)
         if timeout is not None:
             async with asyncio.timeout(timeout):
                 return await self(td, wait=wait)
