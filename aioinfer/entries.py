@@ -111,6 +111,8 @@ def _converted(path: tuple[str, ...], value: Any, dtypes: Mapping[NestedKey, tor
         array = np.asarray(value)
         if array.dtype.newbyteorder("=") not in _DTYPES:
             reason = f"an array of dtype {array.dtype}"
+        elif np.ma.is_masked(value):
+            reason = "it has masked elements"
         elif hasattr(value, "__array__"):
             return array.astype(array.dtype.newbyteorder("="), copy=False)
         else:

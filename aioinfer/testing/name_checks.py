@@ -48,7 +48,8 @@ def requests_by_name_share_a_pass_with_others(harness: TransportHarness) -> None
 
 def what_cannot_be_a_tensor_is_refused_by_name(harness: TransportHarness) -> None:
     """The error names the entry; the others get their replies."""
-    bad: tuple[Any, ...] = ("up", None, object(), np.array(["up"]), [[1.0], [1.0, 2.0]])
+    masked = np.ma.masked_equal(np.arange(3, dtype=np.float32), 1)
+    bad: tuple[Any, ...] = ("up", None, object(), np.array(["up"]), [[1.0], [1.0, 2.0]], masked)
     with harness.serve(double) as (server, callers):
         good = callers.call(0, request(2))
         for index, value in enumerate(bad, 1):
