@@ -7,6 +7,7 @@ make a tensor of each.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from operator import attrgetter
 from typing import Any, TypeAlias
 
@@ -17,7 +18,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from aioinfer.errors import InvalidRequestError
-from aioinfer.tensors import Allocate, UnlikeRequestsError, build, is_nested, stack_column
+from aioinfer.tensors import Allocate, UnlikeRequestsError, build, is_nested, join_by_name, show_key, stack_column
 from aioinfer.tensors import entries as entries_of
 
 __all__ = [
@@ -126,8 +127,7 @@ def _converted(path: tuple[str, ...], value: Any, dtypes: Mapping[NestedKey, tor
             reason = f"another value as {dtype}"
     except Exception as error:  # whatever the value's own methods raise
         reason = f"{type(error).__qualname__}: {error}"
-    name = f'"{key}"' if isinstance(key, str) else repr(key)
-    raise InvalidRequestError(f"{name} can't be a tensor, got {type(value).__qualname__} ({reason})")
+    raise InvalidRequestError(f"{show_key(key)} can't be a tensor, got {type(value).__qualname__} ({reason})")
 
 
 def array_dtype(dtype: torch.dtype) -> np.dtype[Any] | None:
@@ -193,12 +193,7 @@ def stack_entries(rows: Sequence[Entries], size: torch.Size, allocate: Allocate 
         UnlikeRequestsError: they differ in names, shapes of arrays or dtypes.
         RuntimeError: they differ in shapes of tensors, or devices.
     """
-    if len(set(map(len, rows))) != 1:
-        raise UnlikeRequestsError
-    try:
-        source = {name: _stack([row[name] for row in rows], allocate) for name in rows[0]}
-    except KeyError:
-        raise UnlikeRequestsError from None
+    source = join_by_name(rows, partial(_stack, allocate=allocate))
     return build(source, torch.Size((len(rows), *size)), None)
 
 

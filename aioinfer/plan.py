@@ -33,7 +33,7 @@ from torch.nn.parameter import is_lazy
 
 from aioinfer.errors import InvalidRequestError, ModelError, describe
 from aioinfer.interaction_type import interaction_type
-from aioinfer.tensors import build, entries, is_nested
+from aioinfer.tensors import build, entries, is_nested, show_key
 
 __all__ = ["CheckedPlan", "Plan", "Runner", "plan_function", "plan_policy"]
 
@@ -107,7 +107,7 @@ class _TensorStep:
             if key == _IGNORED:
                 continue
             if type(value) is not Tensor and not (self.takes_subclasses and isinstance(value, Tensor)):
-                return f"{_name(self.function)} returned {type(value).__qualname__} for {_show(key)}"
+                return f"{_name(self.function)} returned {type(value).__qualname__} for {show_key(key)}"
             if not self._is_flat:
                 if not _write(values, key if isinstance(key, tuple) else (key,), value, size, device):
                     return self._misfit(key, value, size, device)
@@ -121,7 +121,7 @@ class _TensorStep:
         expected = ", ".join([*map(str, size), "..."])
         where = "" if device is None else f" on {device}"
         return (
-            f"{_name(self.function)} returned {_show(key)} of shape {list(value.shape)} on {value.device}, "
+            f"{_name(self.function)} returned {show_key(key)} of shape {list(value.shape)} on {value.device}, "
             f"expected [{expected}]{where}"
         )
 
@@ -236,7 +236,7 @@ class Plan:
         if self._model is not None:
             return self._model(batch)
         if missing := [key for key in self._in_keys if not isinstance(_read(entries(batch), key), Tensor)]:
-            raise InvalidRequestError(f"the request has no tensor {', '.join(map(_show, missing))}")
+            raise InvalidRequestError(f"the request has no tensor {', '.join(map(show_key, missing))}")
         raise ModelError(output)
 
     def read(self, batch: TensorDictBase) -> Values | None:
@@ -339,7 +339,7 @@ def _outputs(output: Any, keys: Sequence[NestedKey]) -> Sequence[Any] | str:
     if isinstance(output, (Mapping, TensorDictBase)):
         found = dict(zip(_unravelled(output.keys()), output.values(), strict=True))
         if missing := [key for key in keys if key not in found]:
-            return f"returned no {', '.join(map(_show, missing))}"
+            return f"returned no {', '.join(map(show_key, missing))}"
         return [found[key] for key in keys]
     outputs: Sequence[Any] = output if isinstance(output, (tuple, list)) else (output,)
     if len(outputs) != len(keys):
@@ -353,10 +353,6 @@ def _unravelled(keys: Iterable[NestedKey]) -> list[NestedKey]:
 
 def _name(function: Any) -> str:
     return getattr(function, "__qualname__", None) or type(function).__qualname__
-
-
-def _show(key: NestedKey) -> str:
-    return f'"{key}"' if isinstance(key, str) else repr(key)
 
 
 # -- joined functions ----------------------------------------------------------------------------------
@@ -726,7 +722,7 @@ def _difference(expected: Any, found: Any, key: str = "the output") -> str | Non
     ours, theirs = dict(expected.items()), dict(found.items())
     if ours.keys() != theirs.keys():
         return f"{key} has the entries {sorted(theirs)}, expected {sorted(ours)}"
-    differences = (_difference(value, theirs[name], _show(name)) for name, value in ours.items())
+    differences = (_difference(value, theirs[name], show_key(name)) for name, value in ours.items())
     return next((difference for difference in differences if difference is not None), None)
 
 

@@ -11,12 +11,13 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np  # tensordict requires it
 import torch
 from tensordict import TensorDict, TensorDictBase
+from tensordict.utils import NestedKey
 from torch import Tensor
 
 from aioinfer.entries import Entries, array_dtype, as_array, check_entries, make_td, row_count
 from aioinfer.errors import InvalidRequestError, ModelError
 from aioinfer.modes import long_lived
-from aioinfer.tensors import OWN_MEMORY_BYTES, Allocate, build, entries, is_nested, unbind_rows
+from aioinfer.tensors import OWN_MEMORY_BYTES, Allocate, build, entries, is_nested, show_key, unbind_rows
 
 __all__ = ["LeafSpec", "RowBlock", "RowLayout", "RowTable", "Value"]
 
@@ -37,14 +38,15 @@ _MANY = 8
 class LeafSpec:
     """One tensor of each row."""
 
-    __slots__ = ("dtype", "name", "nbytes", "path", "shape")
+    __slots__ = ("dtype", "key", "name", "nbytes", "path", "shape")
 
     def __init__(self, path: Path, shape: torch.Size, dtype: torch.dtype) -> None:
         self.path = path
         self.shape = shape
         self.dtype = dtype
         self.nbytes = math.prod(shape) * dtype.itemsize
-        self.name = f'"{path[0]}"' if len(path) == 1 else repr(path)
+        self.key: NestedKey = path[0] if len(path) == 1 else path
+        self.name = show_key(self.key)
 
 
 class RowBlock(NamedTuple):
@@ -95,6 +97,8 @@ class RowLayout:
         self._declared = {leaf.path[0] for leaf in self.leaves}
         self._expected = [(name, leaf.dtype, leaf.shape) for name, leaf in zip(self._names, self.leaves, strict=True)]
         self._array_dtypes = [array_dtype(leaf.dtype) for leaf in self.leaves]
+        self._dtypes = {leaf.key: leaf.dtype for leaf in self.leaves}
+        self._shapes = {leaf.key: leaf.shape for leaf in self.leaves}
 
     def _read(self, td: TensorDictBase, above: Path) -> None:
         for key, value in td.items():
@@ -183,10 +187,9 @@ class RowLayout:
                     return values
         if self.drop_undeclared:
             entries = {name: value for name, value in entries.items() if name in self._declared}
-        keys = [leaf.path[0] if len(leaf.path) == 1 else leaf.path for leaf in self.leaves]
         if entries or not self.drop_undeclared:
-            check_entries(entries, dict(zip(keys, [leaf.dtype for leaf in self.leaves], strict=True)))
-        rows = row_count(entries, dict(zip(keys, [leaf.shape for leaf in self.leaves], strict=True)))
+            check_entries(entries, self._dtypes)
+        rows = row_count(entries, self._shapes)
         size = self.batch_size if rows is None else torch.Size((rows, *self.batch_size))
         return self.values(make_td(entries, size))
 

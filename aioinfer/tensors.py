@@ -34,8 +34,10 @@ __all__ = [
     "entries",
     "group_by_layout",
     "is_nested",
+    "join_by_name",
     "layout",
     "rows",
+    "show_key",
     "split",
     "stack",
     "stack_column",
@@ -235,18 +237,29 @@ def stack(tds: Sequence[TensorDictBase], allocate: Allocate | None = None) -> Te
         columns = list(map(entries, tds))
     except RuntimeError:  # a lazy stack of unlike parts has no entries of its own
         return _stack_lazily(tds)  # type: ignore[no-any-return]
-    source = _stack_entries(columns, allocate)
+    source = join_by_name(columns, partial(stack_column, allocate=allocate))
     return build(source, torch.Size((len(tds), *first.batch_size)), first.device)
 
 
-def _stack_entries(columns: Sequence[Mapping[str, Any]], allocate: Allocate | None) -> dict[str, Any]:
-    """Stack entries of like names, in whatever order."""
-    if len(set(map(len, columns))) != 1:
+def join_by_name(rows: Sequence[Mapping[str, Any]], join: Callable[[list[Any]], Any]) -> dict[str, Any]:
+    """Make one entry of each name out of those that all rows have, in whatever order they name them.
+
+    Args:
+        rows: at least one.
+        join: makes an entry of those of one name.
+
+    Raises:
+        UnlikeRequestsError: the rows differ in names.
+    """
+    if len(set(map(len, rows))) != 1:
         raise UnlikeRequestsError
+    columns: dict[str, list[Any]] = {}
     try:
-        return {name: stack_column([column[name] for column in columns], allocate) for name in columns[0]}
+        for name in rows[0]:
+            columns[name] = [row[name] for row in rows]
     except KeyError:
         raise UnlikeRequestsError from None
+    return {name: join(values) for name, values in columns.items()}
 
 
 def _stack_lazily(tds: Sequence[TensorDictBase]) -> Any:
@@ -292,14 +305,7 @@ def concatenate(tds: Sequence[TensorDictBase], batched: Sequence[bool], allocate
     """
     if any([isinstance(td, LazyStackedTensorDict) for td in tds]):  # noqa: C419 - faster
         return _concatenate_lazily(tds, batched)  # type: ignore[no-any-return]
-    columns = list(map(entries, tds))
-    first = columns[0]
-    if any([len(column) != len(first) for column in columns]):  # noqa: C419 - faster
-        raise UnlikeRequestsError
-    try:
-        source = {name: _concatenate_column([column[name] for column in columns], batched, allocate) for name in first}
-    except KeyError:
-        raise UnlikeRequestsError from None
+    source = join_by_name(list(map(entries, tds)), lambda values: _concatenate_column(values, batched, allocate))
     count = sum(td.batch_size[0] if many else 1 for td, many in zip(tds, batched, strict=True))
     return build(source, torch.Size((count, *_row_size(tds[0], batched[0]))), tds[0].device)
 
@@ -516,26 +522,26 @@ class RequestSpec:
         """Raise :class:`InvalidRequestError` if ``td``, or where it is ``batched`` its rows, have another layout."""
         found = dict(_leaves(td))
         if found.keys() != self._leaves.keys():
-            missing = [_name(key) for key in self._leaves if key not in found]
-            unknown = [_name(key) for key in found if key not in self._leaves]
+            missing = [show_key(key) for key in self._leaves if key not in found]
+            unknown = [show_key(key) for key in found if key not in self._leaves]
             parts = ["lacks " + ", ".join(missing)] * bool(missing) + ["has unknown " + ", ".join(unknown)] * bool(
                 unknown
             )
-            expected = ", ".join(map(_name, self._leaves))
+            expected = ", ".join(map(show_key, self._leaves))
             raise InvalidRequestError(f"the request {' and '.join(parts)}; requests to this server have {expected}")
         for key, value in found.items():
             described = _describe(value)
             if batched:
                 if described[0] is not None and described[0][:1] != td.batch_size[:1]:
                     raise InvalidRequestError(
-                        f"{_name(key)} has shape {_show(described[0])}, expected a first dimension of "
+                        f"{show_key(key)} has shape {_show(described[0])}, expected a first dimension of "
                         f"{td.batch_size[0]} rows as other entries have"
                     )
                 described = described[0] and described[0][1:], described[1]
             for what, got, wanted in zip(("shape", "dtype"), described, self._leaves[key], strict=True):
                 if got != wanted:
                     raise InvalidRequestError(
-                        f"{_name(key)} has {what} {_show(got)}, requests to this server have {_show(wanted)}"
+                        f"{show_key(key)} has {what} {_show(got)}, requests to this server have {_show(wanted)}"
                     )
 
 
@@ -547,7 +553,8 @@ def _describe(value: Any) -> tuple[Any, Any]:
     return getattr(value, "shape", None), getattr(value, "dtype", type(value))
 
 
-def _name(key: Any) -> str:
+def show_key(key: Any) -> str:
+    """A key, which may be nested, as messages show it."""
     return f'"{key}"' if isinstance(key, str) else repr(key)
 
 
