@@ -1,0 +1,1 @@
+"""Collect experience: many environments, stepped in groups, ask one served policy."""
