@@ -1,0 +1,34 @@
+"""Environments of several kinds, as rows that one thread steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from inspect import iscoroutinefunction
+from typing import Any
+
+from aioinfer.collectors.environments.base import Abandoned, Stepper
+from aioinfer.collectors.environments.serial import SerialStepper
+from aioinfer.collectors.spaces import InfoKeys
+from aioinfer.collectors.watch import Watch
+
+__all__ = ["Abandoned", "SerialStepper", "Stepper", "is_async", "make_stepper"]
+
+
+def make_stepper(envs: Sequence[Any], watch: Watch, info_keys: InfoKeys = ()) -> Stepper:
+    """Make what steps these environments.
+
+    Args:
+        envs: of one environment each, and of equal layouts; or one that is of several.
+        watch: where calls of environments are announced.
+        info_keys: entries of infos to store.
+
+    Raises:
+        TypeError: an object is no environment of a known kind, or a space has no fixed layout.
+        ValueError: layouts are not equal, or there are several objects and one of them is of several environments.
+    """
+    return SerialStepper(envs, watch, info_keys)
+
+
+def is_async(env: Any) -> bool:
+    """Whether ``reset`` and ``step`` of an environment are coroutine functions."""
+    return iscoroutinefunction(getattr(env, "reset", None)) and iscoroutinefunction(getattr(env, "step", None))
