@@ -97,8 +97,8 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure against torchrl, side by side; arguments after ``--`` go to ``aioinfer bench``."""
-    install(session, "bench")
+    """Measure against torchrl, Gymnasium and EnvPool, side by side; arguments after ``--`` go to ``aioinfer bench``."""
+    install(session, "bench", "collectors")
     session.run("aioinfer", "bench", "--torchrl-collate", "both", *session.posargs)
 
 

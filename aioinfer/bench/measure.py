@@ -27,8 +27,8 @@ from typing import Any, TypeAlias
 import torch
 from tensordict import TensorDict
 
+from aioinfer.bench import collecting, requests, systems, weights
 from aioinfer.bench import load_generators as load
-from aioinfer.bench import requests, systems, weights
 from aioinfer.bench.models import Policy, step_environments
 from aioinfer.bench.peer_process import PeerProcess, Pipe
 from aioinfer.bench.report import Figures, percentiles
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> None:
     answers, sys.stdout = sys.stdout, sys.stderr
     job = Job(**json.loads(arguments[0]))
     torch.set_num_threads(1)
-    systems.load_package(job)
+    (systems if named(job.workload).collection is None else collecting).load_package(job)
     print("ready", file=answers, flush=True)
     if sys.stdin.readline():  # empty: the parent is gone
         print(json.dumps(measure(job)), file=answers, flush=True)
@@ -54,10 +54,12 @@ def measure(job: Job) -> Figures:
     Returns:
         ``rate`` in requests/s, or ``p50`` and ``p99`` in seconds over ``count`` requests or updates, or all of these;
         or ``gap`` in seconds; or a rate for each kind of requests. Beside them, the figures that they are compared
-        with: ``quiet rate``, ``memcpy``, ``pass``, ``pass rate``.
+        with: ``quiet rate``, ``memcpy``, ``pass``, ``pass rate``. Those of collectors are in ``collecting``.
     """
     torch.manual_seed(job.seed)
     workload = named(job.workload)
+    if workload.collection is not None:
+        return collecting.measure(job, workload.collection)
     policy = Policy(workload.model, workload.weights)
     if job.system == System.BARE:
         return _measure_bare(job, workload, policy)

@@ -13,10 +13,10 @@ from importlib import metadata
 from itertools import starmap
 from pathlib import Path
 
-from aioinfer.bench.workloads import MAX_BATCH_SIZE, Metric, Pattern, System, Workload, is_rate
+from aioinfer.bench.workloads import MAX_BATCH_SIZE, UNITS, Metric, Pattern, System, Workload, is_rate
 
 Figures = dict[str, float]
-"""The figures of one measurement, by name: rates in requests/s, times in seconds, counts."""
+"""The figures of one measurement, by name: rates in requests/s or steps/s, times in seconds, counts."""
 
 COUNTS = frozenset({"count", "updates"})
 """The figures that are numbers of measured events."""
@@ -67,7 +67,7 @@ class Comparison:
         return entry.summary(figure) if entry is not None else None
 
     def ratio(self, metric: Metric, of: System = System.OURS, against: System | None = None) -> Spread | None:
-        """A system's figure over that of another one; ``None`` if either is missing.
+        """A system's figure over that of another one, or the figure alone; ``None`` if either is missing.
 
         A ratio of medians, as the two were measured one after the other. Two figures of one system are taken by turns
         in each measurement, within fractions of a second; their ratio is the median of those of all measurements.
@@ -78,6 +78,8 @@ class Comparison:
             against: the other one; ``None``: that with which the metric compares.
         """
         divisor = against or metric.against
+        if divisor is None:
+            return self.summary(of, metric.figure)
         one, other = self.summary(of, metric.figure), self.summary(divisor, metric.divisor)
         if one is None or other is None:
             return None
@@ -94,7 +96,9 @@ def best_transport(heats: dict[str, Figures], figure: str) -> str:
 
 
 def format_figure(figure: str, value: float) -> str:
-    """A rate or a time with its unit."""
+    """A rate, a time, or one of ``UNITS``, with its unit."""
+    if figure in UNITS:
+        return f"{value:.2f} {UNITS[figure]}"
     return f"{value:,.0f}/s" if is_rate(figure) else f"{value * 1e3:.3f} ms"
 
 
@@ -117,6 +121,7 @@ class Results:
         torchrl_collate: how torchrl's server stacks requests, one of ``COLLATES``; ``None`` if it takes no part.
         comparisons: the workloads.
         crashes: the measurements that failed, and why.
+        skipped: the workloads that could not be measured, and why.
     """
 
     machine: dict[str, str | int | None]
@@ -125,9 +130,10 @@ class Results:
     torchrl_collate: str | None
     comparisons: list[Comparison] = field(default_factory=list)
     crashes: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
 
 
-_PACKAGES = ("aioinfer", "torch", "tensordict", "torchrl")
+_PACKAGES = ("aioinfer", "torch", "tensordict", "torchrl", "gymnasium", "ale-py", "envpool")
 
 
 def describe_machine() -> dict[str, str | int | None]:
@@ -205,6 +211,7 @@ def to_json(results: Results) -> str:
             "torchrl_collate": results.torchrl_collate,
             "workloads": {each.workload.name: _comparison_to_dict(each) for each in results.comparisons},
             "crashes": results.crashes,
+            "skipped": results.skipped,
         },
         indent=2,
     )
@@ -255,8 +262,8 @@ def _ratio_over_stack(comparison: Comparison, metric: Metric) -> Spread | None:
 
 def _row(comparison: Comparison, metric: Metric) -> tuple[str, ...]:
     ratio = comparison.ratio(metric)
-    sign = _sign(metric)
-    limits = (f"{sign} {metric.bar:g}", f"{sign} {metric.aim:g}")
+    sign, unit = _sign(metric), f" {UNITS[metric.figure]}" if metric.against is None else ""
+    limits = (f"{sign} {metric.bar:g}{unit}", f"{sign} {metric.aim:g}{unit}")
     judged = ("-", "-", *limits, "-")
     if ratio is not None:
         spread = f"{_short(ratio.least)} to {_short(ratio.most)}"
@@ -270,7 +277,9 @@ def _sign(metric: Metric) -> str:
 
 
 def _against(comparison: Comparison, metric: Metric) -> str:
-    """The divisor of the ratio: a figure of another system, or another one of ours."""
+    """The divisor of the ratio: a figure of another system, or another one of ours; none where there is no ratio."""
+    if metric.against is None:
+        return "-"
     figure = _figure(comparison, metric.against, metric.divisor)
     return figure if figure == "-" else f"{metric.over or metric.against} {figure}"
 
@@ -291,10 +300,10 @@ def _notes(results: Results) -> list[str]:
     notes += [
         _beside_bare(each, metric, system)
         for each, metric in _judged(results)
-        for system in (System.TORCHRL, System.STACK)
+        for system in _KEPT[1:]
         if metric.against is System.BARE
     ]
-    systems = [s for s in System if s is not System.BARE and any(s in each.entries for each in served)]
+    systems = [s for s in _KEPT if any(s in each.entries for each in served)]
     kept = [
         f"{each.workload.name} {' / '.join(each.entries[s].way if s in each.entries else '-' for s in systems)}"
         for each in served
@@ -314,7 +323,8 @@ def _notes(results: Results) -> list[str]:
     if System.STACK in systems:
         notes.append(_STACK_NOTE)
     about = results.machine
-    versions = [f"{name} {about[name] or 'not installed'}" for name in ("torch", "tensordict", "torchrl")]
+    packages = _PACKAGES[1:] if Pattern.COLLECT in patterns else _PACKAGES[1:4]
+    versions = [f"{name} {about[name] or 'not installed'}" for name in packages]
     return [
         *filter(None, notes),
         f"medians over {results.repeats} x {results.seconds:g} s, each in a fresh process, the systems by turns; "
@@ -322,8 +332,13 @@ def _notes(results: Results) -> list[str]:
         f"OMP_NUM_THREADS=1",
         f"{about['cpu']}, {about['cores']} cores, {about['system']}, Python {about['python']}, "
         f"{', '.join(versions)}, load at the start {about['load']}, {about['date']}",
+        *(f"SKIPPED: {name}: {reason}" for name, reason in results.skipped.items()),
         *(f"CRASHED: {crash}" for crash in results.crashes),
     ]
+
+
+_KEPT = (System.OURS, System.TORCHRL, System.STACK)
+"""The systems that may have several transports or schemes."""
 
 
 _PATTERN_NOTES = {
@@ -331,6 +346,9 @@ _PATTERN_NOTES = {
     Pattern.SEND: "send(sync=True) counts in the trainer, until a server in another process has applied the weights",
     Pattern.PUBLISHING: "updates come by send(sync=True); the quiet rate is that of the same server without them",
     Pattern.GAP: "gaps are between the beginnings of two forward passes, medians over updates, after gc.freeze()",
+    Pattern.COLLECT: "collectors have the same environments and policy (64-64 MLP, or CNN, with sampling and "
+    "log-probabilities), torch.set_num_threads(1); SyncVectorEnv, AsyncVectorEnv and EnvPool store nothing, and steps "
+    "that only reset count nowhere",
 }
 _STACK_NOTE = (
     f"{System.STACK} is torchrl with collate_fn=torch.stack, measured where its server stacks requests; its "
@@ -345,6 +363,7 @@ _DIVISOR_NOTES = {
     "pass": "a pass is one of the bare model over as many rows, in the caller's thread, by turns with its requests",
     "reused rate": "array and tensor rates are those of client(observation=...) and of a read action, the reused rate "
     "that of one TensorDict again and again; they take turns with the same server and callers",
+    "own paces rate": "the rate of own paces is that of the same environments when each steps without a policy",
     "pass rate": "the pass rate is what the model alone would make, by the time of its passes in the running server",
 }
 

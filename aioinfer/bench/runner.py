@@ -11,6 +11,7 @@ import threading
 from collections.abc import Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict
+from importlib.util import find_spec
 
 from aioinfer.bench.report import COUNTS, Comparison, Entry, Figures, Results, best_transport, format_figure
 from aioinfer.bench.workloads import Job, System, Workload, named
@@ -50,7 +51,12 @@ class Runner:
         self._results = results
 
     def measure(self, workload: Workload, label: str) -> None:
-        """Measure all systems on ``workload`` and print the figures of each round."""
+        """Measure all systems on ``workload`` and print the figures of each round; or note why that can't be."""
+        missing = [module for module in workload.requires if find_spec(module) is None]
+        if missing:
+            self._results.skipped[workload.name] = f"{' and '.join(missing)} is not installed"
+            print(f"{label}: skipped, {self._results.skipped[workload.name]}", file=sys.stderr, flush=True)
+            return
         comparison = Comparison(workload)
         self._results.comparisons.append(comparison)
         for system, way_figures in self._heats(workload, label).items():

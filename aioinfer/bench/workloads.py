@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Literal
 
 MAX_BATCH_SIZE = 64
 """Of both systems, where a workload names no other; it is also the default of both."""
@@ -19,6 +20,12 @@ class System(StrEnum):
     TORCHRL = "torchrl"
     STACK = "torchrl-stack"  # torchrl's server with collate_fn=torch.stack
     BARE = "bare"  # the model called on a ready batch, without any plumbing
+    # Those with whom collectors of experience are compared; torchrl's is its AsyncBatchedCollector.
+    TORCHRL_SERIAL = "torchrl Collector"  # with a SerialEnv of 16 environments
+    SYNC_VECTOR = "SyncVectorEnv"  # Gymnasium's, of 64 environments, and the bare policy
+    ASYNC_VECTOR = "AsyncVectorEnv"  # Gymnasium's, of 32 environments in processes, and the bare policy
+    ENVPOOL = "EnvPool"  # its asynchronous interface, and the bare policy
+    CEILING = "ceiling"  # what two cores would reach if they did nothing but step and compute actions
 
 
 class Pattern(StrEnum):
@@ -34,6 +41,7 @@ class Pattern(StrEnum):
     SEND = "send"  # no requests: a trainer sends weights to a server in another process until applied, in a loop
     PUBLISHING = "publishing"  # closed loop of tasks; by turns, a trainer in another process publishes at a rate
     GAP = "gap"  # closed loop of tasks, and a trainer in another process that publishes once in a while
+    COLLECT = "collect"  # a collector of experience, see Collection
 
 
 class RequestKind(StrEnum):
@@ -48,8 +56,46 @@ class RequestKind(StrEnum):
     TENSOR = "tensor"  # the same with a tensor
 
 
+class Course(StrEnum):
+    """What happens while a collector is measured."""
+
+    FRAMES = "frames"  # nothing: its frames are counted
+    OWN_PACES = "own paces"  # the same, after the same environments stepped without a policy
+    KILL = "kill"  # a worker is killed
+    HANG = "hang"  # an environment hangs, which is to be noticed; then another one, beside which the collector closes
+    UPDATE = "update"  # the weights of the policy change
+    MEMORY = "memory"  # a million frames are collected
+
+
+@dataclass(frozen=True, slots=True)
+class Collection:
+    """What a collector of experience does.
+
+    Attributes:
+        environment: ``"CartPole"``, ``"Pong"``, ``"EnvPool"`` for its CartPole, or ``"sleeping"`` for one that awaits.
+        num_envs: environments of ours; a peer has as many as suit it, or as its name says.
+        num_workers: processes that step them; with 0 it is the collector's own.
+        frames_per_batch: steps in a batch.
+        fragment_length: consecutive steps of one environment.
+        order: which fragments are a batch.
+        course: what happens meanwhile.
+    """
+
+    environment: str = "CartPole"
+    num_envs: int = 64
+    num_workers: int = 2
+    frames_per_batch: int = 2048
+    fragment_length: int = 64
+    order: Literal["fair", "first"] = "fair"
+    course: Course = Course.FRAMES
+
+
+UNITS = {"noticed after": "s", "recovered after": "s", "shut down after": "s", "old steps": "steps", "growth": "MB"}
+"""The figures that are judged as they are, in units that a bar names; most are compared with another one."""
+
+
 def is_rate(figure: str) -> bool:
-    """Whether a figure is in requests per second, and more is better. All others are times, and less is better."""
+    """Whether a figure is in requests or steps per second, and more is better. Of all others, less is better."""
     return figure.endswith("rate")
 
 
@@ -58,10 +104,11 @@ class Metric:
     """One ratio of a workload.
 
     Attributes:
-        figure: the figure that is compared: a rate in requests/s, or a time in seconds, such as ``"p50"``.
+        figure: the figure that is compared: a rate in requests/s or steps/s, or a time in seconds, such as ``"p50"``;
+            or one of ``UNITS``.
         bar: the least ratio that passes (rate), or the largest (time).
         aim: the ratio to strive for.
-        against: the system by whose figure ours is divided.
+        against: the system by whose figure ours is divided; ``None``: by none, the bar and the aim are of the figure.
         over: the name of that figure; ``None``: the same. With it, our figure can be compared with another one of ours.
         stack_bar: the bar where ours is divided by the figure of torchrl with ``torch.stack``; ``None``: there is none.
     """
@@ -69,7 +116,7 @@ class Metric:
     figure: str
     bar: float
     aim: float
-    against: System = System.TORCHRL
+    against: System | None = System.TORCHRL
     over: str | None = None
     stack_bar: float | None = None
 
@@ -93,6 +140,10 @@ class Metric:
     def meets(self, ratio: float, limit: float) -> bool:
         """Whether a ratio is as good as ``limit``, or better."""
         return ratio >= limit if self.higher_is_better else ratio <= limit
+
+
+_PEERS = (System.TORCHRL_SERIAL, System.SYNC_VECTOR, System.ASYNC_VECTOR, System.ENVPOOL, System.CEILING)
+"""The systems that collectors alone are compared with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +176,9 @@ class Workload:
         think_time: seconds from a reply to the next request of a blocking caller in another process.
         rows: rows of each request; with 0 a request is one row, and has no dimension for them.
         max_batch_size: most rows in one forward pass.
+        collection: what a collector of experience does.
+        peers: the systems with which it is compared, each of which has one way to run; beside torchrl's.
+        requires: modules without which nothing is measured.
         request_kinds: how callers make requests. With several of them, each has a rate of its own, and they take turns
             with the same server and the same callers.
     """
@@ -146,11 +200,14 @@ class Workload:
     rows: int = 0
     max_batch_size: int = MAX_BATCH_SIZE
     request_kinds: tuple[RequestKind, ...] = (RequestKind.REUSED,)
+    collection: Collection | None = None
+    peers: tuple[System, ...] = ()
+    requires: tuple[str, ...] = ()
 
     @property
     def one_thread(self) -> bool:
         """Whether an operator gets one thread: other processes need a core, or a large batch would use all of them."""
-        return self.weights is not None or self.processes > 0 or self.rows > 0
+        return self.weights is not None or self.processes > 0 or self.rows > 0 or self.collection is not None
 
     @property
     def batch_size(self) -> tuple[int, ...]:
@@ -182,17 +239,22 @@ class Workload:
         left_out: set[System] = set()
         if collate is None or (collate == "stack" and self.ways(System.STACK)):
             left_out.add(System.TORCHRL)
+        if collate is None:
+            left_out.add(System.TORCHRL_SERIAL)
         if collate is None or collate == "default":
             left_out.add(System.STACK)
         return [system for system in System if system not in left_out and self.ways(system)]
 
     def ways(self, system: System) -> tuple[str, ...]:
         """The transports or schemes by which ``system`` is tried on this workload; empty if it takes no part."""
+        if system in _PEERS:
+            return ("none",) if system in self.peers else ()
         if system is System.BARE:
             takes_part = self.pattern is Pattern.BARE or any(metric.against is system for metric in self.metrics)
             return ("none",) if takes_part else ()
         # torchrl's servers gather requests from process slots without a collate_fn.
-        stacked = self.weights is None and not any(way.startswith("process slots") for way in self.torchrl)
+        process_slots = any(way.startswith("process slots") for way in self.torchrl)
+        stacked = self.weights is None and self.collection is None and not process_slots
         if self.pattern is Pattern.BARE or (system is System.STACK and not stacked):
             return ()
         return self.ours if system is System.OURS else self.torchrl
@@ -327,6 +389,33 @@ def _large(name: str, summary: str, metric: Metric, scheme: str, *, swap: bool =
     weights = WeightSet(420_000_000, 50)
     return Workload(
         name, summary, pattern, model, callers, (metric,), (scheme,), (), stretch=4.0, weights=weights, swap=swap
+    )
+
+
+def _collect(
+    name: str,
+    summary: str,
+    metrics: tuple[Metric, ...],
+    collection: Collection,
+    *,
+    torchrl: tuple[str, ...] = (),
+    requires: tuple[str, ...] = (),
+    stretch: float = 2.0,
+) -> Workload:
+    """A collector of experience, and those with whom it is compared."""
+    return Workload(
+        name,
+        summary,
+        Pattern.COLLECT,
+        "64-64",
+        0,
+        metrics,
+        (f"{collection.num_workers} workers" if collection.num_workers else "no workers",),
+        torchrl,
+        stretch=stretch,
+        collection=collection,
+        peers=tuple(metric.against for metric in metrics if metric.against in _PEERS),
+        requires=("gymnasium", *requires),
     )
 
 
@@ -484,6 +573,80 @@ WORKLOADS: tuple[Workload, ...] = (
         _GAP,
         "shared memory",
         swap=True,
+    ),
+    _collect(
+        "collect-cartpole",
+        "CartPole, 64 environments in 2 workers",
+        (
+            *_rate(40, 70),
+            *_rate(12, 20, System.TORCHRL_SERIAL),
+            *_rate(0.95, 1.3, System.SYNC_VECTOR),
+            *_rate(8, 12, System.ASYNC_VECTOR),
+        ),
+        Collection(),
+        torchrl=("4 threads", "16 threads", "64 threads", "4 processes", "64 in 2 processes"),
+    ),
+    _collect(
+        "collect-cartpole-no-workers",
+        "CartPole, 64 environments in the collector's process",
+        _rate(0.75, 0.95, System.SYNC_VECTOR),
+        Collection(num_workers=0),
+    ),
+    _collect(
+        "collect-envpool",
+        "256 CartPoles of EnvPool, which steps 128 at once",
+        _rate(0.6, 0.85, System.ENVPOOL),
+        Collection("EnvPool", 256, 0, frames_per_batch=16_384),
+        requires=("envpool",),
+    ),
+    _collect(
+        "collect-pong",
+        "Pong, 32 environments in 2 workers, uint8 [210, 160]",
+        _rate(0.8, 0.9, System.CEILING),
+        Collection("Pong", 32, frames_per_batch=512, fragment_length=16),
+        requires=("ale_py",),
+        stretch=3.0,
+    ),
+    _collect(
+        "collect-sleeping",
+        "32 environments that await 5 ms, and one of them 100 ms",
+        (Metric("rate", 0.9, 0.97, System.OURS, over="own paces rate"),),
+        Collection("sleeping", 32, 0, 256, 16, order="first", course=Course.OWN_PACES),
+        stretch=4.0,
+    ),
+    _collect(
+        "collect-killed",
+        "a worker is killed until its 32 environments step again, without the time of making them",
+        (Metric("recovered after", 2, 1, None),),
+        Collection(course=Course.KILL),
+        stretch=4.0,
+    ),
+    _collect(
+        "collect-hung",
+        "an environment hangs in a worker",
+        (Metric("noticed after", 0.5, 0.2, None), Metric("shut down after", 5, 2, None)),
+        Collection(course=Course.HANG),
+        stretch=4.0,
+    ),
+    _collect(
+        "collect-hung-no-workers",
+        "an environment hangs in a thread of the collector's process",
+        (Metric("noticed after", 0.5, 0.2, None), Metric("shut down after", 5, 2, None)),
+        Collection(num_workers=0, course=Course.HANG),
+        stretch=4.0,
+    ),
+    _collect(
+        "collect-updated",
+        "steps that an environment begins with the old weights after update_weights has returned",
+        (Metric("old steps", 2, 1, None),),
+        Collection(course=Course.UPDATE),
+    ),
+    _collect(
+        "collect-memory",
+        "memory after a million frames, all processes together",
+        (Metric("growth", 10, 2, None),),
+        Collection(course=Course.MEMORY),
+        stretch=10.0,
     ),
     *(_bare(model, rows) for model, rows in (("tiny", 64), ("mlp", 64), ("big", 64), ("cnn", 32), ("mlp", 1))),
 )

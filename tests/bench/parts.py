@@ -16,6 +16,9 @@ ABOUT: dict[str, str | int | None] = {
     "torch": "2.13.0",
     "tensordict": "0.14.3",
     "torchrl": "0.14.1",
+    "gymnasium": "1.4.0",
+    "ale-py": None,
+    "envpool": None,
     "load": "0.1",
     "date": "2026-11-01T00:00:00+00:00",
 }
