@@ -168,6 +168,31 @@ class Column:
             out[row] = value
         return True
 
+    def read(self, batch: Any, size: int) -> NDArray[Any]:
+        """Take the leaf ``[size, *shape]`` out of what a vectorised environment returns for ``size`` rows.
+
+        Raises:
+            ValueError: as :meth:`put`.
+        """
+        spec = self.spec
+        for key in self._keys:
+            try:
+                batch = batch[key]
+            except Exception as error:  # values of the user's may raise anything
+                raise ValueError(f"{_show(spec.path)} is missing") from error
+        array = np.asarray(batch)
+        if array.shape != (size, *spec.shape):
+            raise ValueError(
+                f"{_show(spec.path)} has shape {list(array.shape)}, {size} rows of its space have {[size, *spec.shape]}"
+            )
+        if spec.dtype == object:
+            if not all(isinstance(value, str) for value in array.tolist()):
+                raise ValueError(f"{_show(spec.path)} is {array.tolist()!r}, its space has texts")
+            return array.astype(object)
+        if not self._can_cast(array.dtype) and not _same_integers(array, spec.dtype):
+            raise ValueError(f"{_show(spec.path)} has dtype {array.dtype}, its space has {spec.dtype}")
+        return array
+
     def put(self, value: Any, out: NDArray[Any], row: int) -> None:
         """Write the leaf of one value into a row.
 

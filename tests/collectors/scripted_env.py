@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import gymnasium
 import numpy as np
 from gymnasium import spaces
+from hypothesis import strategies as st
 
 from tests.limits import HANG
 
@@ -17,6 +18,19 @@ class Episode(NamedTuple):
     length: int
     terminated: bool
     truncated: bool
+
+
+EPISODES = st.lists(
+    st.builds(Episode, st.integers(1, 4), st.booleans(), st.booleans()).filter(
+        lambda episode: episode.terminated or episode.truncated
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+def fail() -> None:
+    raise RuntimeError("the motor is hot")
 
 
 class Transition(NamedTuple):
@@ -102,6 +116,22 @@ class ScriptedEnv(gymnasium.Env[Any, Any]):
         return self._buffer
 
 
+class NestedEnv(ScriptedEnv):
+    """Observes the same in a dictionary, beside the number of the step and a text."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.observation_space = spaces.Dict(
+            {
+                "values": self.observation_space,
+                "more": spaces.Tuple([spaces.Discrete(100), spaces.Text(20, charset="step 0123456789")]),
+            }
+        )
+
+    def _observe(self, action: int) -> Any:
+        return {"values": super()._observe(action), "more": (self._step, f"step {self._step}")}
+
+
 def action_of(row: int, step: int) -> int:
     return 3 + (7 * row + step) % 5
 
@@ -124,10 +154,16 @@ def plain_loop(env: Any, seed: int, steps: int, row: int) -> list[Transition]:
 
 
 class Recorder:
-    """Steps a stepper, with actions that depend on row and step alone, and keeps what each row sees."""
+    """Steps a stepper, with actions that depend on row and step alone, and keeps what each row sees.
 
-    def __init__(self, stepper: Any) -> None:
+    Args:
+        stepper: of scripted environments.
+        leaf: of its observations, the one that has their four values.
+    """
+
+    def __init__(self, stepper: Any, leaf: int = 0) -> None:
         self.stepper = stepper
+        self._leaf = leaf
         self.seen: list[list[Transition]] = [[] for _ in range(stepper.size)]
         self._asked: dict[int, tuple[tuple[float, ...], bool, int]] = {}
 
@@ -140,7 +176,7 @@ class Recorder:
     def ask(self, rows: Any) -> Any:
         actions = np.array([action_of(row, len(self.seen[row])) for row in rows.tolist()], np.int64)
         for row, action in zip(rows.tolist(), actions.tolist(), strict=True):
-            observation = tuple(self.stepper.observations[0][row].tolist())
+            observation = tuple(self.stepper.observations[self._leaf][row].tolist())
             self._asked[row] = observation, bool(self.stepper.is_init[row]), action
         return actions
 
@@ -151,8 +187,29 @@ class Recorder:
                 Transition(
                     *self._asked.pop(row),
                     float(stepper.reward[row]),
-                    tuple(stepper.next_observations[0][row].tolist()),
+                    tuple(stepper.next_observations[self._leaf][row].tolist()),
                     bool(stepper.terminated[row]),
                     bool(stepper.truncated[row]),
                 )
             )
+
+
+class Abandonable:
+    """Calls a method of a stepper in a thread of its own, which may hang."""
+
+    def __init__(self, method: Callable[..., None], *args: Any) -> None:
+        self.raised: list[BaseException] = []
+
+        def call() -> None:
+            try:
+                method(*args)
+            except BaseException as error:
+                self.raised.append(error)
+
+        self._thread = threading.Thread(target=call)
+        self._thread.start()
+
+    def join(self) -> list[type[BaseException]]:
+        self._thread.join(HANG)
+        assert not self._thread.is_alive()
+        return [type(error) for error in self.raised]

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -12,20 +11,18 @@ from hypothesis import strategies as st
 
 from aioinfer.collectors.environments import Abandoned, Stepper, is_async, make_stepper
 from aioinfer.collectors.watch import Phase, Watch
-from tests.collectors.scripted_env import Episode, Gate, Recorder, ScriptedEnv, Transition, plain_loop
-from tests.limits import HANG
-
-EPISODES = st.lists(
-    st.builds(Episode, st.integers(1, 4), st.booleans(), st.booleans()).filter(
-        lambda episode: episode.terminated or episode.truncated
-    ),
-    min_size=1,
-    max_size=4,
+from tests.collectors.scripted_env import (
+    EPISODES,
+    Abandonable,
+    Episode,
+    Gate,
+    Recorder,
+    ScriptedEnv,
+    Transition,
+    fail,
+    plain_loop,
 )
-
-
-def fail() -> None:
-    raise RuntimeError("the motor is hot")
+from tests.limits import HANG
 
 
 def of_layout(shape: Any, dtype: Any = np.float32) -> Callable[[], Any]:
@@ -248,27 +245,6 @@ def test_another_row_is_timed_each_step() -> None:
         timed.add(row)
         assert seconds > 0
     assert timed == {0, 1, 2}
-
-
-class Abandonable:
-    """Calls a method of a stepper in a thread of its own, which may hang."""
-
-    def __init__(self, method: Callable[..., None], *args: Any) -> None:
-        self.raised: list[BaseException] = []
-
-        def call() -> None:
-            try:
-                method(*args)
-            except BaseException as error:
-                self.raised.append(error)
-
-        self._thread = threading.Thread(target=call)
-        self._thread.start()
-
-    def join(self) -> list[type[BaseException]]:
-        self._thread.join(HANG)
-        assert not self._thread.is_alive()
-        return [type(error) for error in self.raised]
 
 
 def state_of(stepper: Stepper) -> Any:

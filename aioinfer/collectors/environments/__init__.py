@@ -8,10 +8,11 @@ from typing import Any
 
 from aioinfer.collectors.environments.base import Abandoned, Stepper
 from aioinfer.collectors.environments.serial import SerialStepper
+from aioinfer.collectors.environments.vector import VectorStepper
 from aioinfer.collectors.spaces import InfoKeys
 from aioinfer.collectors.watch import Watch
 
-__all__ = ["Abandoned", "SerialStepper", "Stepper", "is_async", "make_stepper"]
+__all__ = ["Abandoned", "SerialStepper", "Stepper", "VectorStepper", "is_async", "make_stepper"]
 
 
 def make_stepper(envs: Sequence[Any], watch: Watch, info_keys: InfoKeys = ()) -> Stepper:
@@ -26,7 +27,19 @@ def make_stepper(envs: Sequence[Any], watch: Watch, info_keys: InfoKeys = ()) ->
         TypeError: an object is no environment of a known kind, or a space has no fixed layout.
         ValueError: layouts are not equal, or there are several objects and one of them is of several environments.
     """
+    if any(_is_vector(env) for env in envs):
+        if len(envs) > 1:
+            raise ValueError(f"{envs[0]} is of several environments, so that it is a group by itself; got {len(envs)}")
+        return VectorStepper(envs[0], watch, info_keys)
+    for env in envs:
+        for name in ("observation_space", "action_space", "reset", "step"):
+            if not hasattr(env, name):
+                raise TypeError(f"{env!r} is no environment of a known kind: it has no {name}")
     return SerialStepper(envs, watch, info_keys)
+
+
+def _is_vector(env: Any) -> bool:
+    return hasattr(env, "single_observation_space") and hasattr(env, "num_envs")
 
 
 def is_async(env: Any) -> bool:

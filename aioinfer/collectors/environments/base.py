@@ -41,6 +41,8 @@ class Stepper(ABC):
         layout: of one row.
         members: how many objects these environments are. One fails, and is replaced, as a whole.
         member_of_row: int64 ``[size]``.
+        min_rows: how many rows must have an action, or be in a reset, before any of them steps: more than one where an
+            object steps several at once. A row that has its action is not ``ready`` while it waits for the others.
         observations: ``[size, *shape]`` for each leaf of ``layout.observation``, what the policy is asked with next.
         is_init: bool ``[size]``, whether that observation is the first of an episode.
         ready: int64 ``[m]``, ascending, the rows that wait for an action.
@@ -56,6 +58,8 @@ class Stepper(ABC):
             :meth:`take_over` took it. Their rows are not ``ready`` until :meth:`replace` puts others in their place.
         sample: one of the rows stepped, another one each time, and the seconds that its own step took.
     """
+
+    min_rows = 1
 
     def __init__(
         self, envs: Sequence[Any], rows: Sequence[int], layout: EnvLayout, watch: Watch, random: RandomActions

@@ -50,7 +50,7 @@ class SerialStepper(Stepper):
         super().__init__(envs, [1] * len(envs), layout, watch, random)
         for member, env in enumerate(envs):
             self._check_layout(env, f"environment {member} of the group")
-        self._step_functions: list[Callable[[Any], Any]] = [env.step for env in envs]
+        self._step_functions: list[Any] = [env.step for env in envs]
         self._turn = 0
         # A memoryview is written in two thirds of the time that an array takes.
         self._since: Any = watch.since.data
@@ -76,7 +76,7 @@ class SerialStepper(Stepper):
     def step(self, rows: NDArray[np.int64], actions: Sequence[NDArray[Any]]) -> None:
         self._begin()
         numbers = rows.tolist()
-        functions: Iterable[Callable[[Any], Any]] = self._step_functions
+        functions: Iterable[Any] = self._step_functions
         if len(numbers) != self.size:
             functions = map(self._step_functions.__getitem__, numbers)
         self._turn += 1
@@ -100,6 +100,10 @@ class SerialStepper(Stepper):
             return
         self._ready_changed = True
         self._reset_all([(member, int(seeds[0]))])
+
+    def _fail(self, member: int, error: BaseException) -> None:
+        super()._fail(member, error)
+        self._step_functions[member] = None  # for the environment to be freed
 
     def _check_layout(self, env: Any, name: str) -> None:
         layout = env_layout(env.observation_space, env.action_space, self._info_keys)
