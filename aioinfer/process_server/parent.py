@@ -45,6 +45,7 @@ __all__ = [
     "PendingCommand",
     "ProcessPause",
     "WeightSender",
+    "describe_exit",
     "inherited_fds",
 ]
 
@@ -90,15 +91,26 @@ class ChildProcess:
         context: starts it.
         target: the function that runs in it.
         arguments: of the function.
+        name: of the process.
+        daemon: as ``multiprocessing`` has it: a daemon can't have children of its own.
 
     Attributes:
         pid: of the process.
     """
 
-    def __init__(self, context: BaseContext, target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    def __init__(
+        self,
+        context: BaseContext,
+        target: Callable[..., None],
+        arguments: tuple[Any, ...],
+        *,
+        name: str = "aioinfer-server",
+        daemon: bool = True,
+    ) -> None:
         method = context.get_start_method()
-        name = _Name("aioinfer-server")
-        self._process: Any = context.Process(target=target, args=arguments, name=name, daemon=True)  # type: ignore[attr-defined]
+        self._process: Any = context.Process(  # type: ignore[attr-defined]
+            target=target, args=arguments, name=_Name(name), daemon=daemon
+        )
         _check_descriptors()
         with _sigint_blocked(method):
             self._process.start()
@@ -116,11 +128,21 @@ class ChildProcess:
     def kill(self) -> None:
         """Kill the process, if it runs."""
         with suppress(OSError, ValueError):  # it has just exited
-            self._process.kill()
+            if self._pidfd is None:
+                self._process.kill()
+            else:  # a fork server may have reaped it, and its number may be another process's by now
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
-    def reap(self) -> int | None:
-        """Return the exit code of a process that has exited; once. ``None`` if other code has reaped it."""
-        self._process.join()
+    def reap(self, timeout: float | None = None) -> int | None:
+        """Return the exit code of a process that has exited; once.
+
+        Args:
+            timeout: seconds to wait for a fork server that is to tell it.
+
+        Returns:
+            The code; ``None`` if other code has reaped the process, or the fork server says nothing.
+        """
+        self._process.join(timeout)
         code: int | None = self._process.exitcode
         with suppress(ValueError):
             self._process.close()
@@ -448,7 +470,7 @@ class ControlConnection:
             code = self._process.reap()
         except Exception:  # callers must be told in any case
             _log.exception("the exit code of the server's process %d is lost", self.pid)
-        self._set_died(f"is gone: {_describe_exit(code)}")
+        self._set_died(f"is gone: {describe_exit(code)}")
         error = self.close_error
         assert error is not None
         self._sock.close()
@@ -475,7 +497,8 @@ def _start_error(payload: bytes) -> ServerStartError:
     return error
 
 
-def _describe_exit(code: int | None) -> str:
+def describe_exit(code: int | None) -> str:
+    """How a process has ended, in words."""
     if code is None:
         return "its exit code is unknown"
     if code >= 0:
