@@ -19,12 +19,15 @@ next fragment, until a batch is complete.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 __all__ = ["FragmentScheduler", "Order", "Overflow"]
 
 Order = Literal["fair", "first"]
 Overflow = Literal["wait", "drop_oldest"]
+
+_COUNTERS = ("frames", "dropped_batches", "dropped_by_overflow", "dropped_by_lag")
 
 
 class _Fragment:
@@ -253,7 +256,7 @@ class FragmentScheduler:
         self._requested = False
         return taken
 
-    def release(self, rows: list[int]) -> None:
+    def release(self, rows: Sequence[int]) -> None:
         """Give rows back that :meth:`take` has lent.
 
         Raises:
@@ -264,6 +267,21 @@ class FragmentScheduler:
                 raise ValueError(f"row {row} is not lent to the reader")
             self._lent.remove(row)
             self._give_back(row)
+
+    def state_dict(self) -> dict[str, int]:
+        """What is to be kept for a collector that goes on later: the counters. Unread fragments are not kept."""
+        return {name: getattr(self, name) for name in _COUNTERS}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on from such a state.
+
+        Raises:
+            ValueError: it is not one of a scheduler.
+        """
+        if state.keys() != set(_COUNTERS):
+            raise ValueError(f"the state of a scheduler has {list(_COUNTERS)}, got {list(state)}")
+        for name in _COUNTERS:
+            setattr(self, name, state[name])
 
     # ---------------------------------------------------------------- rows and rounds
 
