@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from aioinfer.errors import (
         ClientBusyError,
         ClientClosedError,
+        CollectorError,
         InferenceError,
         InvalidRequestError,
         ModelError,
@@ -75,6 +76,7 @@ __all__ = [
     "BatchingRule",
     "ClientBusyError",
     "ClientClosedError",
+    "CollectorError",
     "DispatchReason",
     "Health",
     "InferenceClient",

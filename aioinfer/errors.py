@@ -9,6 +9,7 @@ from concurrent.futures import CancelledError
 __all__ = [
     "ClientBusyError",
     "ClientClosedError",
+    "CollectorError",
     "InferenceError",
     "InvalidRequestError",
     "ModelError",
@@ -91,6 +92,18 @@ class WeightSyncError(InferenceError):
     def __init__(self, message: str = "", *, failures: Mapping[int, str] | None = None) -> None:
         super().__init__(message)
         self.failures = dict(failures or {})
+
+
+class CollectorError(InferenceError, RuntimeError):
+    """Too few environments are left: the others failed more often than they may be restarted.
+
+    Attributes:
+        causes: for each environment that is gone, by number, what it failed with last.
+    """
+
+    def __init__(self, message: str = "", *, causes: Mapping[int, BaseException] | None = None) -> None:
+        super().__init__(message)
+        self.causes = dict(causes or {})
 
 
 def clone_exception(original: BaseException) -> Exception:

@@ -33,6 +33,7 @@ LAYERS = (
     {"transports", "weight_sync"},
     {"forward", "policy", "model_thread", "weight_updates", "server"},
     {"process_server"},
+    {"collectors"},
     {""},
     {"testing"},
     {"demo", "bench", "cli", "__main__"},

@@ -37,6 +37,7 @@ class Stepper(ABC):
     the first one is inside an environment's code.
 
     Attributes:
+        is_uneven: whether some rows may make fewer steps than others in the same number of calls.
         size: rows.
         layout: of one row.
         members: how many objects these environments are. One fails, and is replaced, as a whole.
@@ -60,6 +61,7 @@ class Stepper(ABC):
     """
 
     min_rows = 1
+    is_uneven = False
 
     def __init__(
         self, envs: Sequence[Any], rows: Sequence[int], layout: EnvLayout, watch: Watch, random: RandomActions

@@ -53,6 +53,7 @@ class VectorStepper(Stepper):
         super().__init__([env], [rows], layout, watch, RandomActions(columns, [action_space] * rows))
         self.min_rows = rows
         self._mode = _autoreset_mode(env)
+        self.is_uneven = self._mode == "next step"
         self._seeded = seeded
         self._info_keys = info_keys
         self._columns = observation_columns(observation_space)

@@ -1,0 +1,760 @@
+"""The collector: environments at their own pace, one served policy, and batches of fragments."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import copy
+import threading
+import time
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.utils import NestedKey
+
+from aioinfer.client import ClientMaker
+from aioinfer.collectors.coordinator import Coordinator
+from aioinfer.collectors.fragments import FragmentLayout
+from aioinfer.collectors.lockstep import LockstepPolicy, lockstep_weights
+from aioinfer.collectors.policy_layout import (
+    PolicyLayout,
+    example_request,
+    find_policy_layout,
+    reads_is_init,
+    run_once,
+)
+from aioinfer.collectors.progress import show_progress
+from aioinfer.collectors.restarts import Restarts
+from aioinfer.collectors.scheduler import FragmentScheduler
+from aioinfer.collectors.seeds import make_entropy
+from aioinfer.collectors.spaces import ArraySpec, EnvLayout, InfoKeys
+from aioinfer.collectors.stats import CollectorStats, StatsRecorder, shares_of_time
+from aioinfer.futures import run_in_thread
+from aioinfer.interaction_type import InteractionType
+from aioinfer.server import InferenceServer
+from aioinfer.transports import ProcessSlotTransport, ThreadingTransport
+from aioinfer.weight_sync.scheme import WeightSyncScheme
+
+__all__ = ["AsyncBatchedCollector"]
+
+StateKeys = Sequence[NestedKey] | Mapping[NestedKey, torch.Tensor]
+EnvFactory = Callable[..., Any]
+
+_VERSION_KEY = "policy_version"
+
+
+class AsyncBatchedCollector:
+    """Steps environments with the actions of one served policy, and yields batches of what they have experienced.
+
+    Iterate over it with ``for`` or ``async for``. It starts with the first batch, or as a context manager, and ends
+    with ``total_frames``, with :meth:`shutdown`, or with the context. A batch is a TensorDict ``[B, T]`` of ``B``
+    fragments, each of which is ``T`` consecutive steps of one environment::
+
+        observation, action, <outputs of the policy>, policy_version, is_init, done, terminated, truncated
+        next: observation, reward, done, terminated, truncated, info
+        collector: env, episode, step, random, mask
+
+    ``next.observation`` is what the step returned, also where the episode ended. ``collector.mask`` is false behind the
+    end of a fragment that was cut, since its environment failed, or ``total_frames`` were reached. A batch is a
+    view of memory that is used again: it is valid until the next batch is asked for; ``batch.clone()`` keeps it.
+
+    Args:
+        create_env_fn: makes an environment; or a sequence of such functions, one for each environment; or of
+            asynchronous environments. An environment is one of Gymnasium, vectorised or not; of torchrl; a parallel one
+            of PettingZoo; or an object whose ``reset`` and ``step`` are coroutine functions.
+        policy: what is served: from a batch of observations ``[B]`` to actions ``[B]``. A copy of it is served, so that
+            weights are in use only once they are published: :meth:`update_policy_weights_`.
+        policy_factory: makes the policy.
+        server: a running server instead, which is left alone; with ``num_workers`` it needs a transport between
+            processes. One of ``policy``, ``policy_factory`` and ``server`` is given.
+        num_envs: how many environments the one function makes; 1 by default.
+        frames_per_batch: ``B * T``.
+        fragment_length: ``T``, which divides it.
+        yield_completed_trajectories: yield whole episodes instead, one after the other in a TensorDict ``[N]``,
+            ``N`` at least ``frames_per_batch``.
+        total_frames: how many steps are yielded, exactly; -1: no end. With whole episodes it may be more.
+        init_random_frames: how many steps are made with actions drawn from the action space, all environments
+            together. Their ``policy_version`` is -1, and outputs of the policy are 0.
+        num_workers: processes that step environments; with 0, threads of this process do, and tasks step
+            asynchronous environments.
+        groups_per_worker: a worker's environments are divided into so many groups: one steps while another
+            waits for its actions. Environments that wait, rather than compute, need more.
+        seed: of all environments, whatever the number of workers; ``None``: random.
+        in_lockstep: environments step only while a batch is waited for, and random numbers of the policy depend on
+            nothing but the seed: batches are the same from run to run, bit by bit. For policies, not for a ``server``.
+        order: ``"fair"``: the same number of fragments of every environment; ``"first"``: fragments as they are
+            complete, of which slow environments have fewer. Environments that can't wait for each other (of a
+            vectorised environment that resets in a step of its own) are always in the second order.
+        max_batches_ahead: how many unread batches there may be.
+        overflow: what happens then: ``"wait"``: environments wait; ``"drop_oldest"``: the oldest batch is dropped.
+        max_policy_lag: fragments with a step of a version further behind the current one are not delivered.
+        step_timeout: seconds that a step may take; the environment is made again then. ``None``: any time.
+        reset_timeout: the same for a reset, and for making an environment.
+        restarts: how often an environment that failed is made again; ``None``: never.
+        min_envs: how many environments must be left; else :class:`CollectorError` ends the iteration.
+        info_keys: entries of ``info`` that are kept: names of numbers, or a mapping to dtype, or to shape and dtype.
+        state_keys: entries that recurrent policies read, and write below ``"next"`` or under the same name; each begins
+            an episode with zeros, or with what a mapping gives for it, ``[*shape]``.
+        next_observation: whether batches have ``next.observation``, which takes as much memory as ``observation``.
+        postproc: called with each batch, which its result replaces.
+        replay_buffer: gets the valid steps of each batch, ``[N]``, by its method ``extend``; ``None`` is yielded then.
+        post_collect_hook: called with each batch, after ``postproc``.
+        exploration_type: the exploration mode of the policy; ``None``: random.
+        weight_sync: receives weights from a trainer; see :class:`InferenceServer`.
+        weight_sync_model_id: the name under which they are published.
+        device: where the policy runs.
+        max_batch_size: most rows in one forward pass; by default, as many as there are environments, and at least 64.
+        create_env_kwargs: arguments for ``create_env_fn``, or a sequence of them.
+        progress: show a progress bar (needs rich).
+
+    Raises:
+        TypeError: an argument of the wrong type, or not one of ``policy``, ``policy_factory`` and ``server``.
+        ValueError: an argument that makes no sense, or two that contradict each other.
+    """
+
+    def __init__(
+        self,
+        create_env_fn: EnvFactory | Sequence[Any],
+        *,
+        policy: Callable[..., Any] | None = None,
+        policy_factory: Callable[[], Callable[..., Any]] | None = None,
+        server: ClientMaker | None = None,
+        num_envs: int | None = None,
+        frames_per_batch: int = 2048,
+        fragment_length: int = 64,
+        yield_completed_trajectories: bool = False,
+        total_frames: int = -1,
+        init_random_frames: int | None = 0,
+        num_workers: int = 0,
+        groups_per_worker: int = 2,
+        seed: int | None = None,
+        in_lockstep: bool = False,
+        order: Literal["fair", "first"] = "fair",
+        max_batches_ahead: int = 2,
+        overflow: Literal["wait", "drop_oldest"] = "wait",
+        max_policy_lag: int | None = None,
+        step_timeout: float | None = None,
+        reset_timeout: float | None = None,
+        restarts: Restarts | None = Restarts(),  # noqa: B008 - it is frozen
+        min_envs: int = 1,
+        info_keys: InfoKeys = (),
+        state_keys: StateKeys = (),
+        next_observation: bool = True,
+        postproc: Callable[[TensorDictBase], TensorDictBase] | None = None,
+        replay_buffer: Any = None,
+        post_collect_hook: Callable[[TensorDictBase], object] | None = None,
+        exploration_type: InteractionType | str | None = None,
+        weight_sync: WeightSyncScheme | None = None,
+        weight_sync_model_id: str = "policy",
+        device: torch.device | str | int | None = None,
+        max_batch_size: int | None = None,
+        create_env_kwargs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+        progress: bool = False,
+    ) -> None:
+        if sum(given is not None for given in (policy, policy_factory, server)) != 1:
+            raise TypeError("give one of policy, policy_factory and server")
+        if server is not None and not isinstance(server, ClientMaker):
+            raise TypeError(f"server must be a server of aioinfer, got {type(server).__qualname__}")
+        if server is not None and (in_lockstep or weight_sync is not None or device is not None):
+            raise ValueError("in_lockstep, weight_sync and device are for a policy; the server has its own")
+        if in_lockstep and weight_sync is not None:
+            raise ValueError("with in_lockstep=True weights come from update_policy_weights_, between two batches")
+        for name, number, least in (
+            ("frames_per_batch", frames_per_batch, 1),
+            ("fragment_length", fragment_length, 1),
+            ("groups_per_worker", groups_per_worker, 1),
+            ("num_workers", num_workers, 0),
+            ("max_batches_ahead", max_batches_ahead, 1),
+            ("min_envs", min_envs, 1),
+            ("init_random_frames", init_random_frames or 0, 0),
+            ("total_frames", total_frames, -1),
+        ):
+            if not isinstance(number, int) or isinstance(number, bool) or number < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, got {number!r}")
+        if frames_per_batch % fragment_length and not yield_completed_trajectories:
+            raise ValueError(
+                f"frames_per_batch must be a multiple of fragment_length: {frames_per_batch}, {fragment_length}"
+            )
+        for name, value, choices in (
+            ("order", order, ("fair", "first")),
+            ("overflow", overflow, ("wait", "drop_oldest")),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+        if max_policy_lag is not None and server is not None and not hasattr(server, "policy_version"):
+            raise ValueError("max_policy_lag needs a server that tells its policy_version")
+        if not isinstance(restarts, Restarts | None):
+            raise TypeError(f"restarts must be a Restarts or None, got {restarts!r}")
+        self._factories = _factories(create_env_fn, num_envs, create_env_kwargs, num_workers)
+        self._policy, self._policy_factory, self._given_server = policy, policy_factory, server
+        self.frames_per_batch = frames_per_batch
+        self.fragment_length = fragment_length
+        self.total_frames = total_frames
+        self._episodes = yield_completed_trajectories
+        self._random_frames = init_random_frames or 0
+        self._num_workers = num_workers
+        self._groups = groups_per_worker
+        self._in_lockstep = in_lockstep
+        self._order: Literal["fair", "first"] = order
+        self._ahead = max_batches_ahead
+        self._overflow: Literal["wait", "drop_oldest"] = overflow
+        self._max_policy_lag = max_policy_lag
+        self._step_timeout, self._reset_timeout = step_timeout, reset_timeout
+        self._restarts = restarts
+        self._min_envs = min_envs
+        self._info_keys = info_keys
+        self._state_keys = state_keys
+        self._next_observation = next_observation
+        self._postproc = postproc
+        self._replay_buffer = replay_buffer
+        self._hook = post_collect_hook
+        mode = InteractionType.RANDOM if exploration_type is None else InteractionType(exploration_type)
+        self._mode: str = mode.value
+        self._weight_sync, self._model_id = weight_sync, weight_sync_model_id
+        self._device = device
+        self._max_batch_size = max_batch_size
+        self._shows_progress = progress
+        self._entropy = make_entropy(seed)
+        self._incarnations = [0] * len(self._factories)
+        self._frames_before = 0  # of the collector whose state was loaded
+        self._recorder = StatsRecorder()
+        self._start_lock = threading.Lock()
+        self._opened: ExitStack | None = None
+        self._coordinator: Coordinator | None = None
+        self._server: Any = server
+        self._lent: list[int] = []
+        self._assembler: Any = None
+        self._closed = False
+
+    # -- start -----------------------------------------------------------------------------------------
+
+    def start(self) -> Self:
+        """Make the environments and the server, and begin to collect. Blocks until all environments are made.
+
+        Raises:
+            CollectorError: too few environments could be made.
+            ValueError: the policy does not fit the environments.
+            RuntimeError: it was shut down.
+        """
+        self._start(None)
+        return self
+
+    def _start(self, loop: asyncio.AbstractEventLoop | None) -> None:
+        with self._start_lock:
+            if self._closed:
+                raise RuntimeError("the collector was shut down; make another one")
+            if self._opened is not None:
+                return
+            with ExitStack() as opened:
+                self._coordinator = coordinator = Coordinator(
+                    self._factories,
+                    num_workers=self._num_workers,
+                    groups=self._groups,
+                    info_keys=self._info_keys,
+                    entropy=self._entropy,
+                    incarnations=self._incarnations,
+                    step_timeout=self._step_timeout,
+                    reset_timeout=self._reset_timeout,
+                    restarts=self._restarts,
+                    min_envs=self._min_envs,
+                    stats=self._recorder,
+                    loop=loop,
+                )
+                self._close_timeout = 5.0
+                opened.callback(lambda: coordinator.close(self._close_timeout))
+                layout, uneven = coordinator.make()
+                policy_layout = self._open_policy(layout, coordinator, opened)
+                self._recorder.started = time.monotonic()
+                self._begin(coordinator, layout, policy_layout, uneven)
+                self._progress = opened.enter_context(show_progress(self)) if self._shows_progress else None
+                shut_down = weakref.WeakMethod(self.shutdown)
+                self._at_exit = lambda: (method := shut_down()) and method(1.0)
+                atexit.register(self._at_exit)
+                self._opened = opened.pop_all()
+
+    def _open_policy(self, layout: EnvLayout, coordinator: Coordinator, opened: ExitStack) -> PolicyLayout:
+        """Find out what the policy returns, and serve it."""
+        states = _initial_states(self._state_keys)
+        keys = list(self._state_keys)
+        if self._given_server is not None:
+            model = getattr(self._given_server, "model", None)
+            sends_is_init = reads_is_init(model, keys)
+            request = example_request(layout, sends_is_init=sends_is_init, states=states)
+            with self._given_server.client() as client:
+                reply = client(request, wait=True)
+            return self._policy_layout(reply, layout, keys, states, sends_is_init)
+        policy = _copy(self._policy) if self._policy_factory is None else self._policy_factory()
+        sends_is_init = reads_is_init(policy, keys)
+        request = example_request(layout, sends_is_init=sends_is_init, states=states)
+        if self._device is not None and isinstance(policy, torch.nn.Module):
+            policy.to(self._device)
+            request = request.to(self._device)
+        reply = run_once(policy, request).to("cpu")
+        found = self._policy_layout(reply, layout, keys, states, sends_is_init)
+        model = LockstepPolicy(policy, self._entropy) if self._in_lockstep else policy
+        sizes = coordinator.group_sizes
+        self._server = InferenceServer(
+            model,
+            self._make_transport(found, sizes),
+            max_batch_size=self._max_batch_size or max(64, sum(sizes)),
+            device=self._device,
+            weight_sync=self._weight_sync,
+            weight_sync_model_id=self._model_id,
+        ).start()
+        opened.callback(self._server.shutdown)
+        return found
+
+    def _policy_layout(
+        self,
+        reply: TensorDictBase,
+        layout: EnvLayout,
+        keys: Sequence[NestedKey],
+        states: TensorDictBase | None,
+        sends_is_init: bool,
+    ) -> PolicyLayout:
+        return find_policy_layout(
+            reply,
+            layout,
+            state_keys=keys,
+            states=states,
+            sends_is_init=sends_is_init,
+            version_key=getattr(self._given_server, "policy_version_key", None) or _VERSION_KEY,
+            interaction_type=self._mode,
+            sends_turn=self._in_lockstep,
+        )
+
+    def _make_transport(self, policy: PolicyLayout, sizes: Sequence[int]) -> Any:
+        if self._num_workers == 0:
+            return ThreadingTransport()
+        request = [*policy.observation, *[state.spec for state in policy.states]]
+        if policy.sends_is_init:
+            request.append(ArraySpec(("is_init",), (1,), np.dtype(np.bool_)))
+        if policy.sends_turn:
+            request.append(ArraySpec(("_aioinfer_turn",), (2,), np.dtype(np.int64)))
+        reply = [*policy.action, *policy.outputs]
+        reply += [ArraySpec(state.reply_path, state.spec.shape, state.spec.dtype) for state in policy.states]
+        return ProcessSlotTransport(
+            _zeros(request),
+            _zeros(reply),
+            num_slots=len(sizes) + self._num_workers,
+            rows=max(sizes),
+            drop_undeclared=True,
+        )
+
+    def _begin(self, coordinator: Coordinator, layout: EnvLayout, policy: PolicyLayout, uneven: bool) -> None:
+        left = -1 if self.total_frames < 0 else max(0, self.total_frames - self._frames_before)
+        scheduler = FragmentScheduler(
+            num_envs=coordinator.num_envs,
+            batch_rows=max(1, self.frames_per_batch // self.fragment_length),
+            fragment_length=self.fragment_length,
+            order="first" if uneven else self._order,
+            max_batches_ahead=self._ahead,
+            overflow=self._overflow,
+            total_frames=left,
+            max_policy_lag=self._max_policy_lag,
+            in_lockstep=self._in_lockstep,
+            episodes=self._episodes,
+        )
+        if self._episodes:
+            from aioinfer.collectors.episodes import EpisodeAssembler
+
+            self._assembler = EpisodeAssembler(self.frames_per_batch)
+        share, more = divmod(max(0, self._random_frames - self._frames_before), coordinator.num_envs)
+        coordinator.begin(
+            scheduler,
+            policy,
+            FragmentLayout(_leaves(layout, policy, self._next_observation), self.fragment_length),
+            random_frames=[share + (env < more) for env in range(coordinator.num_envs)],
+            server=self._server,
+            address=None if self._num_workers == 0 else self._server.address,
+        )
+
+    # -- batches ---------------------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[TensorDictBase]:
+        self.start()
+        while not self._is_finished():
+            try:
+                batch = self._wait()
+            except Exception:
+                self.shutdown()
+                raise
+            if batch is None:
+                return
+            yield self._deliver(batch)
+        self.shutdown()
+
+    async def __aiter__(self) -> AsyncIterator[TensorDictBase]:
+        await self._astart()
+        while not self._is_finished():
+            try:
+                batch = await self._await()
+            except Exception:
+                await self.ashutdown()
+                raise
+            if batch is None:
+                return
+            yield self._deliver(batch)
+        await self.ashutdown()
+
+    def _running(self) -> Coordinator:
+        coordinator = self._coordinator
+        if self._closed or coordinator is None:
+            raise RuntimeError("the collector does not run")
+        return coordinator
+
+    def _is_finished(self) -> bool:
+        return self._closed or self._running().scheduler.finished
+
+    def _wait(self) -> TensorDictBase | None:
+        coordinator = self._running()
+        with coordinator.lock:
+            self._release(coordinator)
+            while True:
+                if self._closed:
+                    return None
+                if (batch := self._try_take(coordinator)) is not None:
+                    return batch
+                coordinator.lock.wait()
+
+    async def _await(self) -> TensorDictBase | None:
+        coordinator, loop = self._running(), asyncio.get_running_loop()
+        changed = asyncio.Event()
+
+        def wake() -> None:
+            loop.call_soon_threadsafe(changed.set)
+
+        with coordinator.lock:
+            self._release(coordinator)
+        while True:
+            with coordinator.lock:
+                if self._closed:
+                    return None
+                if (batch := self._try_take(coordinator)) is not None:
+                    return batch
+                changed.clear()
+                coordinator.call_at_change(wake)
+            await changed.wait()
+
+    def _release(self, coordinator: Coordinator) -> None:
+        """Give back the rows of the batch before. Under the lock."""
+        coordinator.scheduler.release(self._lent)
+        self._lent = []
+        coordinator.scheduler.request()
+        coordinator.grant()
+
+    def _try_take(self, coordinator: Coordinator) -> TensorDictBase | None:
+        """Take the next batch, if it is complete. Under the lock."""
+        coordinator.check()
+        version = self.policy_version
+        while (taken := coordinator.scheduler.take(version)) is not None:
+            rows, lengths = [row for row, _, _ in taken], [length for _, _, length in taken]
+            oldest = [coordinator.oldest_version(row, length) for row, length in zip(rows, lengths, strict=True)]
+            batch: TensorDictBase = coordinator.ring.batch(rows, lengths)
+            lags = [version - old for old in oldest if old is not None]
+            if self._assembler is None:
+                self._lent = rows
+                self._count(batch, sum(lengths), lags)
+                coordinator.grant()
+                return batch
+            self._assembler.add(batch, lengths)
+            coordinator.scheduler.release(rows)
+            coordinator.grant()
+            episodes: TensorDictBase | None = self._assembler.take()
+            if episodes is not None:
+                self._count(episodes, len(episodes), lags)
+                return episodes
+        return None
+
+    def _count(self, batch: TensorDictBase, frames: int, lags: Sequence[int]) -> None:
+        self._recorder.deliver(frames, lags)
+        self._recorder.non_finite += _count_non_finite(batch.get("next"))
+
+    def _deliver(self, batch: TensorDictBase) -> Any:
+        if self._postproc is not None:
+            batch = self._postproc(batch)
+        if self._hook is not None:
+            self._hook(batch)
+        if self._progress is not None:
+            self._progress()
+        if self._replay_buffer is None:
+            return batch
+        valid = batch[batch["collector", "mask"]] if batch.ndim == 2 else batch
+        self._replay_buffer.extend(valid)
+        return None
+
+    # -- weights ---------------------------------------------------------------------------------------
+
+    @property
+    def policy_version(self) -> int:
+        """The version of the weights in use."""
+        return int(getattr(self._server, "policy_version", 0))
+
+    def update_weights(self, weights: Any = None, *, version: int | None = None) -> None:
+        """Use other weights from the next forward pass on; return when they are in use.
+
+        Args:
+            weights: a module, a TensorDict or a state dict; ``None``: those that ``policy`` has now.
+            version: your own number for them; ``None`` counts up.
+
+        Raises:
+            TypeError: there are none.
+            WeightSyncError: they don't fit.
+            RuntimeError: the collector does not run.
+        """
+        self._running()
+        self._server.update_weights(self._weights(weights), version=version)
+
+    def update_policy_weights_(self, policy_or_weights: Any = None) -> None:
+        """Do as :meth:`update_weights`, under the name that torchrl has for it."""
+        self.update_weights(policy_or_weights)
+
+    async def aupdate_weights(self, weights: Any = None, *, version: int | None = None) -> None:
+        """Do as :meth:`update_weights`, without blocking the event loop."""
+        self._running()
+        await self._server.aupdate_weights(self._weights(weights), version=version)
+
+    def _weights(self, weights: Any) -> Any:
+        weights = self._policy if weights is None else weights
+        if weights is None:
+            raise TypeError("give the weights: the collector was made without a policy")
+        return lockstep_weights(weights) if self._in_lockstep else weights
+
+    # -- pause, figures and state ----------------------------------------------------------------------
+
+    @contextmanager
+    def pause(self, timeout: float | None = 30.0) -> Iterator[None]:
+        """Make no step inside a ``with`` block.
+
+        Raises:
+            TimeoutError: a step under way did not end within ``timeout`` seconds.
+        """
+        coordinator = self._running()
+        try:
+            coordinator.pause(timeout)
+            yield
+        finally:
+            coordinator.resume()
+
+    def stats(self) -> CollectorStats:
+        """The figures since the start."""
+        coordinator = self._coordinator
+        if coordinator is None:
+            return self._recorder.snapshot(
+                shares=shares_of_time([], 1.0), retired={}, dropped_batches=0, dropped_fragments=0, policy_version=0
+            )
+        with coordinator.lock:
+            scheduler = coordinator.scheduler
+            return self._recorder.snapshot(
+                shares=shares_of_time(coordinator.watches(), time.monotonic() - self._recorder.started),
+                retired=coordinator.retired,
+                dropped_batches=scheduler.dropped_batches,
+                dropped_fragments=scheduler.dropped_by_lag,
+                policy_version=self.policy_version,
+            )
+
+    def set_seed(self, seed: int) -> int:
+        """Set the seed, before the start; returns one for what is seeded next.
+
+        Raises:
+            RuntimeError: it was started.
+        """
+        if self._opened is not None:
+            raise RuntimeError("the collector has started: give it the seed before")
+        self._entropy = make_entropy(seed)
+        return seed + 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a collector needs to go on where this one is: counts and seeds, not the environments themselves."""
+        coordinator = self._coordinator
+        made = self._incarnations if coordinator is None else [member.incarnation for member in coordinator.members]
+        return {
+            "entropy": self._entropy,
+            "incarnations": list(made),
+            "frames": self._frames_before + self._recorder.frames,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another collector was, before the start.
+
+        Environments begin new episodes, with other seeds than before: they don't repeat what they have lived through.
+
+        Raises:
+            RuntimeError: it was started.
+            ValueError: the state is of a collector with another number of environments.
+        """
+        if self._opened is not None:
+            raise RuntimeError("the collector has started: load the state before")
+        if len(state["incarnations"]) != len(self._factories):
+            raise ValueError(
+                f"the state is of {len(state['incarnations'])} environments, this collector has {len(self._factories)}"
+            )
+        self._entropy = state["entropy"]
+        self._incarnations = [incarnation + 1 for incarnation in state["incarnations"]]
+        self._frames_before = state["frames"]
+
+    # -- end -------------------------------------------------------------------------------------------
+
+    def shutdown(self, timeout: float | None = 5.0) -> None:
+        """End all environments, workers and the server, unless that was given. Idempotent; any thread.
+
+        What does not end within ``timeout`` seconds is killed; a thread of this process that an environment does
+        not return to is left behind. A reader that waits for a batch gets no more.
+        """
+        with self._start_lock:
+            self._closed = True
+            opened, self._opened = self._opened, None
+        if opened is None:
+            return
+        self._close_timeout = 5.0 if timeout is None else timeout
+        atexit.unregister(self._at_exit)
+        coordinator = self._coordinator
+        assert coordinator is not None
+        with coordinator.lock:
+            coordinator.notify()
+        opened.close()
+
+    async def ashutdown(self, timeout: float | None = 5.0) -> None:  # noqa: ASYNC109 - as shutdown
+        """Do as :meth:`shutdown`, without blocking the event loop."""
+        await asyncio.wrap_future(run_in_thread(lambda: self.shutdown(timeout), "aioinfer-shutdown"))
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+
+    async def __aenter__(self) -> Self:
+        await self._astart()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.ashutdown()
+
+    async def _astart(self) -> None:
+        loop = asyncio.get_running_loop()
+        starting = run_in_thread(lambda: self._start(loop), "aioinfer-start")
+        try:
+            await asyncio.wrap_future(starting)
+        except asyncio.CancelledError:
+            run_in_thread(self.shutdown, "aioinfer-shutdown")
+            raise
+
+
+def _factories(
+    create_env_fn: Any,
+    num_envs: int | None,
+    kwargs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None,
+    num_workers: int,
+) -> list[Callable[[], Any]]:
+    """One function without arguments for each member."""
+    given = list(create_env_fn) if isinstance(create_env_fn, Sequence) else [create_env_fn] * (num_envs or 1)
+    if not given:
+        raise ValueError("create_env_fn must have at least one environment")
+    if num_envs is not None and num_envs != len(given):
+        raise ValueError(f"num_envs is {num_envs}, create_env_fn has {len(given)} environments")
+    each = [kwargs or {}] * len(given) if isinstance(kwargs, Mapping | None) else list(kwargs)
+    if len(each) != len(given):
+        raise ValueError(f"create_env_kwargs has {len(each)} entries for {len(given)} environments")
+    factories: list[Callable[[], Any]] = []
+    seen: set[int] = set()
+    for make, arguments in zip(given, each, strict=True):
+        if hasattr(make, "step") and hasattr(make, "reset") and not isinstance(make, type):
+            if num_workers:
+                raise ValueError("workers make their environments themselves: give functions that make them")
+            if id(make) in seen:
+                raise ValueError("the same environment was given twice")
+            seen.add(id(make))
+            factories.append(_Given(make))
+        elif callable(make):
+            factories.append(_Partial(make, dict(arguments)) if arguments else make)
+        else:
+            raise TypeError(f"create_env_fn must make environments, got {type(make).__qualname__}")
+    return factories
+
+
+class _Given:
+    """Stands for the function that makes an environment where the environment itself was given."""
+
+    def __init__(self, env: Any) -> None:
+        self._env = env
+
+    def __call__(self) -> Any:
+        return self._env
+
+
+class _Partial:
+    """A function and its arguments, which pickles with cloudpickle."""
+
+    def __init__(self, function: EnvFactory, arguments: dict[str, Any]) -> None:
+        self._function = function
+        self._arguments = arguments
+
+    def __call__(self) -> Any:
+        return self._function(**self._arguments)
+
+
+def _copy(policy: Any) -> Any:
+    try:
+        return copy.deepcopy(policy)
+    except Exception as error:
+        raise ValueError(
+            f"the policy can't be copied ({error}), as it must be for weights to be used only once they are published; "
+            "give a policy_factory"
+        ) from error
+
+
+def _initial_states(state_keys: StateKeys) -> TensorDict | None:
+    if not isinstance(state_keys, Mapping):
+        return None
+    td = TensorDict({}, batch_size=[1])
+    for key, value in state_keys.items():
+        td.set(key, torch.as_tensor(value)[None])
+    return td
+
+
+def _zeros(specs: Sequence[ArraySpec]) -> TensorDict:
+    td = TensorDict({}, batch_size=[])
+    for spec in specs:
+        td.set(spec.path, torch.from_numpy(np.zeros(spec.shape, spec.dtype)))
+    return td
+
+
+def _leaves(layout: EnvLayout, policy: PolicyLayout, next_observation: bool) -> tuple[ArraySpec, ...]:
+    """What is stored of each step."""
+    flag, number = np.dtype(np.bool_), np.dtype(np.int64)
+    returned = (*(layout.observation if next_observation else ()), *layout.info)
+    return (
+        *layout.observation,
+        *[state.spec for state in policy.states],
+        *policy.action,
+        *policy.outputs,
+        ArraySpec((_VERSION_KEY,), (), number),
+        ArraySpec(("is_init",), (1,), flag),
+        *[ArraySpec(("next", *spec.path), spec.shape, spec.dtype) for spec in returned],
+        ArraySpec(("next", "reward"), (1,), np.dtype(np.float32)),
+        ArraySpec(("next", "terminated"), (1,), flag),
+        ArraySpec(("next", "truncated"), (1,), flag),
+        ArraySpec(("collector", "episode"), (), number),
+        ArraySpec(("collector", "step"), (), number),
+        ArraySpec(("collector", "random"), (), flag),
+    )
+
+
+def _count_non_finite(returned: TensorDictBase) -> int:
+    """How many steps have a reward or an observation that is not finite."""
+    bad: torch.Tensor | None = None
+    for name, entry in returned.items():
+        if name == "info":
+            continue
+        for value in entry.values(True, True) if isinstance(entry, TensorDictBase) else (entry,):
+            # A sum is finite unless an element is not, or all are huge: it takes a tenth of looking at each of them.
+            if isinstance(value, torch.Tensor) and value.is_floating_point() and not torch.isfinite(value.sum()):
+                found = ~torch.isfinite(value).reshape(*returned.batch_size, -1).all(-1)
+                bad = found if bad is None else bad | found
+    return 0 if bad is None else int(bad.sum())

@@ -1,0 +1,312 @@
+"""A host: all environments of one process, in groups, each of which has a thread; an asynchronous one has a task."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+from aioinfer.client import ClientMaker
+from aioinfer.collectors.environments import SerialStepper, Stepper, is_async, make_stepper
+from aioinfer.collectors.fragments import FragmentRing
+from aioinfer.collectors.group import EnvGroup, Episodes, as_failure, as_message
+from aioinfer.collectors.messages import (
+    Begin,
+    Cancelled,
+    Failed,
+    Grants,
+    GroupMembers,
+    GroupSetup,
+    HostConfig,
+    Made,
+    Making,
+    Parked,
+    Pause,
+    Restart,
+    Resume,
+    Retire,
+    Stop,
+)
+from aioinfer.collectors.policy_caller import PolicyCaller
+from aioinfer.collectors.spaces import EnvLayout
+from aioinfer.collectors.tasks import EnvTask, TaskStepper
+from aioinfer.collectors.watch import ControlBlock, Watch
+from aioinfer.collectors.writer import FragmentWriter
+from aioinfer.futures import run_in_thread
+from aioinfer.transports import connect
+
+__all__ = ["EnvHost"]
+
+
+class _Group(Protocol):
+    """A group of either kind. Any thread calls these, and none of them blocks, but for ``join``."""
+
+    members: list[int]
+    envs: list[int]
+
+    def start(self) -> None: ...
+    def stop(self) -> None: ...
+    def join(self, timeout: float | None) -> bool: ...
+    def grant(self, env: int, row: int) -> None: ...
+    def pause(self, on_parked: Callable[[], None]) -> None: ...
+    def resume(self) -> None: ...
+    def replace(self, member: int, env: Any, seeds: Sequence[int]) -> None: ...
+    def abandon(self) -> bool: ...
+
+
+class EnvHost:
+    """Makes the environments of this process, divides them into groups, and hands messages to these.
+
+    Args:
+        config: what it makes.
+        report: called with messages for the collector, on any thread of this process.
+        loop: where asynchronous environments run; by default a loop in a thread of its own.
+        can_abandon: call each factory in a thread of its own, which can be left behind.
+    """
+
+    def __init__(
+        self,
+        config: HostConfig,
+        report: Callable[[Any], None],
+        *,
+        loop: asyncio.AbstractEventLoop | None = None,
+        can_abandon: bool = False,
+    ) -> None:
+        self._config = config
+        self._report = report
+        self._loop = loop
+        self._own_loop: asyncio.AbstractEventLoop | None = None
+        self._can_abandon = can_abandon
+        self._divided: list[tuple[GroupMembers, list[Any]]] = []
+        self._groups: list[_Group] = []
+        self._by_member: dict[int, _Group] = {}
+        self._by_env: dict[int, _Group] = {}
+        self._lock = threading.Condition()  # guards what follows
+        self._decisions: dict[int, bool] = {}  # by member: whether to try again, while they are made
+        self._stopping = False
+        self._making: set[int] = set()  # members that are being made
+        self._cancelled: set[int] = set()  # and those whose making has taken too long
+        self._parked = 0
+
+    # -- make ------------------------------------------------------------------------------------------
+
+    def make(self) -> None:
+        """Make the environments, and report :class:`Made`. Blocks: the factories are the user's."""
+        envs: dict[int, Any] = {}
+        steppers: dict[int, Stepper | TaskStepper] = {}
+        layout: EnvLayout | None = None
+        for member, factory in self._config.factories.items():
+            while True:
+                self._report(Making(member))
+                try:
+                    env = self._call(member, factory)
+                    stepper = self._stepper([env], Watch())
+                    if layout is not None and stepper.layout != layout:
+                        raise ValueError(f"the spaces of environment {member} are not those of the others")
+                except BaseException as error:
+                    if self._stopping:
+                        return
+                    self._report(as_failure(member, error))
+                    if self._wait_for_decision(member):
+                        continue
+                    break
+                layout = stepper.layout
+                envs[member], steppers[member] = env, stepper
+                break
+            if self._stopping:
+                return
+        self._divide(envs, steppers)
+        self._report(Made(layout, tuple([members for members, _ in self._divided])))
+
+    def _stepper(self, envs: Sequence[Any], watch: Watch) -> Any:
+        if is_async(envs[0]):
+            return TaskStepper(envs[0], watch, self._config.info_keys)
+        return make_stepper(envs, watch, self._config.info_keys)
+
+    def _wait_for_decision(self, member: int) -> bool:
+        with self._lock:
+            self._lock.wait_for(lambda: self._stopping or member in self._decisions)
+            return self._decisions.pop(member, False)
+
+    def _divide(self, envs: dict[int, Any], steppers: dict[int, Stepper | TaskStepper]) -> None:
+        """Share single environments out among the groups; what steps as one is a group of its own."""
+        single = [member for member, stepper in steppers.items() if isinstance(stepper, SerialStepper)]
+        size = math.ceil(len(single) / self._config.groups) or 1
+        shares = [single[start : start + size] for start in range(0, len(single), size)]
+        alone = [[member] for member in envs if member not in single]
+        for members in sorted(shares + alone):
+            stepper = steppers[members[0]]
+            sizes = (stepper.size, *[1] * (len(members) - 1))
+            described = GroupMembers(tuple(members), sizes, stepper.is_uneven)
+            self._divided.append((described, [envs[member] for member in members]))
+
+    # -- messages --------------------------------------------------------------------------------------
+
+    def handle(self, message: Any, descriptors: Sequence[int] = ()) -> None:
+        """Do what a message says. Never blocks, but for :class:`Begin` in a worker, which connects to the policy."""
+        match message:
+            case Begin():
+                self._open(message, descriptors)
+            case Grants(pairs):
+                for env, row in pairs:
+                    self._by_env[env].grant(env, row)
+            case Restart(member, seeds):
+                self._restart(member, seeds)
+            case Retire(member):
+                self._decide(member, False)
+            case Cancelled(member):
+                self._cancel(member)
+            case Pause():
+                self._parked = 0
+                for group in self._groups:
+                    group.pause(self._note_parked)
+            case Resume():
+                for group in self._groups:
+                    group.resume()
+            case Stop():
+                with self._lock:
+                    self._stopping = True
+                    self._lock.notify_all()
+                for group in self._groups:
+                    group.stop()
+
+    def _open(self, message: Begin, descriptors: Sequence[int]) -> None:
+        try:
+            ring = FragmentRing(message.layout, message.num_rows, descriptor=descriptors[0])
+            block = ControlBlock(message.num_groups, message.num_envs, descriptor=descriptors[1])
+            assert message.address is not None
+            self.begin(message, ring, block, connect(message.address))
+        except BaseException as error:
+            self._report(Failed(as_message(error)))
+
+    def begin(self, message: Begin, ring: FragmentRing, block: ControlBlock, server: ClientMaker) -> None:
+        """Start all groups."""
+        for setup, (members, envs) in zip(message.groups, self._divided, strict=True):
+            group = self._make_group(message, setup, members, envs, ring=ring, block=block, server=server)
+            self._groups.append(group)
+            self._by_member.update(dict.fromkeys(members.members, group))
+            self._by_env.update(dict.fromkeys(setup.envs, group))
+        for group in self._groups:
+            group.start()
+
+    def _make_group(
+        self,
+        message: Begin,
+        setup: GroupSetup,
+        members: GroupMembers,
+        envs: Sequence[Any],
+        *,
+        ring: FragmentRing,
+        block: ControlBlock,
+        server: ClientMaker,
+    ) -> _Group:
+        watch: Watch = block.watches[setup.number]
+        stepper = self._stepper(envs, watch)
+        parts: dict[str, Any] = {
+            "members": members.members,
+            "envs": setup.envs,
+            "seeds": setup.seeds,
+            "caller": PolicyCaller(message.policy, stepper.observations, stepper.is_init, setup.number),
+            "writer": FragmentWriter(ring, setup.envs, stepper.layout, message.policy),
+            "episodes": Episodes(setup.envs, block),
+            "random_steps": [message.random_frames[env] for env in setup.envs],
+            "mode": message.policy.interaction_type,
+            "report": self._report,
+        }
+        if isinstance(stepper, TaskStepper):
+            return EnvTask(stepper, client=server.async_client(), loop=self._event_loop(), **parts)
+        clients = server.clients(1, copy=False)
+        most = clients[0].max_rows
+        if most is not None and most < stepper.size:
+            clients += server.clients(math.ceil(stepper.size / most) - 1, copy=False)
+        return EnvGroup(stepper, watch=watch, clients=clients, **parts)
+
+    def _event_loop(self) -> asyncio.AbstractEventLoop:
+        if self._loop is None:
+            self._loop = self._own_loop = asyncio.new_event_loop()
+            threading.Thread(target=self._run_loop, args=(self._loop,), name="aioinfer-envs", daemon=True).start()
+        return self._loop
+
+    def _run_loop(self, loop: asyncio.AbstractEventLoop) -> None:
+        try:
+            loop.run_forever()
+        finally:
+            loop.close()
+
+    def _note_parked(self) -> None:
+        with self._lock:
+            self._parked += 1
+            all_parked = self._parked == len(self._groups)
+        if all_parked:
+            self._report(Parked())
+
+    # -- members that are made again -------------------------------------------------------------------
+
+    def _restart(self, member: int, seeds: Sequence[int]) -> None:
+        if member not in self._by_member:  # it is being made for the first time
+            self._decide(member, True)
+            return
+        run_in_thread(partial(self._make_again, member, seeds), "aioinfer-make")
+
+    def _decide(self, member: int, again: bool) -> None:
+        with self._lock:
+            self._decisions[member] = again
+            self._lock.notify_all()
+
+    def _make_again(self, member: int, seeds: Sequence[int]) -> None:
+        self._report(Making(member))
+        try:
+            env = self._call(member, self._config.factories[member])
+        except BaseException as error:
+            self._report(as_failure(member, error))
+            return
+        self._by_member[member].replace(member, env, seeds)
+
+    def _cancel(self, member: int) -> None:
+        with self._lock:
+            if member in self._making:
+                self._cancelled.add(member)
+                self._lock.notify_all()
+                return
+        self._by_member[member].abandon()
+
+    def _call(self, member: int, factory: Callable[[], Any]) -> Any:
+        """Call a factory.
+
+        Raises:
+            TimeoutError: it took too long.
+        """
+        if not self._can_abandon:
+            return factory()
+        with self._lock:
+            self._making.add(member)
+            self._cancelled.discard(member)
+        made = run_in_thread(factory, "aioinfer-make")
+        made.add_done_callback(self._notify)
+        with self._lock:
+            self._lock.wait_for(lambda: made.done() or member in self._cancelled or self._stopping)
+            self._making.discard(member)
+        if not made.done():
+            raise TimeoutError(f"environment {member} was not made in time")
+        return made.result()
+
+    def _notify(self, _: object) -> None:
+        with self._lock:
+            self._lock.notify_all()
+
+    # -- end -------------------------------------------------------------------------------------------
+
+    def join(self, timeout: float | None) -> bool:
+        """After :class:`Stop`: wait until all groups have ended; returns whether they have."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        ended = [
+            group.join(None if deadline is None else max(0.0, deadline - time.monotonic())) for group in self._groups
+        ]
+        if self._own_loop is not None and all(ended):
+            self._own_loop.call_soon_threadsafe(self._own_loop.stop)
+            self._own_loop = None
+        return all(ended)

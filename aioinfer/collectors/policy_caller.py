@@ -1,0 +1,112 @@
+"""Asks the policy for the actions of a group: one request with as many rows as environments wait."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tensordict import TensorDict, TensorDictBase
+
+from aioinfer.client import InferenceClient
+from aioinfer.collectors.lockstep import TURN_KEY
+from aioinfer.collectors.policy_layout import PolicyLayout, StateSpec
+
+__all__ = ["PolicyCaller", "split_rows"]
+
+Array: TypeAlias = NDArray[Any]
+
+
+class PolicyCaller:
+    """Makes the requests of a group and takes its replies apart. One thread's, or one task's.
+
+    Args:
+        layout: what requests and replies have.
+        observations: ``[size, *shape]`` for each entry of ``layout.observation``, which always hold the observations
+            that the policy is to be asked with.
+        is_init: ``[size]``: whether each is the first of an episode.
+        group: the number of the group, for requests that say who asks.
+
+    Attributes:
+        states: ``[size, *shape]`` for each state: what the policy was asked with last, or is to be asked with.
+    """
+
+    def __init__(
+        self,
+        layout: PolicyLayout,
+        observations: Sequence[Array],
+        is_init: Array,
+        group: int = 0,
+    ) -> None:
+        self._layout = layout
+        self._is_init = is_init
+        size = len(is_init)
+        self._initial = [_initial(state) for state in layout.states]
+        self.states = [np.broadcast_to(initial, (size, *initial.shape)).copy() for initial in self._initial]
+        self._next_states = [state.copy() for state in self.states]
+        sent = [spec.path for spec in layout.observation]
+        self._sources = [*observations]
+        if layout.sends_is_init:
+            sent.append(("is_init",))
+            self._sources.append(is_init.reshape(size, 1))
+        sent += [state.spec.path for state in layout.states]
+        self._sources += self.states
+        self._turn = np.zeros((size, 2), np.int64)
+        self._turn[:, 0] = group
+        if layout.sends_turn:
+            sent.append((TURN_KEY,))
+            self._sources.append(self._turn)
+        self._sent = sent
+        self._received = [spec.path for spec in (*layout.action, *layout.outputs)]
+        self._version = layout.version_key
+        self._all = _request(sent, self._sources)
+
+    def request(self, rows: Array | None) -> TensorDict:
+        """Make the request of some rows, or of all; it is theirs until the reply is there."""
+        if self._layout.sends_turn:
+            self._turn[:, 1] += 1
+        if self.states:
+            for state, following, initial in zip(self.states, self._next_states, self._initial, strict=True):
+                state[...] = following
+                state[self._is_init] = initial
+        if rows is None:
+            return self._all
+        return _request(self._sent, [source[rows] for source in self._sources])
+
+    def read(self, reply: TensorDictBase, rows: Array | None) -> tuple[list[Array], Array]:
+        """Take a reply apart: its actions and outputs, and the version of each row."""
+        chosen = slice(None) if rows is None else rows
+        for state, following in zip(self._layout.states, self._next_states, strict=True):
+            following[chosen] = reply.get(state.reply_path).numpy()
+        return [reply.get(path).numpy() for path in self._received], reply.get(self._version).numpy()
+
+
+def _initial(state: StateSpec) -> Array:
+    spec = state.spec
+    return np.frombuffer(state.initial, spec.dtype).reshape(spec.shape) if state.initial else np.zeros(*spec[1:])
+
+
+def _request(paths: Sequence[tuple[str, ...]], sources: Sequence[Array]) -> TensorDict:
+    request = TensorDict({}, batch_size=[len(sources[0])])
+    for path, source in zip(paths, sources, strict=True):
+        request.set(path, _entry(source))
+    return request
+
+
+def _entry(source: Array) -> Any:
+    if source.dtype != object:
+        return torch.from_numpy(source)
+    from tensordict import NonTensorData, NonTensorStack
+
+    return NonTensorStack(*[NonTensorData(value) for value in source])
+
+
+def split_rows(clients: Sequence[InferenceClient], request: TensorDict) -> list[tuple[InferenceClient, TensorDict]]:
+    """Share a request out among clients that take few rows at a time."""
+    most = clients[0].max_rows
+    if most is None or len(request) <= most:
+        return [(clients[0], request)]
+    parts = request.split(most)
+    return list(zip(clients, parts, strict=False))

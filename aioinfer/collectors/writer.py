@@ -1,0 +1,214 @@
+"""Writes the steps of a group's environments into the rows of the ring that they were granted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aioinfer.collectors.fragments import FragmentRing
+from aioinfer.collectors.policy_layout import PolicyLayout
+from aioinfer.collectors.spaces import EnvLayout
+
+__all__ = ["FragmentWriter"]
+
+Array: TypeAlias = NDArray[Any]
+Path: TypeAlias = tuple[str, ...]
+
+# A row for the next fragment is asked for so many steps before the end of this one, or a quarter of it before.
+_EARLY_STEPS = 8
+
+
+class FragmentWriter:
+    """Writes steps, each in two halves: what the policy was asked and said, and what the environment then did.
+
+    A cell is a step of a row: its index in a column whose rows follow each other, ``[num_rows * T, *shape]``. The first
+    half counts for nothing before the second is complete, and ``ring.lengths`` says so last: whoever looks at the
+    ring after this process was killed finds whole steps only. One thread's, or one task's.
+
+    Args:
+        ring: where to.
+        envs: the numbers of the group's environments.
+        layout: of the environments.
+        policy: what requests to the policy and replies have.
+
+    Attributes:
+        has_row: ``[size]``: whether the environment may step.
+    """
+
+    def __init__(self, ring: FragmentRing, envs: Sequence[int], layout: EnvLayout, policy: PolicyLayout) -> None:
+        self._ring = ring
+        self._length = ring.layout.length
+        self._early = max(1, min(_EARLY_STEPS, self._length // 4))
+        self._envs = list(envs)
+        size = len(envs)
+        self.has_row = np.zeros(size, np.bool_)
+        self._row = np.full(size, -1, np.int64)
+        self._next_row = np.full(size, -1, np.int64)
+        self._steps = np.zeros(size, np.int64)
+        self._cell = np.zeros(size, np.int64)
+        self._asked = np.zeros(size, np.bool_)
+        self._countdown = 0  # steps until a fragment may end, or its environment ask for the next row
+        column = self._column
+        sent = [spec.path for spec in layout.observation] + [state.spec.path for state in policy.states]
+        self._sent = [column(path) for path in sent]
+        self._received = [column(spec.path) for spec in (*policy.action, *policy.outputs)]
+        self._version, self._is_init = column(("policy_version",)), column(("is_init",))
+        self._episode, self._step = column(("collector", "episode")), column(("collector", "step"))
+        self._random = column(("collector", "random"))
+        returned = [("next", *spec.path) for spec in (*layout.observation, *layout.info)]
+        self._returned = [column(path) for path in returned]
+        self._reward = column(("next", "reward"))
+        self._terminated, self._truncated = column(("next", "terminated")), column(("next", "truncated"))
+
+    def _column(self, path: Path) -> Array:
+        column = self._ring.columns[path]
+        num_rows, length, *shape = column.shape
+        if path in _ONE_ELEMENT:
+            shape = []
+        cells = column.view()
+        cells.shape = (num_rows * length, *shape)  # raises where that would copy
+        return cells
+
+    # -- rows ------------------------------------------------------------------------------------------
+
+    def grant(self, index: int, row: int) -> None:
+        """Let environment ``index`` of the group write to a row of the ring, now or after its fragment's end."""
+        if self.has_row[index]:
+            self._next_row[index] = row
+        else:
+            self._begin(index, row)
+        self._countdown = 0
+
+    def _begin(self, index: int, row: int) -> None:
+        self._row[index] = row
+        self._steps[index] = 0
+        self._cell[index] = row * self._length
+        self._asked[index] = False
+        self.has_row[index] = True
+
+    def asking(self, present: Array) -> list[int]:
+        """The environments that need a row soon, and have not asked; all of them are told once.
+
+        Args:
+            present: ``[size]``: whether the environment is there.
+        """
+        soon = present & ~self._asked & (~self.has_row | (self._steps >= self._length - self._early))
+        if not soon.any():
+            return []
+        self._asked |= soon
+        return [self._envs[index] for index in np.flatnonzero(soon)]
+
+    def cut(self, index: int) -> list[tuple[int, int]]:
+        """End the fragment of an environment that is gone; returns the rows that it had, with its number.
+
+        Its last complete step becomes the last of its episode: truncated, unless it was that anyway.
+        """
+        env, rows = self._envs[index], []
+        if self.has_row[index]:
+            last = self._cell[index] - 1
+            if self._steps[index] and not self._terminated[last]:
+                self._truncated[last] = True
+            rows.append((env, int(self._row[index])))
+        if self._next_row[index] >= 0:
+            rows.append((env, int(self._next_row[index])))
+        self.has_row[index] = False
+        self._row[index] = self._next_row[index] = -1
+        self._asked[index] = False
+        return rows
+
+    # -- steps -----------------------------------------------------------------------------------------
+
+    def write_request(
+        self, rows: Array | None, sent: Sequence[Array], is_init: Array, episodes: Array, steps: Array
+    ) -> None:
+        """Write what the policy is asked.
+
+        Args:
+            rows: the environments of the group that are to step; ``None``: all of them.
+            sent: observations and states, ``[size, *shape]`` each.
+            is_init: ``[size]``.
+            episodes: ``[size]``: which episode each is in.
+            steps: ``[size]``: how many steps of it were made.
+        """
+        chosen: Any = slice(None) if rows is None else rows
+        cells = self._cell[chosen]
+        for column, values in zip(self._sent, sent, strict=True):
+            column[cells] = values[chosen]
+        self._is_init[cells] = is_init[chosen]
+        self._episode[cells] = episodes[chosen]
+        self._step[cells] = steps[chosen]
+
+    def write_reply(self, rows: Array | None, received: Sequence[Array], versions: Array | int, random: bool) -> None:
+        """Write what the policy said, or an action that was chosen at random.
+
+        Args:
+            rows: as above.
+            received: actions and outputs, ``[len(rows), *shape]`` each; outputs that are left out are zeros.
+            versions: ``[len(rows)]``, of the weights.
+            random: whether the actions were chosen at random.
+        """
+        cells = self._cell if rows is None else self._cell[rows]
+        for column, values in zip(self._received, received, strict=False):
+            column[cells] = values
+        for column in self._received[len(received) :]:
+            column[cells] = 0
+        self._version[cells] = versions
+        self._random[cells] = random
+
+    def write_step(
+        self,
+        rows: Array | None,
+        returned: Sequence[Array],
+        reward: Array,
+        terminated: Array,
+        truncated: Array,
+    ) -> list[tuple[int, int]]:
+        """Write what the environments did, each array ``[size, *shape]``; returns the fragments that are complete.
+
+        Args:
+            rows: the environments of the group that have made a step; ``None``: all of them.
+            returned: observations and infos.
+            reward: of the step.
+            terminated: whether the episode ended.
+            truncated: whether it was cut off.
+        """
+        chosen: Any = slice(None) if rows is None else rows
+        cells = self._cell[chosen]
+        for column, values in zip(self._returned, returned, strict=True):
+            column[cells] = values[chosen]
+        self._reward[cells] = reward[chosen]
+        self._terminated[cells] = terminated[chosen]
+        self._truncated[cells] = truncated[chosen]
+        self._cell[chosen] += 1
+        self._steps[chosen] += 1
+        self._ring.lengths[self._row[chosen]] = self._steps[chosen]  # last: the steps count from now on
+        self._countdown -= 1
+        return [] if self._countdown > 0 else self._settle()
+
+    @property
+    def may_ask(self) -> bool:
+        """Whether :meth:`asking` may have something to say."""
+        return self._countdown <= 0
+
+    def _settle(self) -> list[tuple[int, int]]:
+        finished: list[tuple[int, int]] = []
+        for index in np.flatnonzero(self.has_row & (self._steps == self._length)).tolist():
+            finished.append((self._envs[index], int(self._row[index])))
+            self.has_row[index] = False
+            following, self._next_row[index] = int(self._next_row[index]), -1
+            if following >= 0:
+                self._begin(index, following)
+            # Otherwise it has asked, and gets a row when there is one.
+        return finished
+
+    def rest(self) -> None:
+        """Find out for how many steps there is nothing to settle; after :meth:`asking`."""
+        left = self._length - self._steps[self.has_row]
+        early = self._length - self._early - self._steps[self.has_row & ~self._asked]
+        self._countdown = min(left.min(initial=self._length), early.min(initial=self._length))
+
+
+_ONE_ELEMENT = {("is_init",), ("next", "reward"), ("next", "terminated"), ("next", "truncated")}
