@@ -93,7 +93,11 @@ class WorkerPool:
             if self._thread is None:
                 self._selector = Selector()
                 self._thread = threading.Thread(target=self._run, name="aioinfer-collector", daemon=True)
-                self._thread.start()
+                try:
+                    self._thread.start()
+                except RuntimeError:  # no more threads
+                    self._thread = None
+                    raise
                 atexit.register(self.close, 0.0)
 
     def call_soon(self, job: Callable[[], None]) -> None:
@@ -179,14 +183,21 @@ class WorkerPool:
     # -- the thread ------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        selector = self._selector
-        assert selector is not None
-        while self._workers or self._close_at == math.inf:
-            for _ in range(len(self._jobs)):
-                self._call(self._jobs.popleft())
+        assert self._selector is not None
+        try:
+            while self._workers or self._close_at == math.inf:
+                for _ in range(len(self._jobs)):
+                    self._call(self._jobs.popleft())
+                for worker in list(self._workers.values()):
+                    self._settle(worker)
+                self._selector.wait(self._seconds_to_wait())
+        except BaseException:
+            _log.exception("the thread of the collector's workers failed; they are killed")
+            self.close(0.0)
             for worker in list(self._workers.values()):
-                self._settle(worker)
-            selector.wait(self._seconds_to_wait())
+                worker.kill()
+                worker.reason = "was killed, because the thread that talks to it failed"
+                self._finish(worker)
         self._selector = None
         self._jobs.clear()
 
@@ -204,13 +215,12 @@ class WorkerPool:
         try:
             return function(*arguments)
         except BaseException:
-            _log.exception("a callback of the collector's workers failed")
+            _log.exception("%s failed on the thread of the collector's workers", function)
             return None
 
     def _start(self, worker: _Worker) -> None:
-        if worker.is_killed or self._close_at < math.inf:
-            worker.reason = "was ended before it was started"
-            worker.has_exited = True
+        worker.has_exited = worker.has_exited or worker.is_killed
+        if worker.has_exited:
             return
         try:
             worker.start(getattr(self._host, "__module__", ""))
@@ -228,7 +238,7 @@ class WorkerPool:
         selector = self._selector
         assert selector is not None
         now = time.monotonic()
-        if worker.has_exited:
+        if worker.has_exited or (worker.process is None and self._close_at < math.inf):
             self._finish(worker)
         elif now >= min(worker.deadline, self._close_at):
             if worker.is_killed and now >= worker.deadline:
@@ -239,7 +249,12 @@ class WorkerPool:
                     worker.reason = worker.reason or "has closed its connection, and was killed"
                 worker.kill()
         elif worker.process is not None and not worker.is_disconnected:
-            waits = worker.flush()
+            try:
+                waits = worker.flush()
+            except OSError as error:
+                worker.reason = f"was killed, because nothing can be sent to it: {describe(error)}"
+                self._disconnect(worker, 0.0)
+                return
             if waits is not worker.awaits_writable:
                 worker.awaits_writable = waits
                 selector.register(worker.sock, partial(self._receive, worker), writable=waits)
@@ -266,7 +281,8 @@ class WorkerPool:
         assert self._selector is not None
         self._selector.unregister(worker.sock)
         worker.is_disconnected = True
-        worker.deadline = min(worker.deadline, time.monotonic() + grace)
+        if not worker.is_killed:
+            worker.deadline = time.monotonic() + grace
 
     def _finish(self, worker: _Worker) -> None:
         selector = self._selector
@@ -274,10 +290,10 @@ class WorkerPool:
         while worker.process is not None and not worker.is_disconnected and worker.sock.readable():
             self._receive(worker)  # its last messages
         selector.unregister(worker.sock)
-        ended = "was not started"
+        ended = "was ended before it was started"
         if worker.process is not None:
             selector.unregister(worker.process)
-            ended = describe_exit(worker.process.reap(_REAP_TIMEOUT))
+            ended = describe_exit(self._call(worker.process.reap, _REAP_TIMEOUT))
         worker.has_exited = True
         worker.close()
         del self._workers[worker.index]

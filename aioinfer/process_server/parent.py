@@ -127,11 +127,18 @@ class ChildProcess:
 
     def kill(self) -> None:
         """Kill the process, if it runs."""
+        pidfd = self._pidfd
+        if pidfd is not None:  # a fork server may have reaped it, and its number may be another process's by now
+            try:
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            except ProcessLookupError:
+                return
+            except OSError:  # in a sandbox
+                pass
+            else:
+                return
         with suppress(OSError, ValueError):  # it has just exited
-            if self._pidfd is None:
-                self._process.kill()
-            else:  # a fork server may have reaped it, and its number may be another process's by now
-                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            self._process.kill()
 
     def reap(self, timeout: float | None = None) -> int | None:
         """Return the exit code of a process that has exited; once.
@@ -146,9 +153,10 @@ class ChildProcess:
         code: int | None = self._process.exitcode
         with suppress(ValueError):
             self._process.close()
-        if self._pidfd is not None:
+        pidfd, self._pidfd = self._pidfd, None
+        if pidfd is not None:
             with suppress(OSError):  # the program may have closed all of its descriptors; the exit code counts
-                os.close(self._pidfd)
+                os.close(pidfd)
         return code
 
 

@@ -227,7 +227,7 @@ def test_a_worker_ignores_ctrl_c_and_computes_on_one_thread() -> None:
         pid = made.launched()
         os.kill(pid, signal.SIGINT)
         made.pool.send(0, ("say_how_it_is", None))
-        assert made.hear()[1] == (pid, signal.SIG_IGN, signal.SIG_DFL, 1, ["torch"])
+        assert made.hear()[1] == (pid, signal.SIG_IGN, signal.SIG_DFL, 1)
 
 
 def test_time_goes_on_while_nothing_happens() -> None:
@@ -332,6 +332,42 @@ def test_no_worker_outlives_its_parent_and_one_that_can_closes_its_environments(
         eventually(lambda: not any(is_there(int(pid)) for pid in pids))
     if ending == "killed":  # else its parent has killed it
         assert note.read_text() == "told to end"
+
+
+# -- the fork server ---------------------------------------------------------------------------------------
+
+IMPORTING = """
+import multiprocessing, sys
+from tests.collectors.test_worker_pool import Workers
+
+if __name__ == "__main__":
+    if "own" in sys.argv:
+        multiprocessing.set_forkserver_preload(["zipapp"])
+    else:
+        import gymnasium
+    workers = Workers()
+    workers.pool.start()
+    workers.launched()
+    workers.pool.send(0, ("have_a_child", None))
+    print(workers.hear()[1], flush=True)
+    workers.pool.send(0, ("say_what_is_imported", ["zipapp", "gymnasium"]))
+    print(*workers.hear()[1], flush=True)
+"""
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize(("whose", "imported"), [("own", "zipapp"), ("ours", "gymnasium")])
+def test_a_fork_server_imports_what_the_program_says_or_else_what_it_has_and_workers_need(
+    whose: str, imported: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("gymnasium")
+    program = tmp_path / "program.py"
+    program.write_text(IMPORTING)
+    with running(program, whose) as process:
+        assert process.stdout.readline().strip() == "0", process.errors
+        assert process.stdout.readline().strip() == imported, process.errors
+        process.stdin.close()
+        assert process.wait(HANG) == 0
 
 
 # -- stress ------------------------------------------------------------------------------------------------

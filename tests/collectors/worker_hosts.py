@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import multiprocessing
 import os
 import signal
 import sys
@@ -71,8 +72,17 @@ class Host:
 
     def say_how_it_is(self, _: Any) -> None:
         handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-        modules = [name for name in ("torch", "tests.collectors.test_worker_pool") if name in sys.modules]
-        self.report(("is", (os.getpid(), *handlers, torch.get_num_threads(), modules)))
+        self.report(("is", (os.getpid(), *handlers, torch.get_num_threads())))
+
+    def say_what_is_imported(self, names: Sequence[str]) -> None:
+        self.report(("is imported", [name for name in names if name in sys.modules]))
+
+    def have_a_child(self, _: Any) -> None:
+        """Start a process, as an environment may."""
+        child = multiprocessing.get_context("spawn").Process(target=os.getpid)
+        child.start()
+        child.join()
+        self.report(("had a child", child.exitcode))
 
     def count_and(self, end: tuple[int, str, int]) -> None:
         """Report the numbers up to one, and then end in one way."""
