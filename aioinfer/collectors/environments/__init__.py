@@ -8,11 +8,21 @@ from typing import Any
 
 from aioinfer.collectors.environments.base import Abandoned, Stepper
 from aioinfer.collectors.environments.serial import SerialStepper
+from aioinfer.collectors.environments.torchrl_env import TorchRLStepper
 from aioinfer.collectors.environments.vector import VectorStepper
 from aioinfer.collectors.spaces import InfoKeys
 from aioinfer.collectors.watch import Watch
 
-__all__ = ["Abandoned", "SerialStepper", "Stepper", "VectorStepper", "is_async", "make_stepper"]
+__all__ = [
+    "Abandoned",
+    "SerialStepper",
+    "Stepper",
+    "TorchRLStepper",
+    "VectorStepper",
+    "is_async",
+    "is_several",
+    "make_stepper",
+]
 
 
 def make_stepper(envs: Sequence[Any], watch: Watch, info_keys: InfoKeys = ()) -> Stepper:
@@ -27,10 +37,14 @@ def make_stepper(envs: Sequence[Any], watch: Watch, info_keys: InfoKeys = ()) ->
         TypeError: an object is no environment of a known kind, or a space has no fixed layout.
         ValueError: layouts are not equal, or there are several objects and one of them is of several environments.
     """
-    if any(_is_vector(env) for env in envs):
-        if len(envs) > 1:
-            raise ValueError(f"{envs[0]} is of several environments, so that it is a group by itself; got {len(envs)}")
-        return VectorStepper(envs[0], watch, info_keys)
+    first = envs[0]
+    several = next((env for env in envs if is_several(env)), None)
+    if several is not None and len(envs) > 1:
+        raise ValueError(f"{several} is of several environments, so that it is a group by itself; got {len(envs)}")
+    if hasattr(first, "step_and_maybe_reset"):
+        return TorchRLStepper(envs, watch, info_keys)
+    if several is not None:
+        return VectorStepper(first, watch, info_keys)
     for env in envs:
         for name in ("observation_space", "action_space", "reset", "step"):
             if not hasattr(env, name):
@@ -38,8 +52,11 @@ def make_stepper(envs: Sequence[Any], watch: Watch, info_keys: InfoKeys = ()) ->
     return SerialStepper(envs, watch, info_keys)
 
 
-def _is_vector(env: Any) -> bool:
-    return hasattr(env, "single_observation_space") and hasattr(env, "num_envs")
+def is_several(env: Any) -> bool:
+    """Whether an object is of several environments, so that it is a group by itself."""
+    if hasattr(env, "step_and_maybe_reset"):
+        return len(env.batch_size) > 0
+    return hasattr(env, "num_envs") and hasattr(env, "single_observation_space")
 
 
 def is_async(env: Any) -> bool:
