@@ -16,7 +16,7 @@ from aioinfer.collectors.spaces import ArraySpec
 from aioinfer.ipc.memory import AnonymousSharedMemory
 from aioinfer.tensors import build, show_key
 
-__all__ = ["FragmentLayout", "FragmentRing"]
+__all__ = ["FragmentLayout", "FragmentRing", "TensorDictBuilder"]
 
 _ALIGNMENT = 64
 _DERIVED = (
@@ -114,7 +114,7 @@ class FragmentRing:
         self._columns = list(self.columns.values())
         paths = list(self.columns)
         self._ends = paths.index(("next", "terminated")), paths.index(("next", "truncated"))
-        self._tree = _Tree([*paths, *_DERIVED])
+        self._builder = TensorDictBuilder([*paths, *_DERIVED])
 
     def assign(self, row: int, env: int) -> None:
         """Let ``row`` begin the next fragment of ``env``. Call it where the row is granted, before the writer knows."""
@@ -146,11 +146,11 @@ class FragmentRing:
         false = np.zeros((3, count, steps, 1), np.bool_)
         env = np.repeat(self.envs[rows], steps).reshape(count, steps)
         mask = np.arange(steps) < np.array(lengths)[:, None]
-        return self._tree.build([*leaves, *false, terminated | truncated, env, mask], torch.Size((count, steps)))
+        return self._builder.build([*leaves, *false, terminated | truncated, env, mask], torch.Size((count, steps)))
 
 
-class _Tree:
-    """Makes TensorDicts of leaves with nested paths.
+class TensorDictBuilder:
+    """Makes TensorDicts of arrays with nested paths; of arrays of objects it makes non-tensor data.
 
     Args:
         paths: of the leaves, in the order in which :meth:`build` gets them.
@@ -166,7 +166,7 @@ class _Tree:
         self._nodes.reverse()  # a node comes behind those in it
 
     def build(self, leaves: Sequence[NDArray[Any]], size: torch.Size) -> TensorDict:
-        """Make a TensorDict ``[*size]`` of the leaves."""
+        """Make a TensorDict ``[*size]`` that shares the memory of the leaves, ``[*size, *shape]`` each."""
         entries: list[dict[str, Any]] = [{} for _ in range(len(self._nodes) + 1)]
         with torch.inference_mode(False):  # or autograd could not save the tensors
             for (node, name), leaf in zip(self._leaves, leaves, strict=True):
