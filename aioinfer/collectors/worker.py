@@ -139,7 +139,10 @@ class _Worker:
             text = "".join(traceback.format_exception(error))
         self._sock.send(frame(header(Kind.FAILED), text.encode(errors="replace")))
         self._flush()
-        _exit_after(0, 1)
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(Exception):
+                stream.flush()
+        os._exit(1)
 
     def _report(self, message: Any) -> None:
         if not self._sock.send(frame(header(Kind.MESSAGE), dumps(message))):
@@ -197,9 +200,6 @@ class _Worker:
 def _exit_after(seconds: float, code: int) -> NoReturn:
     """Exit, whatever other threads do, or whatever an environment has left to be done at exit."""
     time.sleep(seconds)
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(Exception):
-            stream.flush()
     os._exit(code)
 
 

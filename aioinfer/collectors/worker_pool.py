@@ -172,7 +172,7 @@ class WorkerPool:
         if thread is not threading.current_thread():
             thread.join(max(0.0, timeout) + 2 * _KILL_GRACE)
             if thread.is_alive():
-                _log.warning("a worker of the collector can't be ended: the fork server does not answer")
+                _log.warning("the thread of the collector's workers has not ended in time")
         atexit.unregister(self.close)
 
     def _wake(self) -> None:

@@ -237,7 +237,6 @@ def test_time_goes_on_while_nothing_happens() -> None:
     seen = [made.ticks.get(timeout=HANG) for _ in range(20)]
     made.wanted = None
     assert seen == sorted(seen)
-    assert seen[-1] >= seen[0] + 18 * 0.001
     ran = threading.Event()
     made.pool.call_soon(ran.set)
     assert ran.wait(HANG)
