@@ -7,22 +7,14 @@ from inspect import iscoroutinefunction
 from typing import Any
 
 from aioinfer.collectors.environments.base import Abandoned, Stepper
+from aioinfer.collectors.environments.parallel import ParallelStepper
 from aioinfer.collectors.environments.serial import SerialStepper
 from aioinfer.collectors.environments.torchrl_env import TorchRLStepper
 from aioinfer.collectors.environments.vector import VectorStepper
 from aioinfer.collectors.spaces import InfoKeys
 from aioinfer.collectors.watch import Watch
 
-__all__ = [
-    "Abandoned",
-    "SerialStepper",
-    "Stepper",
-    "TorchRLStepper",
-    "VectorStepper",
-    "is_async",
-    "is_several",
-    "make_stepper",
-]
+__all__ = ["Abandoned", "SerialStepper", "Stepper", "is_async", "is_several", "make_stepper"]
 
 
 def make_stepper(envs: Sequence[Any], watch: Watch, info_keys: InfoKeys = ()) -> Stepper:
@@ -43,6 +35,8 @@ def make_stepper(envs: Sequence[Any], watch: Watch, info_keys: InfoKeys = ()) ->
         raise ValueError(f"{several} is of several environments, so that it is a group by itself; got {len(envs)}")
     if hasattr(first, "step_and_maybe_reset"):
         return TorchRLStepper(envs, watch, info_keys)
+    if hasattr(first, "possible_agents"):
+        return ParallelStepper(first, watch, info_keys)
     if several is not None:
         return VectorStepper(first, watch, info_keys)
     for env in envs:
@@ -56,6 +50,8 @@ def is_several(env: Any) -> bool:
     """Whether an object is of several environments, so that it is a group by itself."""
     if hasattr(env, "step_and_maybe_reset"):
         return len(env.batch_size) > 0
+    if hasattr(env, "possible_agents"):
+        return True
     return hasattr(env, "num_envs") and hasattr(env, "single_observation_space")
 
 

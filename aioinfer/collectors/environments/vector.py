@@ -9,7 +9,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from aioinfer.collectors.environments.base import FAILED, NO_ROWS, Stepper
+from aioinfer.collectors.environments.base import FAILED
+from aioinfer.collectors.environments.joint import JointStepper
 from aioinfer.collectors.environments.random_actions import RandomActions
 from aioinfer.collectors.spaces import (
     Column,
@@ -25,7 +26,7 @@ from aioinfer.collectors.watch import Phase, Watch
 __all__ = ["VectorStepper"]
 
 
-class VectorStepper(Stepper):
+class VectorStepper(JointStepper):
     """Steps one vector environment, which is one member; its environments are the rows.
 
     ``env.metadata["autoreset_mode"]`` says how it resets; without that entry it is ``NEXT_STEP``. Rows that such a
@@ -50,8 +51,7 @@ class VectorStepper(Stepper):
         observation_space, action_space = env.single_observation_space, env.single_action_space
         layout = env_layout(observation_space, action_space, info_keys)
         columns = action_columns(action_space)
-        super().__init__([env], [rows], layout, watch, RandomActions(columns, [action_space] * rows))
-        self.min_rows = rows
+        super().__init__(env, rows, layout, watch, RandomActions(columns, [action_space] * rows))
         self._mode = _autoreset_mode(env)
         self.is_uneven = self._mode == "next step"
         self._seeded = seeded
@@ -59,69 +59,30 @@ class VectorStepper(Stepper):
         self._columns = observation_columns(observation_space)
         self._info_columns = info_columns(layout.info)
         self._write_actions = batched_action_writer(action_space)
-        self._actions = [column.empty(rows) for column in columns]
-        self._has_action = np.zeros(rows, np.bool_)
-        self._resetting = np.zeros(rows, np.bool_)  # by the next step, which ignores their action
         self._turn = 0
 
-    def reset(self, seeds: Sequence[int]) -> None:
-        self._begin()
+    def _adopt(self, env: Any, seeds: Sequence[int]) -> None:
+        layout = env_layout(env.single_observation_space, env.single_action_space, self._info_keys)
+        if (layout, int(env.num_envs)) != (self.layout, self.size):
+            raise ValueError(
+                f"the new environment has {env.num_envs} rows of layout {layout}, the one before had {self.size} of "
+                f"{self.layout}"
+            )
+        self._mode = _autoreset_mode(env)
         for row, seed in enumerate(seeds):
-            self._random.seed(row, int(seed))
-        self._reset([int(seed) for seed in seeds])
+            self._random.seed(row, int(seed), env.single_action_space)
 
-    def step(self, rows: NDArray[np.int64], actions: Sequence[NDArray[Any]]) -> None:
-        self._begin()
-        self._go_on = self._finish
-        self._ready_changed = True
-        self._has_action[rows] = True
-        for leaf, action in zip(self._actions, actions, strict=True):
-            leaf[rows] = action
-        if (self._has_action | self._resetting).all():
-            self._step()
-            if self._resetting.all() and self._envs[0] is not None and not self.failures:
-                self._step()  # nobody has an action to give
-        self._finish()
-
-    def replace(self, member: int, env: Any, seeds: Sequence[int]) -> None:
-        self._begin()
-        self._envs[member] = env
-        try:
-            layout = env_layout(env.single_observation_space, env.single_action_space, self._info_keys)
-            if (layout, int(env.num_envs)) != (self.layout, self.size):
-                raise ValueError(
-                    f"the new environment has {env.num_envs} rows of layout {layout}, the one that failed had "
-                    f"{self.size} of {self.layout}"
-                )
-            self._mode = _autoreset_mode(env)
-            for row, seed in enumerate(seeds):
-                self._random.seed(row, int(seed), env.single_action_space)
-        except Exception as error:  # code of the user's may raise anything
-            self._fail(member, error)
-            self._finish()
-            return
-        self._reset([int(seed) for seed in seeds])
-
-    def _waiting_rows(self) -> NDArray[np.int64]:
-        if self._envs[0] is None:
-            return NO_ROWS
-        return np.flatnonzero(~(self._has_action | self._resetting))
-
-    def _reset(self, seeds: list[int]) -> None:
-        self._go_on = self._finish
-        self._ready_changed = True
-        self._has_action[:] = False
-        self._resetting[:] = False
+    def _first_reset(self, seeds: list[int]) -> None:
         result = self._call_reset(seeds)
-        if result is not FAILED:
-            try:
-                observations, _ = result
-                for column, out in zip(self._columns, self.observations, strict=True):
-                    out[...] = column.read(observations, self.size)
-            except Exception as error:  # values of the user's may raise anything
-                self._fail(0, error)
-            self.is_init[:] = True
-        self._finish()
+        if result is FAILED:
+            return
+        try:
+            observations, _ = result
+            for column, out in zip(self._columns, self.observations, strict=True):
+                out[...] = column.read(observations, self.size)
+        except Exception as error:  # values of the user's may raise anything
+            self._fail(0, error)
+        self.is_init[:] = True
 
     def _call_reset(self, seeds: list[int]) -> Any:
         reset = self._envs[0].reset
@@ -153,7 +114,7 @@ class VectorStepper(Stepper):
             self._fail(0, error)
             return
         if self._mode == "next step":
-            self._resetting[:] = ended
+            self._absent[:] = ended
         elif self._mode == "disabled" and ended.any():
             self._reset_ended(ended)
 
@@ -166,13 +127,13 @@ class VectorStepper(Stepper):
         infos: Any,
     ) -> NDArray[np.bool_]:
         """Write what a step has returned into the arrays, and say which rows it has ended."""
-        stepped = ~self._resetting
+        stepped = ~self._absent
         ended = (terminated | truncated) & stepped
         for out, array in zip(self.next_observations, observations, strict=True):
             out[stepped] = array[stepped]
         for out, array in zip(self.observations, observations, strict=True):
             out[...] = array
-        self.is_init[:] = self._resetting
+        self.is_init[:] = self._absent
         from_last_step = stepped
         if self._mode == "same step" and ended.any():
             self._store_final(infos, ended)
@@ -184,7 +145,7 @@ class VectorStepper(Stepper):
         self.terminated[stepped] = terminated[stepped]
         self.truncated[stepped] = truncated[stepped] & ~terminated[stepped]
         self._has_action[:] = False
-        self._resetting[:] = False
+        self._absent[:] = False
         if stepped.any():
             self.stepped = np.flatnonzero(stepped)
         return ended
