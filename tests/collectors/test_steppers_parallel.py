@@ -24,6 +24,9 @@ from tests.collectors.scripted_env import (
 )
 from tests.limits import HANG
 
+OBSERVATIONS = spaces.Box(-np.inf, np.inf, (4,), np.float32)
+ACTIONS = spaces.Discrete(5, start=3)
+
 
 class ScriptedTeam:
     """A parallel environment of PettingZoo's, whose agents come and go as it is written down.
@@ -59,10 +62,10 @@ class ScriptedTeam:
         return self
 
     def observation_space(self, agent: str) -> Any:
-        return spaces.Box(-np.inf, np.inf, (4,), np.float32)
+        return OBSERVATIONS
 
     def action_space(self, agent: str) -> Any:
-        return spaces.Discrete(5, start=3)
+        return ACTIONS
 
     def reset(self, seed: int | None = None, options: Any = None) -> Any:
         self.seeds.append(seed)
@@ -81,13 +84,15 @@ class ScriptedTeam:
         ends = {agent: self._lives(agent).length == self._step - self._late_of(agent) for agent in actions}
         terminated = {agent: ends[agent] and self._lives(agent).terminated for agent in actions}
         truncated = {agent: ends[agent] and self._lives(agent).truncated for agent in actions}
-        rewards = {agent: action + self._step / 8 for agent, action in actions.items()}
         came = [agent for agent in self.possible_agents if self._late_of(agent) == self._step and not ends.get(agent)]
         self.agents = [
             agent for agent in self.possible_agents if (agent in actions and not ends[agent]) or agent in came
         ]
-        observations = {agent: self._observe(agent, actions.get(agent, 0)) for agent in [*actions, *came]}
-        return observations, rewards, terminated, truncated, {agent: {"step": self._step} for agent in actions}
+        told = [*actions, *came]
+        observations = {agent: self._observe(agent, actions.get(agent, 0)) for agent in told}
+        rewards = {agent: actions[agent] + self._step / 8 if agent in actions else 0.0 for agent in told}
+        terminated, truncated = dict.fromkeys(came, False) | terminated, dict.fromkeys(came, False) | truncated
+        return observations, rewards, terminated, truncated, {agent: {"step": self._step} for agent in told}
 
     def close(self) -> None:
         self.closed = True
