@@ -7,6 +7,7 @@ from inspect import iscoroutinefunction
 from typing import Any
 
 from aioinfer.collectors.environments.base import Abandoned, Stepper
+from aioinfer.collectors.environments.envpool import EnvPoolStepper
 from aioinfer.collectors.environments.parallel import ParallelStepper
 from aioinfer.collectors.environments.serial import SerialStepper
 from aioinfer.collectors.environments.torchrl_env import TorchRLStepper
@@ -38,7 +39,11 @@ def make_stepper(envs: Sequence[Any], watch: Watch, info_keys: InfoKeys = ()) ->
     if hasattr(first, "possible_agents"):
         return ParallelStepper(first, watch, info_keys)
     if several is not None:
-        return VectorStepper(first, watch, info_keys)
+        if not hasattr(first, "async_reset"):
+            return VectorStepper(first, watch, info_keys)
+        if first.is_async:
+            return EnvPoolStepper(first, watch, info_keys)
+        return VectorStepper(first, watch, info_keys, seeded=False)
     for env in envs:
         for name in ("observation_space", "action_space", "reset", "step"):
             if not hasattr(env, name):

@@ -1,0 +1,169 @@
+"""An EnvPool whose batch size is below the number of its environments: rows come back as they are done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from time import monotonic
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aioinfer.collectors.environments.base import FAILED, NO_ROWS, Stepper
+from aioinfer.collectors.environments.random_actions import RandomActions
+from aioinfer.collectors.spaces import (
+    InfoKeys,
+    action_columns,
+    batched_action_writer,
+    env_layout,
+    info_columns,
+    observation_columns,
+)
+from aioinfer.collectors.watch import Phase, Watch
+
+__all__ = ["EnvPoolStepper"]
+
+
+class EnvPoolStepper(Stepper):
+    """Steps an EnvPool of Gymnasium's interface by ``send`` and ``recv``.
+
+    :meth:`step` sends actions, and waits for one batch of results, of whichever rows have them first. Others come back
+    from a later call. So :meth:`reset` makes the first rows ``ready``, not all. Nothing is waited for while fewer rows
+    than a batch are under way.
+
+    The seeds of an EnvPool are those that it was made with; :meth:`reset` can't change them.
+
+    Args:
+        env: with ``send``, ``recv`` and ``async_reset``.
+        watch: where calls are announced.
+        info_keys: entries of infos to store.
+
+    Raises:
+        TypeError: a space has no fixed layout.
+        ValueError: its environments have several players.
+    """
+
+    is_uneven = True
+
+    def __init__(self, env: Any, watch: Watch, info_keys: InfoKeys = ()) -> None:
+        rows = int(env.num_envs)
+        observation_space, action_space = env.single_observation_space, env.single_action_space
+        layout = env_layout(observation_space, action_space, info_keys)
+        columns = action_columns(action_space)
+        super().__init__([env], [rows], layout, watch, RandomActions(columns, [action_space] * rows))
+        self.min_rows = _batch_size(env)
+        self._info_keys = info_keys
+        self._columns = observation_columns(observation_space)
+        self._info_columns = info_columns(layout.info)
+        self._write_actions = batched_action_writer(action_space)
+        self._actions = [column.empty(rows) for column in columns]
+        self._waits = np.zeros(rows, np.bool_)  # for an action; the others are under way
+        self._resetting = np.zeros(rows, np.bool_)  # what comes back next is a first observation
+        self._sent_at = np.zeros(rows)
+        self._turn = 0
+
+    def reset(self, seeds: Sequence[int]) -> None:
+        self._begin()
+        for row, seed in enumerate(seeds):
+            self._random.seed(row, int(seed))
+        self._reset()
+
+    def step(self, rows: NDArray[np.int64], actions: Sequence[NDArray[Any]]) -> None:
+        self._begin()
+        self._go_on = self._finish
+        self._ready_changed = True
+        for leaf, action in zip(self._actions, actions, strict=True):
+            leaf[rows] = action
+        if self._send(rows):
+            self._receive(Phase.STEP)
+        self._finish()
+
+    def replace(self, member: int, env: Any, seeds: Sequence[int]) -> None:
+        self._begin()
+        self._envs[member] = env
+        try:
+            layout = env_layout(env.single_observation_space, env.single_action_space, self._info_keys)
+            if (layout, int(env.num_envs), _batch_size(env)) != (self.layout, self.size, self.min_rows):
+                raise ValueError(
+                    f"the new environment has {env.num_envs} rows, batch size {_batch_size(env)} and layout {layout}, "
+                    f"the one before had {self.size}, {self.min_rows} and {self.layout}"
+                )
+            for row, seed in enumerate(seeds):
+                self._random.seed(row, int(seed), env.single_action_space)
+        except Exception as error:  # code of the user's may raise anything
+            self._fail(member, error)
+            self._finish()
+            return
+        self._reset()
+
+    def _waiting_rows(self) -> NDArray[np.int64]:
+        return NO_ROWS if self._envs[0] is None else np.flatnonzero(self._waits)
+
+    def _reset(self) -> None:
+        self._go_on = self._finish
+        self._ready_changed = True
+        self._waits[:] = False
+        self._resetting[:] = True
+        self._sent_at[:] = monotonic()
+        if self._call(0, Phase.RESET, self._envs[0].async_reset) is not FAILED:
+            self._receive(Phase.RESET)
+        self._finish()
+
+    def _send(self, rows: NDArray[np.int64]) -> bool:
+        self._waits[rows] = False
+        self._sent_at[rows] = monotonic()
+        actions = self._write_actions([leaf[rows] for leaf in self._actions])
+        sent = self._call(0, Phase.STEP, self._envs[0].send, actions, env_id=rows.astype(np.int32))
+        return sent is not FAILED
+
+    def _receive(self, phase: Phase) -> None:
+        """Receive until a row waits for an action, or too few are under way for a batch."""
+        while self.size - np.count_nonzero(self._waits) >= self.min_rows:
+            result = self._call(0, phase, self._envs[0].recv)
+            if result is FAILED:
+                return
+            try:
+                ended = self._store(*result)
+            except Exception as error:  # values of the user's may raise anything
+                self._fail(0, error)
+                return
+            if len(ended) and not self._send(ended):  # which resets them, whatever the action is
+                return
+            if self._waits.any():
+                return
+
+    def _store(self, observations: Any, rewards: Any, terminated: Any, truncated: Any, infos: Any) -> NDArray[np.int64]:
+        """Write a batch of results into the arrays, and say which rows have ended."""
+        rows = np.asarray(infos["env_id"], np.int64)
+        arrays = [column.read(observations, len(rows)) for column in self._columns]
+        stepped = ~self._resetting[rows]
+        ended = (np.asarray(terminated, np.bool_) | np.asarray(truncated, np.bool_)) & stepped
+        for array, out in zip(arrays, self.observations, strict=True):
+            out[rows] = array
+        self.is_init[rows] = ~stepped
+        self._resetting[rows] = ended
+        self._waits[rows] = ~ended
+        (chosen,) = np.nonzero(stepped)
+        if len(chosen):
+            done = rows[chosen]
+            for array, out in zip(arrays, self.next_observations, strict=True):
+                out[done] = array[chosen]
+            self.reward[done] = np.asarray(rewards)[chosen]
+            self.terminated[done] = np.asarray(terminated)[chosen]
+            self.truncated[done] = np.asarray(truncated)[chosen] & ~self.terminated[done]
+            for column, out in zip(self._info_columns, self.info, strict=True):
+                key = column.spec.path[-1]
+                for index, row in zip(chosen.tolist(), done.tolist(), strict=True):
+                    column.put({key: infos[key][index]} if key in infos else {}, out, row)
+            self._turn += 1
+            row = int(done[self._turn % len(done)])
+            self.sample = row, monotonic() - float(self._sent_at[row])
+            self.stepped = np.sort(np.concatenate([self.stepped, done]))
+        return rows[ended]
+
+
+def _batch_size(env: Any) -> int:
+    config = env.config
+    if config.get("max_num_players", 1) > 1:
+        raise ValueError(f"the environments of {env} have {config['max_num_players']} players, expected one")
+    return int(config["batch_size"])
