@@ -11,10 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from tensordict import TensorDict, TensorDictBase
-from torch import Tensor
 
-from aioinfer.collectors.fragments import TensorDictBuilder
-from aioinfer.tensors import entries, is_nested
+from aioinfer.collectors.fragments import TensorDictBuilder, leaves
 
 __all__ = ["EpisodeAssembler"]
 
@@ -79,14 +77,14 @@ class EpisodeAssembler:
                 in the order in which it wrote them.
             lengths: how many steps of each are valid.
         """
-        leaves = _leaves(batch)
+        found = leaves(batch)
         if self._builder is None:
-            self._paths = list(leaves)
+            self._paths = list(found)
             self._builder = TensorDictBuilder(self._paths)
-        columns = [leaves[path] for path in self._paths]
-        envs = leaves["collector", "env"][:, 0].tolist()
-        ends = leaves["next", "done"][..., 0]
-        numbers, steps = leaves["collector", "episode"], leaves["collector", "step"]
+        columns = [found[path] for path in self._paths]
+        envs = found["collector", "env"][:, 0].tolist()
+        ends = found["next", "done"][..., 0]
+        numbers, steps = found["collector", "episode"], found["collector", "step"]
         for index, length in enumerate(lengths):
             fragment = [column[index, :length].copy() for column in columns]
             start = 0
@@ -127,11 +125,11 @@ class EpisodeAssembler:
                 pieces.append((fragment, start, end))
         self._complete_frames -= count
         self.frames += count
-        leaves = [
+        columns = [
             np.concatenate([fragment[leaf][start:end] for fragment, start, end in pieces])
             for leaf in range(len(self._paths))
         ]
-        return self._builder.build(leaves, torch.Size((count,)))
+        return self._builder.build(columns, torch.Size((count,)))
 
     def _add_piece(self, env: int, at: tuple[int, int], piece: _Piece, *, ends: bool) -> None:
         """Add steps of one episode, of which ``at`` has the number, and how many steps were before."""
@@ -164,16 +162,3 @@ class EpisodeAssembler:
             bool(((fragment[versions][start:end] < version) & ~fragment[random][start:end]).any())
             for fragment, start, end in episode.pieces
         )
-
-
-def _leaves(batch: TensorDictBase, prefix: _Path = ()) -> dict[_Path, NDArray[Any]]:
-    """The leaves of a batch by their paths; non-tensor data as an array of objects."""
-    found: dict[_Path, NDArray[Any]] = {}
-    for name, value in entries(batch).items():
-        if isinstance(value, Tensor):
-            found[*prefix, name] = value.numpy()
-        elif is_nested(value):
-            found |= _leaves(value, (*prefix, name))
-        else:
-            found[*prefix, name] = np.array(value.tolist(), object)
-    return found

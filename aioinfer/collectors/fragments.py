@@ -1,25 +1,35 @@
-"""Fragments of experience in a ring of rows, which processes may share, and batches as views of it."""
+"""Fragments of experience in a ring of rows, which processes may share, and batches as views of it.
+
+A batch has the observation that each step led to, in ``next``. This is the next step's observation, but where an
+episode ends. So a layout may leave it out: then observations are stored for one step more, ``[T + 1]``, and those in
+which episodes ended in a few places beside them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tensordict import NonTensorStack, TensorDict
+from tensordict import NonTensorStack, TensorDict, TensorDictBase
+from torch import Tensor
 
 from aioinfer.collectors.spaces import ArraySpec
 from aioinfer.ipc.memory import AnonymousSharedMemory
-from aioinfer.tensors import build, show_key
+from aioinfer.tensors import build, entries, is_nested, show_key
 
-__all__ = ["FragmentLayout", "FragmentRing", "TensorDictBuilder"]
+__all__ = ["FragmentLayout", "FragmentRing", "TensorDictBuilder", "leaves", "with_next_observation"]
+
+_Path: TypeAlias = tuple[str, ...]
 
 _ALIGNMENT = 64
-_DERIVED = (
+_FINAL: _Path = ("collector", "final")
+_FINAL_STEP: _Path = ("collector", "final_step")
+_DERIVED: tuple[_Path, ...] = (
     ("done",),
     ("terminated",),
     ("truncated",),
@@ -37,15 +47,20 @@ class FragmentLayout:
         leaves: arrays of one step, with their paths in a batch, e.g. ``("next", "reward")``. Of dtype ``object`` only
             where the ring is not shared. ``("next", "terminated")`` and ``("next", "truncated")`` are among them.
         length: steps of a complete fragment, ``T``.
+        observations: paths of leaves that are stored for ``T + 1`` steps, where ``next`` is not stored.
+        final_places: how many observations a fragment has room for in which an episode ended, ``F``; at least one if
+            there are ``observations``. A fragment ends with the step that takes the last place.
     """
 
     leaves: tuple[ArraySpec, ...]
     length: int
+    observations: tuple[_Path, ...] = ()
+    final_places: int = 0
 
     def __post_init__(self) -> None:
         paths = [spec.path for spec in self.leaves]
         for path in paths:
-            if path in _DERIVED:
+            if path in _DERIVED or path == _FINAL_STEP or path[: len(_FINAL)] == _FINAL:
                 raise ValueError(f"{show_key(path)} of a batch is computed from other entries, it can't be stored")
             for other in paths:
                 if other != path and other[: len(path)] == path:
@@ -55,6 +70,10 @@ class FragmentLayout:
         for path in (("next", "terminated"), ("next", "truncated")):
             if path not in paths:
                 raise ValueError(f"a fragment needs {show_key(path)}, got {paths}")
+        if not set(self.observations) <= set(paths):
+            raise ValueError(f"observations must be among the leaves, which are {paths}, got {self.observations}")
+        if self.observations and self.final_places < 1:
+            raise ValueError(f"final_places must be at least 1, got {self.final_places}")
 
 
 class FragmentRing:
@@ -70,7 +89,8 @@ class FragmentRing:
         shared: whether other processes are to write rows.
 
     Attributes:
-        columns: by path, ``[num_rows, T, *shape]`` of each leaf.
+        columns: by path, ``[num_rows, T, *shape]`` of each leaf, and ``[num_rows, T + 1, *shape]`` of ``observations``.
+            Of these, the observation behind the latest complete step is valid too, unless the episode ended there.
         lengths: int64 ``[num_rows]``, the complete steps of the fragment in each row. The writer adds one when all
             data of a step are written.
         envs: int64 ``[num_rows]``, the environment whose fragment each row contains.
@@ -85,7 +105,17 @@ class FragmentRing:
     ) -> None:
         self.layout = layout
         self.num_rows = num_rows
-        specs = [(spec.path, (num_rows, layout.length, *spec.shape), spec.dtype) for spec in layout.leaves]
+        specs = [
+            (spec.path, (num_rows, layout.length + (spec.path in layout.observations), *spec.shape), spec.dtype)
+            for spec in layout.leaves
+        ]
+        if layout.observations:
+            specs.append((_FINAL_STEP, (num_rows, layout.final_places), np.dtype(np.int64)))
+            of_path = {spec.path: spec for spec in layout.leaves}
+            specs += [
+                ((*_FINAL, *path), (num_rows, layout.final_places, *of_path[path].shape), of_path[path].dtype)
+                for path in layout.observations
+            ]
         for path, _, dtype in specs:
             if dtype.hasobject and (shared or descriptor is not None):
                 raise ValueError(
@@ -103,7 +133,7 @@ class FragmentRing:
         data = _zeros(nbytes) if self.memory is None else np.frombuffer(self.memory.view, np.uint8)
         self.lengths: NDArray[np.int64] = data[: num_rows * 8].view(np.int64)
         self.envs: NDArray[np.int64] = data[counters : counters + num_rows * 8].view(np.int64)
-        self.columns: dict[tuple[str, ...], NDArray[Any]] = {}
+        self.columns: dict[_Path, NDArray[Any]] = {}
         at = 2 * counters
         for (path, shape, dtype), size in zip(specs, sizes, strict=True):
             if dtype.hasobject:
@@ -112,6 +142,9 @@ class FragmentRing:
                 self.columns[path] = data[at : at + prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
             at += size
         self._columns = list(self.columns.values())
+        self._per_step = [self.columns[spec.path] for spec in layout.leaves if spec.path not in layout.observations]
+        self._observations = [self.columns[path] for path in layout.observations]
+        self._finals = [self.columns[*_FINAL, *path] for path in layout.observations]
         paths = list(self.columns)
         self._ends = paths.index(("next", "terminated")), paths.index(("next", "truncated"))
         self._builder = TensorDictBuilder([*paths, *_DERIVED])
@@ -120,6 +153,35 @@ class FragmentRing:
         """Let ``row`` begin the next fragment of ``env``. Call it where the row is granted, before the writer knows."""
         self.lengths[row] = 0
         self.envs[row] = env
+        if self._finals:
+            self._clear_finals(row, 0)
+
+    def keep_final(self, row: int, step: int, observation: Sequence[NDArray[Any]]) -> bool:
+        """Keep the observation in which an episode ended, where ``next`` is not stored. Only the row's writer calls it.
+
+        Args:
+            row: which the fragment is in.
+            step: of the fragment, that ended the episode. It is not complete yet: ``lengths`` are written later.
+            observation: what the step returned, for each of the layout's ``observations``.
+
+        Returns:
+            Whether there is a place left. If not, the fragment ends with this step.
+        """
+        steps = self.columns[_FINAL_STEP][row]
+        place = int(np.count_nonzero(steps >= 0))
+        steps[place] = step  # first: what is written for a step that is never complete is found, and cleared
+        for column, value in zip(self._finals, observation, strict=True):
+            column[row, place] = value
+        return place + 1 < self.layout.final_places
+
+    def _clear_finals(self, row: int, length: int) -> None:
+        """Forget observations in which episodes ended behind so many steps."""
+        steps = self.columns[_FINAL_STEP][row]
+        behind = steps >= length
+        if behind.any():
+            for column in self._finals:
+                column[row, behind] = _nothing(column)
+        steps[behind] = -1
 
     def batch(self, rows: Sequence[int], lengths: Sequence[int]) -> TensorDict:
         """Make a batch of fragments.
@@ -130,23 +192,39 @@ class FragmentRing:
 
         Returns:
             A TensorDict ``[len(rows), T]``. Its leaves are views of the ring if the rows are consecutive, else copies.
+            Where ``next`` observations are not stored, it is a TensorDict ``[len(rows)]`` with leaves of the same
+            shapes, but ``observations`` ``[len(rows), T + 1, *shape]``, and below ``("collector", "final")`` those in
+            which episodes ended, ``[len(rows), F, *shape]``, at the steps ``("collector", "final_step")``, or -1 where
+            a place is not used: see :func:`with_next_observation`.
         """
         rows, lengths = list(rows), list(lengths)
         steps = self.layout.length
         for row, length in zip(rows, lengths, strict=True):
             if length < steps:
-                for column in self._columns:
-                    column[row, length:] = None if column.dtype.hasobject else 0
+                for column in self._per_step:
+                    column[row, length:] = _nothing(column)
+        if self._observations:
+            self._clear_unknown(rows, lengths)
         first, count = rows[0], len(rows)
         if rows == list(range(first, first + count)):
-            leaves = [column[first : first + count] for column in self._columns]
+            columns = [column[first : first + count] for column in self._columns]
         else:
-            leaves = [column.take(rows, 0) for column in self._columns]
-        terminated, truncated = (leaves[end] for end in self._ends)
+            columns = [column.take(rows, 0) for column in self._columns]
+        terminated, truncated = (columns[end] for end in self._ends)
         false = np.zeros((3, count, steps, 1), np.bool_)
         env = np.repeat(self.envs[rows], steps).reshape(count, steps)
         mask = np.arange(steps) < np.array(lengths)[:, None]
-        return self._builder.build([*leaves, *false, terminated | truncated, env, mask], torch.Size((count, steps)))
+        size = torch.Size((count,) if self._observations else (count, steps))
+        return self._builder.build([*columns, *false, terminated | truncated, env, mask], size)
+
+    def _clear_unknown(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
+        """Write zeros where no observation is, of those that are stored for one step more."""
+        for row, length in zip(rows, lengths, strict=True):
+            if length < self.layout.length:
+                self._clear_finals(row, length)
+            ended = (self.columns[_FINAL_STEP][row] == length - 1).any()
+            for column in self._observations:
+                column[row, length + (not ended) :] = _nothing(column)
 
 
 class TensorDictBuilder:
@@ -156,8 +234,8 @@ class TensorDictBuilder:
         paths: of the leaves, in the order in which :meth:`build` gets them.
     """
 
-    def __init__(self, paths: Sequence[tuple[str, ...]]) -> None:
-        nodes: dict[tuple[str, ...], int] = {(): 0}
+    def __init__(self, paths: Sequence[_Path]) -> None:
+        nodes: dict[_Path, int] = {(): 0}
         for path in paths:
             for depth in range(1, len(path)):
                 nodes.setdefault(path[:depth], len(nodes))
@@ -167,13 +245,53 @@ class TensorDictBuilder:
 
     def build(self, leaves: Sequence[NDArray[Any]], size: torch.Size) -> TensorDict:
         """Make a TensorDict ``[*size]`` that shares the memory of the leaves, ``[*size, *shape]`` each."""
-        entries: list[dict[str, Any]] = [{} for _ in range(len(self._nodes) + 1)]
+        nodes: list[dict[str, Any]] = [{} for _ in range(len(self._nodes) + 1)]
         with torch.inference_mode(False):  # or autograd could not save the tensors
             for (node, name), leaf in zip(self._leaves, leaves, strict=True):
-                entries[node][name] = _entry(leaf)
+                nodes[node][name] = _entry(leaf)
         for node, parent, name in self._nodes:
-            entries[parent][name] = build(entries[node], size, None)
-        return build(entries[0], size, None)
+            nodes[parent][name] = build(nodes[node], size, None)
+        return build(nodes[0], size, None)
+
+
+def leaves(batch: TensorDictBase, prefix: _Path = ()) -> dict[_Path, NDArray[Any]]:
+    """Take the leaves of a batch by their paths, which share its memory; non-tensor data as an array of objects."""
+    found: dict[_Path, NDArray[Any]] = {}
+    for name, value in entries(batch).items():
+        if isinstance(value, Tensor):
+            found[*prefix, name] = value.numpy()
+        elif is_nested(value):
+            found |= leaves(value, (*prefix, name))
+        else:
+            found[*prefix, name] = np.array(value.tolist(), object)
+    return found
+
+
+def with_next_observation(batch: TensorDictBase) -> TensorDict:
+    """Make the batch that a layout with ``next`` observations has, of one without.
+
+    Args:
+        batch: ``[B]``, of a ring that stores observations for ``T + 1`` steps.
+
+    Returns:
+        A TensorDict ``[B, T]``. Observations are copies, other leaves are shared.
+    """
+    known = leaves(batch)
+    final_step, mask = known.pop(_FINAL_STEP), known["collector", "mask"]
+    row, place = np.nonzero(final_step >= 0)
+    for final_path in [path for path in known if path[: len(_FINAL)] == _FINAL]:
+        path = final_path[len(_FINAL) :]
+        final, both = known.pop(final_path), known[path]
+        observation, following = both[:, :-1].copy(), both[:, 1:].copy()
+        observation[~mask] = _nothing(observation)
+        following[row, final_step[row, place]] = final[row, place]
+        known[path], known["next", *path] = observation, following
+    return TensorDictBuilder(list(known)).build(list(known.values()), torch.Size(mask.shape))
+
+
+def _nothing(column: NDArray[Any]) -> Any:
+    """What an array has where there is no step."""
+    return None if column.dtype.hasobject else 0
 
 
 def _entry(column: NDArray[Any]) -> Any:

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from aioinfer.collectors.fragments import FragmentLayout, FragmentRing
+from aioinfer.collectors.fragments import FragmentLayout, FragmentRing, leaves, with_next_observation
 from aioinfer.collectors.spaces import ArraySpec
 
 FLOAT, INT, BOOL = np.dtype(np.float32), np.dtype(np.int64), np.dtype(np.bool_)
@@ -131,17 +133,24 @@ def test_text_is_not_shared() -> None:
 
 
 @pytest.mark.parametrize(
-    ("leaves", "message"),
+    ("specs", "message"),
     [
         ((*LEAVES, ArraySpec(("next", "done"), (1,), BOOL)), "computed"),
         ((*LEAVES, ArraySpec(("action", "hand"), (), INT)), "can't contain"),
         ((*LEAVES, LEAVES[0]), "different paths"),
+        ((*LEAVES, ArraySpec(("collector", "final", "x"), (), INT)), "computed"),
         (LEAVES[:4], "needs"),
     ],
 )
-def test_a_layout_that_makes_no_batch_is_refused(leaves: tuple[ArraySpec, ...], message: str) -> None:
+def test_a_layout_that_makes_no_batch_is_refused(specs: tuple[ArraySpec, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        FragmentLayout(leaves, STEPS)
+        FragmentLayout(specs, STEPS)
+
+
+@pytest.mark.parametrize(("observations", "places"), [(("action", "hand"), 1), (("action",), 0)])
+def test_places_for_observations_in_which_episodes_end_are_checked(observations: tuple[str, ...], places: int) -> None:
+    with pytest.raises(ValueError, match=r"observations must be among|final_places must be at least 1"):
+        FragmentLayout(LEAVES, STEPS, (observations,), places)
 
 
 def test_a_batch_that_is_made_under_inference_mode_can_be_learned_from() -> None:
@@ -151,3 +160,84 @@ def test_a_batch_that_is_made_under_inference_mode_can_be_learned_from() -> None
     weight = torch.ones((), requires_grad=True)
     (batch["value"] * weight).sum().backward()
     assert weight.grad is not None
+
+
+OBSERVATIONS = (ArraySpec(("camera",), (2,), np.dtype(np.uint8)), ArraySpec(("text",), (), np.dtype(object)))
+ENDS = (ArraySpec(("next", "terminated"), (1,), BOOL), ArraySpec(("next", "truncated"), (1,), BOOL))
+DENSE = FragmentLayout(
+    (*OBSERVATIONS, *(ArraySpec(("next", *spec.path), spec.shape, spec.dtype) for spec in OBSERVATIONS), *ENDS), STEPS
+)
+SPARSE = FragmentLayout((*OBSERVATIONS, *ENDS), STEPS, tuple(spec.path for spec in OBSERVATIONS), 2)
+
+
+class TwoRings:
+    """An environment whose steps are written to a ring with next observations, and to one without."""
+
+    def __init__(self) -> None:
+        self.rings = [FragmentRing(layout, 3, shared=False) for layout in (DENSE, SPARSE)]
+        self.count = 0
+
+    def observe(self) -> list[Any]:
+        self.count += 1
+        return [np.full(2, self.count, np.uint8), str(self.count)]
+
+    def write(self, row: int, ends: list[bool]) -> int:
+        """Write a fragment of steps that end an episode, or don't; returns its length."""
+        dense, sparse = self.rings
+        for ring in self.rings:
+            ring.assign(row, 0)
+        observation = self.observe()
+        for step, end in enumerate(ends):
+            following = self.observe()
+            has_place = True
+            for spec, now, then in zip(OBSERVATIONS, observation, following, strict=True):
+                dense.columns[spec.path][row, step] = now
+                dense.columns["next", *spec.path][row, step] = then
+                sparse.columns[spec.path][row, step] = now
+                if not end:
+                    sparse.columns[spec.path][row, step + 1] = then
+            if end:
+                has_place = sparse.keep_final(row, step, following)
+            for ring in self.rings:
+                ring.columns["next", "terminated"][row, step] = end
+                ring.lengths[row] += 1
+            if not has_place:
+                break
+            observation = self.observe() if end else following
+        return int(sparse.lengths[row])
+
+
+@given(
+    fragments=st.lists(
+        st.tuples(st.integers(0, 2), st.lists(st.booleans(), min_size=1, max_size=STEPS), st.integers(0, 2)),
+        max_size=8,
+    ),
+    rows=st.permutations([0, 1, 2]),
+)
+def test_next_observations_are_known_where_they_are_not_stored(
+    fragments: list[tuple[int, list[bool], int]], rows: list[int]
+) -> None:
+    world = TwoRings()
+    lengths = [world.write(row, [False] * STEPS) for row in range(3)]
+    for row, ends, unread in fragments:
+        lengths[row] = max(1, world.write(row, ends) - unread)
+    dense, sparse = (ring.batch(rows, [lengths[row] for row in rows]) for ring in world.rings)
+    assert sparse.batch_size == (3,)
+    assert sparse["camera"].shape == (3, STEPS + 1, 2)
+    assert sparse["collector", "final", "camera"].shape == (3, 2, 2)
+    unused = sparse["collector", "final_step"] == -1
+    assert not sparse["collector", "final", "camera"][unused].any()
+    for index, row in enumerate(rows):
+        is_known = not dense["next", "done"][index, lengths[row] - 1]
+        assert not sparse["camera"][index, lengths[row] + is_known :].any()
+    expected, found = leaves(dense), leaves(with_next_observation(sparse))
+    assert expected.keys() == found.keys()
+    for path, values in expected.items():
+        assert values.tolist() == found[path].tolist(), path
+
+
+def test_a_fragment_ends_where_no_place_is_left_for_the_end_of_another_episode() -> None:
+    world = TwoRings()
+    assert world.write(0, [True, False, False, True]) == STEPS
+    assert world.write(0, [True, False, True, False]) == 3
+    assert world.write(0, [False, False, True, False]) == STEPS
