@@ -121,7 +121,8 @@ def test_an_environment_that_hangs_is_made_again_and_costs_the_others_nothing(ph
         return Hanging(go_on, at, phase)
 
     try:
-        with make_collector([make, *[World] * 5], step_timeout=0.2, reset_timeout=0.2) as collector:
+        timeout = {"step_timeout" if phase == "step" else "reset_timeout": 0.2}
+        with make_collector([make, *[World] * 5], **timeout) as collector:
             batches = [batch.clone() for batch in itertools.islice(collector, 20)]
             stats = collector.stats()
     finally:
