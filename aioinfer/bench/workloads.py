@@ -90,7 +90,7 @@ class Collection:
     course: Course = Course.FRAMES
 
 
-UNITS = {"noticed after": "s", "recovered after": "s", "shut down after": "s", "old steps": "steps", "growth": "MB"}
+UNITS = {"noticed after": "s", "recovered after": "s", "shut down after": "s", "updated after": "steps", "growth": "MB"}
 """The figures that are judged as they are, in units that a bar names; most are compared with another one."""
 
 
@@ -625,20 +625,20 @@ WORKLOADS: tuple[Workload, ...] = (
         "collect-hung",
         "an environment hangs in a worker",
         (Metric("noticed after", 0.5, 0.2, None), Metric("shut down after", 5, 2, None)),
-        Collection(course=Course.HANG),
+        Collection(order="first", course=Course.HANG),
         stretch=4.0,
     ),
     _collect(
         "collect-hung-no-workers",
         "an environment hangs in a thread of the collector's process",
         (Metric("noticed after", 0.5, 0.2, None), Metric("shut down after", 5, 2, None)),
-        Collection(num_workers=0, course=Course.HANG),
+        Collection(num_workers=0, order="first", course=Course.HANG),
         stretch=4.0,
     ),
     _collect(
         "collect-updated",
-        "steps that an environment begins with the old weights after update_weights has returned",
-        (Metric("old steps", 2, 1, None),),
+        "the first step with new weights, counted from when update_weights returns",
+        (Metric("updated after", 2, 1, None),),
         Collection(course=Course.UPDATE),
     ),
     _collect(

@@ -1,10 +1,14 @@
 """The measurements of collectors of experience."""
 
 from importlib.util import find_spec
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from aioinfer.bench import report, runner
+from aioinfer.bench.collecting.environment_log import EnvironmentLog
+from aioinfer.bench.collecting.ours import covered_seconds, steps_until
 from aioinfer.bench.report import Comparison, Entry, Figures, Results
 from aioinfer.bench.workloads import WORKLOADS, Collection, Metric, Pattern, System, Workload
 from tests.bench.parts import ABOUT, BY_NAME, alone, job, results
@@ -24,6 +28,50 @@ def test_each_peer_is_measured() -> None:
     for each, outcome in zip(jobs, runner.measure_in_turn(jobs), strict=True):
         assert not isinstance(outcome, runner.MeasurementError), f"{each.system}: {outcome}"
         assert outcome["rate"] > 0, each.system
+
+
+OURS = {
+    "collect-sleeping": {"rate", "own paces rate"},
+    "collect-killed": {"recovered after", "making"},
+    "collect-hung-no-workers": {"noticed after", "shut down after"},
+    "collect-updated": {"updated after"},
+}
+
+
+def test_ours_is_measured() -> None:
+    outcomes = runner.measure_in_turn([job(name, System.OURS, "") for name in OURS])
+    for name, outcome in zip(OURS, outcomes, strict=True):
+        assert not isinstance(outcome, runner.MeasurementError), f"{name}: {outcome}"
+        assert set(outcome) == OURS[name]
+
+
+def test_time_that_several_spend_at_once_counts_once() -> None:
+    begins, ends = np.array([5.0, 1.0, 1.5, 9.0]), np.array([6.0, 2.0, 3.0, 9.5])
+    assert covered_seconds(begins, ends) == 3.5
+
+
+def test_the_first_step_with_new_weights_counts_from_the_steps_that_were_begun() -> None:
+    fragments = [[np.array([4, 4, 4, 5]), np.array([5, 5, 6, 6])], [np.array([4, 4, 5, 5])]]
+    begun = [np.array([3, 1]), np.array([5, 4])]  # at the two updates
+    # The second one is in no step of environment 1 yet.
+    assert steps_until(fragments, begun) == [1, 2, 2]
+
+
+def test_an_environment_logs_what_it_does() -> None:
+    with EnvironmentLog(2) as log:
+        environment = log.factories()[1]()
+        environment.reset(seed=1)
+        for _ in range(3):
+            environment.step(1)
+        assert log.steps.tolist() == [0, 3]
+        assert log.makings.tolist() == [0, 1]
+        assert log.made_from[1] <= log.made_until[1] <= log.first_step[1]
+        log.factories()[1]()
+        assert log.first_step[1] == 0
+        assert log.steps[1] == 3
+        path = Path(log.path)
+        assert path.exists()
+    assert not path.exists()
 
 
 def test_every_peer_of_the_workloads_is_one_that_is_measured_here() -> None:

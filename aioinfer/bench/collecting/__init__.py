@@ -26,8 +26,13 @@ def measure(job: Job, collection: Collection) -> Figures:
     """Make one measurement.
 
     Returns:
-        ``rate`` in steps/s, for most of them.
+        ``rate`` in steps/s; with ours perhaps ``own paces rate`` beside it, or other figures instead: times in seconds,
+        ``updated after`` in steps, ``growth`` in megabytes.
     """
+    if job.system == System.OURS:
+        from aioinfer.bench.collecting import ours
+
+        return ours.measure(job, collection)
     if job.system == System.CEILING:
         return {"rate": peers.measure_ceiling(job, collection)}
     return {"rate": peers.measure_rate(job, collection)}

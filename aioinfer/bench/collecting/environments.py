@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import random
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
+import numpy as np
+
 _MODULES = {"CartPole": "gymnasium", "Pong": "ale_py", "EnvPool": "envpool", "sleeping": "gymnasium"}
+
+_PACE = 0.005
+_SLOWER = 20
+_SLEEPING_STEPS = 50  # of an episode
 
 PONG = (210, 160)
 """The shape of an observation of Pong, which is uint8."""
@@ -50,3 +58,38 @@ def make_envpool_cartpole(num_envs: int = 256) -> Any:
     import envpool
 
     return envpool.make_gymnasium("CartPole-v1", num_envs=num_envs, batch_size=num_envs // 2)
+
+
+class SleepingEnvironment:
+    """An environment that awaits in each step, for a time of its own: 5 ms in the mean, or 100 ms if it is the first.
+
+    Args:
+        number: of the environment.
+    """
+
+    def __init__(self, number: int) -> None:
+        from gymnasium.spaces import Box, Discrete
+
+        self.observation_space = Box(-1, 1, (4,), np.float32)
+        self.action_space = Discrete(2)
+        self.metadata: dict[str, Any] = {}
+        self._mean = _PACE if number else _PACE * _SLOWER
+        self._random = random.Random(number)
+        self._steps = 0
+
+    async def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        """Begin an episode."""
+        self._steps = 0
+        return self._observation(), {}
+
+    async def step(self, action: Any) -> Any:
+        """Step when its time has passed."""
+        await asyncio.sleep(self._mean * self._random.uniform(0.5, 1.5))
+        self._steps += 1
+        return self._observation(), 1.0, self._steps == _SLEEPING_STEPS, False, {}
+
+    def close(self) -> None:
+        """Do nothing."""
+
+    def _observation(self) -> Any:
+        return np.full(4, self._steps / _SLEEPING_STEPS, np.float32)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, closing
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 
 from aioinfer.bench.collecting import environments
 from aioinfer.bench.collecting.policies import make_bare_policy, make_cartpole_policy, make_policy
+from aioinfer.bench.collecting.rates import frame_rate
 from aioinfer.bench.peer_process import PeerProcess, Pipe
 from aioinfer.bench.workloads import Collection, Job, System
 
@@ -33,19 +33,6 @@ _TORCHRL_WAYS: dict[str, tuple[int, dict[str, Any]]] = {
     "4 processes": (4, {"env_backend": "multiprocessing", "transport": "auto"}),
     "64 in 2 processes": (64, {"env_backend": "multiprocessing", "transport": "driver", "envs_per_worker": 32}),
 }
-
-
-def frame_rate(frames: Iterator[int], warm_up: float, seconds: float) -> float:
-    """Frames per second after a warm-up that begins with the first batch; each item is the frames of one batch."""
-    clock = time.perf_counter
-    next(frames)
-    begin = clock() + warm_up
-    while clock() < begin:
-        next(frames)
-    begun, count = clock(), 0
-    while (now := clock()) < begun + seconds:
-        count += next(frames)
-    return count / (now - begun)
 
 
 def measure_rate(job: Job, collection: Collection) -> float:
