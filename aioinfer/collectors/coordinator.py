@@ -34,6 +34,7 @@ from aioinfer.collectors.messages import (
     Resume,
     Retire,
     Stop,
+    ThreadLeft,
 )
 from aioinfer.collectors.policy_layout import PolicyLayout
 from aioinfer.collectors.restarts import RestartBudget, Restarts
@@ -172,6 +173,7 @@ class Coordinator:
         self._row_env: dict[int, int] = {}  # the rows that were granted and are not finished
         self._frames: list[int] = []  # of each environment
         self._waiters: deque[Callable[[], None]] = deque()
+        self._late: dict[int, float] = {}  # by group: when its latest call began that took too long
         self._setup: _Setup | None = None
         self._stopping = False
         self._paused = False
@@ -272,6 +274,7 @@ class Coordinator:
             for index, host in enumerate(self._hosts):
                 if host.made:
                     self._begin(index)
+        self._pool.call_soon(_look_again)
 
     def _begin(self, index: int) -> None:
         host, setup = self._hosts[index], self._setup
@@ -337,6 +340,8 @@ class Coordinator:
                         self.scheduler.join(env)
                 case MemberFailed(number, error):
                     self._fail_member(self.members[number], load_exception(error))
+                case ThreadLeft():
+                    self._stats.abandon()
                 case Parked():
                     self._hosts[index].parked = True
                 case Failed(error):
@@ -501,7 +506,8 @@ class Coordinator:
                         if left > 0:
                             soonest.append(left)
                         else:
-                            self._cancel(member, "was not made", self._reset_timeout)
+                            self._note_timeout(member, "was not made", self._reset_timeout)
+                            self._cancel(member, None)
             if self._setup is not None:
                 found, left_all = overdue(
                     self.block.watches, now, step_timeout=self._step_timeout, reset_timeout=self._reset_timeout
@@ -518,18 +524,24 @@ class Coordinator:
                 group = host.groups[host.indices.index(late.group)]
                 doing = {Phase.STEP: "step", Phase.RESET: "reset", Phase.CLOSE: "close"}[late.phase]
                 limit = self._step_timeout if late.phase == Phase.STEP else self._reset_timeout
-                self._cancel(self.members[group.members[late.member]], f"did not return from {doing}", limit)
+                member, since = self.members[group.members[late.member]], float(self.block.watches[late.group].since[0])
+                if self._late.get(late.group) != since:  # a task that was cancelled may go on nevertheless
+                    self._late[late.group] = since
+                    self._note_timeout(member, f"did not return from {doing}", limit)
+                self._cancel(member, limit)
 
-    def _cancel(self, member: Member, what: str, limit: float | None) -> None:
-        _log.warning("environment %d %s within %s s", member.number, what, limit)
+    def _note_timeout(self, member: Member, what: str, limit: float | None) -> None:
+        message = f"environment {member.number} {what} within {limit} s"
+        _log.warning(message)
         member.making_since = None
         self._stats.timeout()
+        if self._local is None:
+            self._hosts[member.host].killed_for[member.number] = TimeoutError(message)
+
+    def _cancel(self, member: Member, seconds: float | None) -> None:
         if self._local is not None:
-            self._stats.abandon()
-            self._local.handle(Cancelled(member.number))
+            self._local.handle(Cancelled(member.number, seconds))
         else:
-            error = TimeoutError(f"environment {member.number} {what} within {limit} s")
-            self._hosts[member.host].killed_for[member.number] = error
             self._pool.kill(member.host)
 
     # -- readers ---------------------------------------------------------------------------------------

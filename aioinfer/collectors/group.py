@@ -148,9 +148,9 @@ class EnvGroup:
         self._thread.join(timeout)
         return not self._thread.is_alive()
 
-    def grant(self, env: int, row: int) -> None:
-        """Let an environment write its next fragment to a row of the ring."""
-        self._tell(lambda: self._take_grant(self._index[env], row))
+    def grant(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Let environments write their next fragments to rows of the ring. Those that wait step on together."""
+        self._tell(lambda: self._take_grants(pairs))
 
     def pause(self, on_parked: Callable[[], None]) -> None:
         """Stop between two steps; ``on_parked`` is called by the thread, or now if it waits for rows."""
@@ -164,9 +164,9 @@ class EnvGroup:
         """Put a new environment in the place of a member that has failed."""
         self._tell(lambda: self._replace(member, env, seeds))
 
-    def abandon(self) -> bool:
-        """Leave the thread behind, if it is inside an environment's call, and go on in another one."""
-        if self.stepper.take_over() is None:
+    def abandon(self, seconds: float) -> bool:
+        """Leave the thread behind, if an environment's call takes longer than that, and go on in another one."""
+        if self.stepper.take_over(seconds) is None:
             return False
         self._thread = self._new_thread(self._resume)
         self._thread.start()
@@ -357,12 +357,14 @@ class EnvGroup:
 
     # -- jobs of the inbox -----------------------------------------------------------------------------
 
-    def _take_grant(self, index: int, row: int) -> None:
-        if self._present[index]:
-            self._writer.grant(index, row)
-        else:  # it has failed since it asked: nothing is in the row
-            self._progress.finished.append((self.envs[index], row))
-            self._send()
+    def _take_grants(self, pairs: Sequence[tuple[int, int]]) -> None:
+        for env, row in pairs:
+            index = self._index[env]
+            if self._present[index]:
+                self._writer.grant(index, row)
+            else:  # it has failed since it asked: nothing is in the row
+                self._progress.finished.append((env, row))
+                self._send()
 
     def _replace(self, number: int, env: Any, seeds: Sequence[int]) -> None:
         member = self.members.index(number)

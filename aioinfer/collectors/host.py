@@ -30,6 +30,7 @@ from aioinfer.collectors.messages import (
     Resume,
     Retire,
     Stop,
+    ThreadLeft,
 )
 from aioinfer.collectors.policy_caller import PolicyCaller
 from aioinfer.collectors.spaces import EnvLayout
@@ -51,11 +52,11 @@ class _Group(Protocol):
     def start(self) -> None: ...
     def stop(self) -> None: ...
     def join(self, timeout: float | None) -> bool: ...
-    def grant(self, env: int, row: int) -> None: ...
+    def grant(self, pairs: Sequence[tuple[int, int]]) -> None: ...
     def pause(self, on_parked: Callable[[], None]) -> None: ...
     def resume(self) -> None: ...
     def replace(self, member: int, env: Any, seeds: Sequence[int]) -> None: ...
-    def abandon(self) -> bool: ...
+    def abandon(self, seconds: float) -> bool: ...
 
 
 class EnvHost:
@@ -152,14 +153,17 @@ class EnvHost:
             case Begin():
                 self._open(message, descriptors)
             case Grants(pairs):
-                for env, row in pairs:
-                    self._by_env[env].grant(env, row)
+                by_group: dict[_Group, list[tuple[int, int]]] = {}
+                for pair in pairs:
+                    by_group.setdefault(self._by_env[pair[0]], []).append(pair)
+                for group, of_group in by_group.items():
+                    group.grant(of_group)
             case Restart(member, seeds):
                 self._restart(member, seeds)
             case Retire(member):
                 self._decide(member, False)
-            case Cancelled(member):
-                self._cancel(member)
+            case Cancelled(member, seconds):
+                self._cancel(member, seconds)
             case Pause():
                 self._parked = 0
                 for group in self._groups:
@@ -234,6 +238,9 @@ class EnvHost:
     def _run_loop(self, loop: asyncio.AbstractEventLoop) -> None:
         try:
             loop.run_forever()
+            for task in asyncio.all_tasks(loop):  # those that were left behind
+                task.cancel()
+            loop.run_until_complete(asyncio.sleep(0))
         finally:
             loop.close()
 
@@ -266,13 +273,17 @@ class EnvHost:
             return
         self._by_member[member].replace(member, env, seeds)
 
-    def _cancel(self, member: int) -> None:
-        with self._lock:
-            if member in self._making:
-                self._cancelled.add(member)
-                self._lock.notify_all()
-                return
-        self._by_member[member].abandon()
+    def _cancel(self, member: int, seconds: float | None) -> None:
+        if seconds is not None:
+            abandoned = self._by_member[member].abandon(seconds)
+        else:
+            with self._lock:
+                abandoned = member in self._making
+                if abandoned:
+                    self._cancelled.add(member)
+                    self._lock.notify_all()
+        if abandoned:
+            self._report(ThreadLeft())
 
     def _call(self, member: int, factory: Callable[[], Any]) -> Any:
         """Call a factory.

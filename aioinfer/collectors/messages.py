@@ -32,6 +32,7 @@ __all__ = [
     "Resume",
     "Retire",
     "Stop",
+    "ThreadLeft",
 ]
 
 
@@ -121,6 +122,8 @@ class Cancelled(NamedTuple):
     """A member has not returned in time: do without what it is doing."""
 
     member: int
+    seconds: float | None
+    """How long its call takes at least; ``None``: it is its factory that has not returned."""
 
 
 class Pause(NamedTuple):
@@ -157,8 +160,10 @@ class MemberFailed(NamedTuple):
     member: int
     error: bytes
     """As ``aioinfer.ipc.pickling.dump_exception`` makes it."""
-    abandoned: bool = False
-    """Whether a thread of this process is still inside of it."""
+
+
+class ThreadLeft(NamedTuple):
+    """A thread of this process was left behind in a member's call."""
 
 
 class MemberReady(NamedTuple):

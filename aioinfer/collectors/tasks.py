@@ -8,12 +8,14 @@ import threading
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import nullcontext, suppress
+from functools import partial
 from time import monotonic
 from typing import Any
 
 import numpy as np
 
 from aioinfer.client import AsyncInferenceClient
+from aioinfer.collectors.environments.random_actions import RandomActions
 from aioinfer.collectors.group import Episodes, as_failure, as_message
 from aioinfer.collectors.messages import Failed, MemberReady, Progress
 from aioinfer.collectors.policy_caller import PolicyCaller
@@ -51,8 +53,9 @@ class TaskStepper:
         self.layout = env_layout(env.observation_space, env.action_space, info_keys)
         self._columns = observation_columns(env.observation_space)
         self._info_columns = info_columns(self.layout.info)
+        self._info_keys = info_keys
         self._actions = row_action_writer(env.action_space)
-        self._action_columns = action_columns(env.action_space)
+        self._random = RandomActions(action_columns(env.action_space), [env.action_space])
         self.member_of_row = np.zeros(1, np.int64)
         self.observations = [column.empty(1) for column in self._columns]
         self.next_observations = [column.empty(1) for column in self._columns]
@@ -67,25 +70,17 @@ class TaskStepper:
         Raises:
             ValueError: its spaces are others.
         """
-        specs = self.layout
-        if (env_layout(env.observation_space, env.action_space).observation, specs.action) != (
-            specs.observation,
-            env_layout(env.observation_space, env.action_space).action,
-        ):
-            raise ValueError("the spaces of the environment are not those that it had before")
         self.env = env
+        if env_layout(env.observation_space, env.action_space, self._info_keys) != self.layout:
+            raise ValueError("the spaces of the environment are not those that it had before")
 
     def seed(self, seed: int) -> None:
         """Seed the actions that are chosen at random."""
-        self.env.action_space.seed(seed)
+        self._random.seed(0, seed, self.env.action_space)
 
     def random_action(self) -> list[Any]:
         """An action of the environment's space."""
-        value = self.env.action_space.sample()
-        found = [column.empty(1) for column in self._action_columns]
-        for column, out in zip(self._action_columns, found, strict=True):
-            column.put(value, out, 0)
-        return found
+        return self._random.draw(np.zeros(1, np.int64))
 
     def action(self, leaves: Sequence[Any]) -> Any:
         """What the environment takes."""
@@ -110,10 +105,6 @@ class TaskStepper:
         for out, value in zip(self.observations, self.next_observations, strict=True):
             out[0] = value[0]
         return bool(terminated or truncated)
-
-
-class _TimedOutError(Exception):
-    """The environment was cancelled, since it took too long."""
 
 
 class EnvTask:
@@ -172,6 +163,7 @@ class EnvTask:
         self._wake = asyncio.Event()
         self._paused = self._timed_out = self._stopping = False
         self._task: asyncio.Task[None] | None = None
+        self._running: asyncio.Task[None] | None = None  # cancelled before it has begun, it would close nothing
         self._ended = threading.Event()
 
     # -- any thread ------------------------------------------------------------------------------------
@@ -190,9 +182,9 @@ class EnvTask:
         """Wait for the task to end; returns whether it has."""
         return self._ended.wait(timeout)
 
-    def grant(self, env: int, row: int) -> None:
-        """Let the environment write its next fragment to a row of the ring."""
-        self._tell(lambda: self._take_grant(row))
+    def grant(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Let the environment write its next fragments to rows of the ring."""
+        self._tell(lambda: self._take_grants(pairs))
 
     def pause(self, on_parked: Callable[[], None]) -> None:
         """Stop between two steps; ``on_parked`` is called by the task."""
@@ -206,10 +198,10 @@ class EnvTask:
         """Put a new environment in the place of the one that has failed."""
         self._tell(lambda: self._replace(env, seeds[0]))
 
-    def abandon(self) -> bool:
-        """Cancel the environment's call; one that does not end then is left behind."""
-        self._call_soon(self._cancel_call)
-        return True
+    def abandon(self, seconds: float) -> bool:
+        """Cancel a call that takes longer than that. Where that was done before, its task is left behind, no thread."""
+        self._call_soon(self._cancel_call, seconds)
+        return False
 
     def _tell(self, job: Callable[[], Any]) -> None:
         self._call_soon(self._take_job, job)
@@ -224,7 +216,10 @@ class EnvTask:
     # -- the event loop --------------------------------------------------------------------------------
 
     def _start_task(self) -> None:
-        self._task = self._loop.create_task(self._run(self._begin()), name="aioinfer-env")
+        self._new_task(self._begin)
+
+    def _new_task(self, first: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self._task = self._loop.create_task(self._run(first), name="aioinfer-env")
 
     def _take_job(self, job: Callable[[], Any]) -> None:
         self._inbox.append(job)
@@ -233,27 +228,30 @@ class EnvTask:
     def _cancel(self) -> None:
         if self._task is None:
             self._ended.set()
-        else:
+        elif self._running is self._task:
             self._task.cancel()
 
-    def _cancel_call(self) -> None:
-        if self._watch.phase[0] == Phase.IDLE or self._task is None:
+    def _cancel_call(self, seconds: float) -> None:
+        watch = self._watch
+        if self._task is None or watch.phase[0] == Phase.IDLE or monotonic() - watch.since[0] < seconds:
             return
         if not self._timed_out:
             self._timed_out = True
             self._task.cancel()
             return
-        # It has been cancelled before, and goes on.
+        # It has been cancelled before, and goes on: its task is left behind.
+        self._task.cancel()
         self._timed_out = False
-        self._watch.end()
-        self._task = self._loop.create_task(self._run(self._fail(self._timeout())), name="aioinfer-env")
+        watch.end()
+        self._new_task(partial(self._fail, self._timeout()))
 
-    async def _run(self, first: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.current_task()
+    async def _run(self, first: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self._running = task = self._task
         try:
             with nullcontext() if self._mode is None else requests_carry(InteractionType(self._mode)):
-                await first
-                await self._loop_forever()
+                if not self._stopping:
+                    await first()
+                await self._run_until_stopped()
         except asyncio.CancelledError:
             pass
         except BaseException as error:
@@ -264,8 +262,8 @@ class EnvTask:
                 await self._close()
                 self._ended.set()
 
-    async def _loop_forever(self) -> None:
-        while True:
+    async def _run_until_stopped(self) -> None:
+        while not self._stopping:
             while self._inbox:
                 result = self._inbox.popleft()()
                 if inspect.isawaitable(result):
@@ -301,18 +299,21 @@ class EnvTask:
         """
         task = self._task
         self._watch.begin(0, phase)
+        result, error = None, None
         try:
             result = await call
-        except asyncio.CancelledError:
-            if self._task is task and self._timed_out and not self._stopping:
-                self._timed_out = False
-                raise self._timeout() from None
-            raise
-        finally:
-            if self._task is task:
-                self._watch.end()
-        if self._task is not task:  # it was left behind, another one has taken its place
+        except BaseException as raised:
+            error = raised
+        if task is None or self._task is not task:  # it was left behind, another one has taken its place
             raise asyncio.CancelledError
+        timed_out, self._timed_out = self._timed_out, False
+        self._watch.end()
+        if timed_out:
+            task.uncancel()
+            if isinstance(error, asyncio.CancelledError) and not self._stopping:
+                raise self._timeout()
+        if error is not None:
+            raise error
         return result
 
     def _timeout(self) -> TimeoutError:
@@ -375,7 +376,7 @@ class EnvTask:
         with suppress(Exception):  # it may have failed before
             closing = env.close() if hasattr(env, "close") else None
             if inspect.isawaitable(closing):
-                await closing
+                await self._call(Phase.CLOSE, closing)
 
     def _ask(self) -> None:
         self._progress.asking.extend(self._writer.asking(self._present))
@@ -389,12 +390,13 @@ class EnvTask:
 
     # -- jobs of the inbox -----------------------------------------------------------------------------
 
-    def _take_grant(self, row: int) -> None:
-        if self._present[0]:
-            self._writer.grant(0, row)
-        else:
-            self._progress.finished.append((self.envs[0], row))
-            self._send()
+    def _take_grants(self, pairs: Sequence[tuple[int, int]]) -> None:
+        for env, row in pairs:
+            if self._present[0]:
+                self._writer.grant(0, row)
+            else:
+                self._progress.finished.append((env, row))
+        self._send()
 
     async def _replace(self, env: Any, seed: int) -> None:
         try:

@@ -13,7 +13,13 @@ import pytest
 
 from aioinfer import CollectorError
 from aioinfer.collectors import AsyncBatchedCollector, Restarts
-from tests.collectors.worlds import World, assert_plain_with_restarts, make_policy, steps_by_env
+from tests.collectors.worlds import (
+    World,
+    assert_plain_with_restarts,
+    collect_until_made_again,
+    make_policy,
+    steps_by_env,
+)
 
 OFTEN = Restarts(lifetime=10_000, per_minute=10_000)
 
@@ -151,7 +157,7 @@ class HangingOnce(World):
 def test_a_worker_with_an_environment_that_hangs_is_replaced(tmp_path: Path) -> None:
     makes = [lambda: HangingOnce(tmp_path / "made"), *[World] * 5]
     with make_collector(makes, num_workers=2, step_timeout=0.3) as collector:
-        batches = [batch.clone() for batch in itertools.islice(collector, 20)]
+        batches = collect_until_made_again(collector, seed=3)
         stats = collector.stats()
     assert assert_plain_with_restarts(steps_by_env(batches), seed=3) >= 1
     assert stats.timeouts == 1
@@ -175,7 +181,7 @@ class Killed(World):
 def test_a_worker_that_is_killed_is_started_again_and_its_steps_survive(tmp_path: Path) -> None:
     makes = [lambda: Killed(tmp_path / "made"), *[World] * 5]
     with make_collector(makes, num_workers=2) as collector:
-        batches = [batch.clone() for batch in itertools.islice(collector, 30)]
+        batches = collect_until_made_again(collector, seed=3)
         stats = collector.stats()
     steps = steps_by_env(batches)
     assert assert_plain_with_restarts(steps, seed=3) >= 1

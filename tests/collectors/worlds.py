@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import gymnasium
@@ -40,6 +41,26 @@ class World(gymnasium.Env[Any, Any]):
         draw = self.np_random.random()
         terminated, truncated = draw < self.ends, self.ends / 2 < draw < 1.5 * self.ends
         return self._observe(), float(self.sum % 7), terminated, truncated, {}
+
+
+class AsyncWorld:
+    """The same, for an event loop."""
+
+    def __init__(self, ends: float = 0.1) -> None:
+        self.world = World(ends)
+        self.observation_space, self.action_space = self.world.observation_space, self.world.action_space
+        self.closed = False
+
+    async def reset(self, *, seed: int | None = None) -> Any:
+        await asyncio.sleep(0)
+        return self.world.reset(seed=seed)
+
+    async def step(self, action: Any) -> Any:
+        await asyncio.sleep(0)
+        return self.world.step(action)
+
+    async def close(self) -> None:
+        self.closed = True
 
 
 class Act(nn.Module):
@@ -155,6 +176,17 @@ def assert_plain_with_restarts(steps: dict[int, list[Step]], *, seed: int, make:
                 expected = next(plain)
             last = {**one, "fragment_ended": True}
     return restarts
+
+
+def collect_until_made_again(batches: Iterable[TensorDictBase], *, seed: int, env: int = 0) -> list[TensorDictBase]:
+    """Copies of batches up to one that has the first step of an environment since it was made again."""
+    first, _ = World().reset(seed=env_seed(make_entropy(seed), env, 1))
+    copies = []
+    for batch in batches:
+        copies.append(batch.clone())
+        if (batch["observation"][batch["collector", "env"] == env] == torch.from_numpy(first)).all(-1).any():
+            break
+    return copies
 
 
 def is_equal(found: Step, expected: Step) -> bool:
