@@ -6,14 +6,14 @@ which environment is faster. In ``"first"`` order batches consist of fragments a
 
 A round opens when an environment asks for its next fragment and has no place yet, if all of this holds:
 
-- the slowest environment is less than ``max_batches_ahead`` rounds behind the new round;
+- the slowest environment is at most ``max_batches_ahead`` rounds behind the new one;
 - the ring has a free row for each environment that is there;
 - with ``in_lockstep``: the reader waits for a batch, and the fragments that are open are fewer than a batch has.
 
 There is no deadlock. Let ``B`` rows be lent to the reader, and no batch be complete. All fragments of rounds before the
 slowest environment's are complete, so fewer than ``B`` of them are in the ring. From its round on there are at most
-``max_batches_ahead + 1`` rounds. The ring has rows for all of these, so the slowest environment can always write its
-next fragment, until a batch is complete.
+``max_batches_ahead + 1`` rounds, or in lockstep one more than those that are less than a batch. The ring has rows for
+all of these, so the slowest environment can always write its next fragment, until a batch is complete.
 """
 
 from __future__ import annotations
@@ -105,8 +105,9 @@ class FragmentScheduler:
         self._max_policy_lag = None if episodes else max_policy_lag
         self._in_lockstep = in_lockstep
         self._episodes = episodes
-        # One batch is lent, one is not complete yet. Whole batches in the ring: so its end lies between two of them.
-        rows = 2 * batch_rows - 1 + max_batches_ahead * max(batch_rows, num_envs) + num_envs
+        # One batch is lent, one is not complete yet. The ring has whole batches, so its end lies between two of them.
+        ahead = 0 if in_lockstep else max_batches_ahead * max(batch_rows, num_envs)
+        rows = 2 * batch_rows - 1 + ahead + num_envs
         self.num_rows = -(-rows // batch_rows) * batch_rows
 
         self.frames = 0
