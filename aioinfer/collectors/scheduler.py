@@ -48,7 +48,8 @@ class _Fragment:
 class FragmentScheduler:
     """Rows of the ring for environments that ask, and batches for the reader.
 
-    It has no lock, no thread and no clock: one thread at a time may call it. All environments are there at first.
+    It has no lock, no thread and no clock: one thread at a time may call it. All environments are there at first. After
+    each call of another method more may be granted: also after a :meth:`take` that returned nothing, but has dropped.
 
     Args:
         num_envs: how many environments there are, numbered from 0.
