@@ -57,8 +57,9 @@ class EnvPoolStepper(Stepper):
         self._info_columns = info_columns(layout.info)
         self._write_actions = batched_action_writer(action_space)
         self._actions = [column.empty(rows) for column in columns]
-        self._waits = np.zeros(rows, np.bool_)  # for an action; the others are under way
+        self._waits = np.zeros(rows, np.bool_)  # for an action
         self._resetting = np.zeros(rows, np.bool_)  # what comes back next is a first observation
+        self._ended = NO_ROWS  # to be sent
         self._sent_at = np.zeros(rows)
         self._turn = 0
 
@@ -104,12 +105,16 @@ class EnvPoolStepper(Stepper):
         self._ready_changed = True
         self._waits[:] = False
         self._resetting[:] = True
+        self._ended = NO_ROWS
         self._sent_at[:] = monotonic()
         if self._call(0, Phase.RESET, self._envs[0].async_reset) is not FAILED:
             self._receive(Phase.RESET)
         self._finish()
 
     def _send(self, rows: NDArray[np.int64]) -> bool:
+        """Send the actions of these rows, and those of rows that have ended, which are reset whatever they are."""
+        if len(self._ended):
+            rows, self._ended = np.concatenate([rows, self._ended]), NO_ROWS
         self._waits[rows] = False
         self._sent_at[rows] = monotonic()
         actions = self._write_actions([leaf[rows] for leaf in self._actions])
@@ -118,22 +123,20 @@ class EnvPoolStepper(Stepper):
 
     def _receive(self, phase: Phase) -> None:
         """Receive until a row waits for an action, or too few are under way for a batch."""
-        while self.size - np.count_nonzero(self._waits) >= self.min_rows:
+        while self.size - len(self._ended) - np.count_nonzero(self._waits) >= self.min_rows:
             result = self._call(0, phase, self._envs[0].recv)
             if result is FAILED:
                 return
             try:
-                ended = self._store(*result)
+                self._store(*result)
             except Exception as error:  # values of the user's may raise anything
                 self._fail(0, error)
                 return
-            if len(ended) and not self._send(ended):  # which resets them, whatever the action is
-                return
-            if self._waits.any():
+            if self._waits.any() or not self._send(NO_ROWS):
                 return
 
-    def _store(self, observations: Any, rewards: Any, terminated: Any, truncated: Any, infos: Any) -> NDArray[np.int64]:
-        """Write a batch of results into the arrays, and say which rows have ended."""
+    def _store(self, observations: Any, rewards: Any, terminated: Any, truncated: Any, infos: Any) -> None:
+        """Write a batch of results into the arrays."""
         rows = np.asarray(infos["env_id"], np.int64)
         arrays = [column.read(observations, len(rows)) for column in self._columns]
         stepped = ~self._resetting[rows]
@@ -159,7 +162,7 @@ class EnvPoolStepper(Stepper):
             row = int(done[self._turn % len(done)])
             self.sample = row, monotonic() - float(self._sent_at[row])
             self.stepped = np.sort(np.concatenate([self.stepped, done]))
-        return rows[ended]
+        self._ended = np.concatenate([self._ended, rows[ended]])
 
 
 def _batch_size(env: Any) -> int:

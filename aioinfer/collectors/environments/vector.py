@@ -59,6 +59,7 @@ class VectorStepper(JointStepper):
         self._columns = observation_columns(observation_space)
         self._info_columns = info_columns(layout.info)
         self._write_actions = batched_action_writer(action_space)
+        self._every_row = np.arange(rows)
         self._turn = 0
 
     def _adopt(self, env: Any, seeds: Sequence[int]) -> None:
@@ -129,8 +130,10 @@ class VectorStepper(JointStepper):
         """Write what a step has returned into the arrays, and say which rows it has ended."""
         stepped = ~self._absent
         ended = (terminated | truncated) & stepped
+        every = bool(stepped.all())
+        where: Any = ... if every else stepped
         for out, array in zip(self.next_observations, observations, strict=True):
-            out[stepped] = array[stepped]
+            out[where] = array[where]
         for out, array in zip(self.observations, observations, strict=True):
             out[...] = array
         self.is_init[:] = self._absent
@@ -141,13 +144,13 @@ class VectorStepper(JointStepper):
             from_last_step = stepped & ~ended
         for column, out in zip(self._info_columns, self.info, strict=True):
             _store_infos(column, infos, from_last_step, out)
-        self.reward[stepped] = rewards[stepped]
-        self.terminated[stepped] = terminated[stepped]
-        self.truncated[stepped] = truncated[stepped] & ~terminated[stepped]
+        self.reward[where] = rewards[where]
+        self.terminated[where] = terminated[where]
+        self.truncated[where] = (truncated & ~terminated)[where]
         self._has_action[:] = False
         self._absent[:] = False
-        if stepped.any():
-            self.stepped = np.flatnonzero(stepped)
+        if every or stepped.any():
+            self.stepped = self._every_row if every else np.flatnonzero(stepped)
         return ended
 
     def _store_final(self, infos: Any, ended: NDArray[np.bool_]) -> None:
