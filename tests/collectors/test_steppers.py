@@ -16,6 +16,7 @@ from tests.collectors.scripted_env import (
     Abandonable,
     Episode,
     Gate,
+    NestedEnv,
     Recorder,
     ScriptedEnv,
     Transition,
@@ -36,9 +37,17 @@ def started(*envs: Any, info_keys: Any = ()) -> tuple[Stepper, Recorder]:
 
 
 @settings(max_examples=60)
-@given(scripts=st.lists(EPISODES, min_size=1, max_size=4), reuse=st.booleans(), data=st.data())
-def test_rows_see_what_a_plain_loop_sees(scripts: list[list[Episode]], reuse: bool, data: st.DataObject) -> None:
-    stepper, recorder = started(*[ScriptedEnv(script, reuse=reuse) for script in scripts])
+@given(
+    scripts=st.lists(EPISODES, min_size=1, max_size=4),
+    kind=st.sampled_from([ScriptedEnv, NestedEnv]),
+    reuse=st.booleans(),
+    data=st.data(),
+)
+def test_rows_see_what_a_plain_loop_sees(
+    scripts: list[list[Episode]], kind: type[ScriptedEnv], reuse: bool, data: st.DataObject
+) -> None:
+    stepper, _ = started(*[kind(script, reuse=reuse) for script in scripts])
+    recorder = Recorder(stepper, leaf=2 if kind is NestedEnv else 0)
     for _ in range(data.draw(st.integers(1, 12))):
         recorder.step(lambda ready: sorted(data.draw(st.sets(st.sampled_from(ready), min_size=1, max_size=len(ready)))))
         assert stepper.ready.tolist() == list(range(len(scripts)))
