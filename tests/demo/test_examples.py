@@ -14,12 +14,25 @@ from tests.programs import running
 
 ROOT = Path(__file__).parents[2]
 SERVES_UNTIL_CTRL_C = {"web.py"}  # see test_web.py
-EXAMPLES = sorted(path for path in (ROOT / "docs" / "examples").glob("*.py") if path.name not in SERVES_UNTIL_CTRL_C)
+LEARNS_FOR_MINUTES = {"ppo.py", "dqn.py"}
+EXAMPLES = sorted(
+    path
+    for path in (ROOT / "docs" / "examples").glob("*.py")
+    if path.name not in SERVES_UNTIL_CTRL_C | LEARNS_FOR_MINUTES
+)
+
+# What they learn in some seconds is nothing.
+LEARNING = [
+    ("ppo.py", "CartPole-v1", "--frames", "5000"),
+    ("ppo.py", "Acrobot-v1", "--frames", "5000"),
+    ("ppo.py", "Pendulum-v1", "--frames", "5000"),
+    ("dqn.py", "--frames", "5000"),
+]
 
 
-def run(program: Path) -> str:
+def run(program: Path, *arguments: str) -> str:
     """Run a program, with every warning an error; return what it printed."""
-    with running(program, warnings="error") as process:
+    with running(program, *arguments, warnings="error") as process:
         printed = process.stdout.read()  # of its processes, too
         assert process.wait() == 0, process.errors
         assert "Traceback" not in process.errors, process.errors  # of a process or a thread that it has started
@@ -34,6 +47,14 @@ def test_there_are_examples() -> None:
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
 def test_an_example_ends_by_itself_and_tells_what_it_did(example: Path) -> None:
     assert run(example)
+
+
+@pytest.mark.examples
+@pytest.mark.parametrize(
+    ("example", "arguments"), [(name, rest) for name, *rest in LEARNING], ids=map(" ".join, LEARNING)
+)
+def test_an_example_that_learns_makes_exactly_as_many_steps_as_it_may(example: str, arguments: list[str]) -> None:
+    assert "after 5000 frames" in run(ROOT / "docs" / "examples" / example, *arguments)
 
 
 @pytest.mark.examples
