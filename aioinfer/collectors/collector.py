@@ -546,12 +546,12 @@ class AsyncBatchedCollector:
         coordinator = self._coordinator
         if coordinator is None:
             return self._recorder.snapshot(
-                shares=shares_of_time([], 1.0), retired={}, dropped_batches=0, dropped_fragments=0, policy_version=0
+                shares=shares_of_time([], 0.0), retired={}, dropped_batches=0, dropped_fragments=0, policy_version=0
             )
         with coordinator.lock:
             scheduler = coordinator.scheduler
             return self._recorder.snapshot(
-                shares=shares_of_time(coordinator.watches(), time.monotonic() - self._recorder.started),
+                shares=shares_of_time(coordinator.watches(), self._recorder.started),
                 retired=coordinator.retired,
                 dropped_batches=scheduler.dropped_batches,
                 dropped_fragments=scheduler.dropped_by_lag,

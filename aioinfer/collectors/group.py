@@ -235,12 +235,12 @@ class EnvGroup:
             self._inbox.popleft()()
 
     def _wait(self) -> None:
-        began = monotonic()
+        self.watch.begin_wait()
         self._send()
         with self._wake:
             while not self._inbox:
                 self._wake.wait()
-        self.watch.seconds[2] += monotonic() - began
+        self.watch.end_wait()
 
     def _rows_to_step(self) -> Array | None:
         """The environments that have an observation and a row; ``None``: none has."""

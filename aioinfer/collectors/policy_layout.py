@@ -131,7 +131,7 @@ def find_policy_layout(
     )
     for spec in outputs:
         if spec.path[0] in _RESERVED:
-            raise ValueError(f"the policy returns {show_key(spec.path)!r}, a name that batches have for something else")
+            raise ValueError(f"the policy returns {_show(spec.path)}, a name that batches have for something else")
     return PolicyLayout(
         layout.observation, sends_is_init, state_specs, action, outputs, version_key, interaction_type, sends_turn
     )
@@ -151,10 +151,10 @@ def _leaves(td: TensorDictBase, above: Path = ()) -> list[tuple[Path, Any]]:
 def _action(spec: ArraySpec, found: dict[Path, Tensor]) -> ArraySpec:
     value = found.get(spec.path)
     if value is None:
-        raise ValueError(f"the policy returns no {show_key(spec.path)!r}; it returns {sorted(map(show_key, found))}")
+        raise ValueError(f"the policy returns no {_show(spec.path)}; it returns {_list(found)}")
     if tuple(value.shape) != (1, *spec.shape):
         raise ValueError(
-            f"the policy returns {show_key(spec.path)!r} of shape {list(value.shape[1:])} for each row, "
+            f"the policy returns {_show(spec.path)} of shape {list(value.shape[1:])} for each row, "
             f"the environments take {list(spec.shape)}"
         )
     return ArraySpec(spec.path, spec.shape, _numpy_dtype(spec.path, value))
@@ -167,7 +167,15 @@ def _state(key: NestedKey, found: dict[Path, Tensor], states: TensorDictBase | N
         value = found.get(reply_path)
         if value is not None:
             return StateSpec(ArraySpec(path, tuple(value.shape[1:]), _numpy_dtype(path, value)), reply_path, initial)
-    raise ValueError(f"the policy returns no state {show_key(path)!r}; it returns {sorted(map(show_key, found))}")
+    raise ValueError(f"the policy returns no state {_show(path)}; it returns {_list(found)}")
+
+
+def _show(path: Path) -> str:
+    return show_key(path if len(path) > 1 else path[0])
+
+
+def _list(found: dict[Path, Tensor]) -> str:
+    return ", ".join(map(_show, sorted(found)))
 
 
 def _bytes(state: Tensor) -> bytes:
@@ -179,6 +187,6 @@ def _numpy_dtype(path: Path, value: Tensor) -> np.dtype[Any]:
         return value.detach().cpu().numpy().dtype
     except TypeError:
         raise ValueError(
-            f"the policy returns {show_key(path)!r} of {value.dtype}, which has no place in a batch; "
+            f"the policy returns {_show(path)} of {value.dtype}, which has no place in a batch; "
             "convert it, or leave it out"
         ) from None

@@ -72,7 +72,7 @@ class CollectorStats:
     policy_version: int
 
 
-def shares_of_time(hosts: Sequence[Sequence[Watch]], elapsed: float) -> dict[Limit, float]:
+def shares_of_time(hosts: Sequence[Sequence[Watch]], started: float) -> dict[Limit, float]:
     """For what part of the time environments stepped, the policy was waited for, and the reader; together 1.
 
     A host whose groups take turns is busy as long as one of them steps. What is left when none steps is the policy's,
@@ -80,12 +80,14 @@ def shares_of_time(hosts: Sequence[Sequence[Watch]], elapsed: float) -> dict[Lim
 
     Args:
         hosts: the watches of the groups of each host.
-        elapsed: seconds for which they count.
+        started: when they began to count.
     """
+    now = time.monotonic()
+    elapsed = max(now - started, 1e-9)
     shares: dict[Limit, float] = {"environments": 0.0, "policy": 0.0, "reader": 0.0}
     counted = [watches for watches in hosts if watches]
     for watches in counted:
-        stepping, _, without_row = np.sum([watch.seconds for watch in watches], axis=0) / max(elapsed, 1e-9)
+        stepping, _, without_row = np.sum([watch.seconds_until(now) for watch in watches], axis=0) / elapsed
         reader = min(1.0, without_row / len(watches))
         environments = min(1.0 - reader, stepping)
         for name, share in (

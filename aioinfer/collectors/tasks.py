@@ -269,10 +269,10 @@ class EnvTask:
                 if inspect.isawaitable(result):
                     await result
             if self._paused or not (self._present[0] and self._writer.has_row[0]):
-                began = monotonic()
+                self._watch.begin_wait()
                 self._wake.clear()
                 await self._wake.wait()
-                self._watch.seconds[2] += monotonic() - began
+                self._watch.end_wait()
                 continue
             await self._step()
 

@@ -43,10 +43,11 @@ class Watch:
         phase: int64 ``[1]``, a :class:`Phase`.
         since: float64 ``[1]``, when that call began, of ``time.monotonic``, which all processes of a machine share.
         seconds: float64 ``[3]``, spent so far: stepping, waiting for the policy, and waiting for rows of the ring.
+        waits_since: float64 ``[1]``, since when it waits for rows, which is not in ``seconds`` yet; 0 if it does not.
         frames: int64 ``[1]``, steps so far.
     """
 
-    __slots__ = ("frames", "member", "phase", "seconds", "since")
+    __slots__ = ("frames", "member", "phase", "seconds", "since", "waits_since")
 
     def __init__(self, record: NDArray[np.uint8] | None = None) -> None:
         record = np.zeros(_RECORD, np.uint8) if record is None else record
@@ -56,6 +57,7 @@ class Watch:
         self.since: NDArray[np.float64] = floats[2:3]
         self.frames: NDArray[np.int64] = integers[3:4]
         self.seconds: NDArray[np.float64] = floats[4:7]
+        self.waits_since: NDArray[np.float64] = floats[7:8]
 
     def begin(self, member: int, phase: Phase) -> None:
         """Say that ``member`` is called now."""
@@ -66,6 +68,24 @@ class Watch:
     def end(self) -> None:
         """Say that the call has returned."""
         self.phase[0] = 0
+
+    def begin_wait(self) -> None:
+        """Say that it waits for rows of the ring."""
+        self.waits_since[0] = monotonic()
+
+    def end_wait(self) -> None:
+        """Say that it waits no longer."""
+        self.seconds[2] += monotonic() - self.waits_since[0]
+        self.waits_since[0] = 0.0
+
+    def seconds_until(self, now: float) -> NDArray[np.float64]:
+        """``seconds``, with those of what is under way."""
+        seconds, phase, since, waits_since = self.seconds.copy(), self.phase[0], self.since[0], self.waits_since[0]
+        if phase != Phase.IDLE:
+            seconds[0] += max(0.0, now - since)
+        if waits_since:
+            seconds[2] += max(0.0, now - waits_since)
+        return seconds
 
 
 class ControlBlock:
