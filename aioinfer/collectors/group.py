@@ -194,6 +194,8 @@ class EnvGroup:
         except BaseException as error:
             self._report(Failed(as_message(error)))
         self.stepper.close()
+        for client in self._clients:
+            client.close()
 
     def _carrying_mode(self) -> AbstractContextManager[None]:
         return nullcontext() if self._mode is None else requests_carry(InteractionType(self._mode))

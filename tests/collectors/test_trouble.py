@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import os
+import random
 import signal
 import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,7 @@ from tests.collectors.worlds import (
     make_policy,
     steps_by_env,
 )
+from tests.effort import Effort
 
 OFTEN = Restarts(lifetime=10_000, per_minute=10_000)
 
@@ -195,3 +200,28 @@ def test_closing_is_bounded_beside_an_environment_that_hangs() -> None:
         collector.shutdown(0.1)
     finally:
         go_on.set()
+
+
+def kill_one(rng: random.Random) -> bool:
+    """Kill a worker; returns whether there was one."""
+    with suppress(IndexError, ValueError):  # there is none, or it has just ended
+        rng.choice(multiprocessing.active_children()).kill()
+        return True
+    return False
+
+
+@pytest.mark.parametrize("order", ["fair", "first"])
+def test_kills_at_random_moments_lose_steps_under_way_only(order: str, effort: Effort) -> None:
+    rng, kills = effort.random(), effort.times(3, stress=100)
+    with make_collector([World] * 12, num_workers=3, groups_per_worker=2, order=order) as collector:
+        batches, killed = [], 0
+        for batch in collector:
+            batches.append(batch.clone())
+            if rng.random() < 0.2:
+                time.sleep(rng.random() * 0.02)
+                killed += kill_one(rng)
+            if killed == kills:
+                break
+        stats = collector.stats()
+    assert_plain_with_restarts(steps_by_env(batches), seed=3)
+    assert sum(stats.restarts.values()) >= kills
