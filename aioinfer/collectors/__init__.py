@@ -19,7 +19,8 @@ the replies, ``episodes.py`` joins fragments to whole episodes, ``stats.py`` has
 from __future__ import annotations
 
 from aioinfer.collectors.collector import AsyncBatchedCollector
+from aioinfer.collectors.fragments import with_next_observation
 from aioinfer.collectors.restarts import Restarts
 from aioinfer.collectors.stats import CollectorStats
 
-__all__ = ["AsyncBatchedCollector", "CollectorStats", "Restarts"]
+__all__ = ["AsyncBatchedCollector", "CollectorStats", "Restarts", "with_next_observation"]

@@ -19,6 +19,7 @@ from tensordict.utils import NestedKey
 
 from aioinfer.client import ClientMaker
 from aioinfer.collectors.coordinator import Coordinator
+from aioinfer.collectors.episodes import EpisodeAssembler
 from aioinfer.collectors.fragments import FragmentLayout
 from aioinfer.collectors.lockstep import LockstepPolicy, lockstep_weights
 from aioinfer.collectors.policy_layout import (
@@ -46,6 +47,8 @@ StateKeys = Sequence[NestedKey] | Mapping[NestedKey, torch.Tensor]
 EnvFactory = Callable[..., Any]
 
 _VERSION_KEY = "policy_version"
+# Without next observations, a fragment has places for as many ends of episodes as it has so many steps, two at least.
+_STEPS_PER_FINAL = 8
 
 
 class AsyncBatchedCollector:
@@ -101,6 +104,8 @@ class AsyncBatchedCollector:
         state_keys: entries that recurrent policies read, and write below ``"next"`` or under the same name; each begins
             an episode with zeros, or with what a mapping gives for it, ``[*shape]``.
         next_observation: whether batches have ``next.observation``, which takes as much memory as ``observation``.
+            Without it a batch has the batch size ``[B]``, ``observation`` is ``[B, T + 1, *shape]``, and what episodes
+            ended with is beside it; :func:`with_next_observation` makes the usual batch of it, or of a part.
         postproc: called with each batch, which its result replaces.
         replay_buffer: gets the valid steps of each batch, ``[N]``, by its method ``extend``; ``None`` is yielded then.
         post_collect_hook: called with each batch, after ``postproc``.
@@ -186,6 +191,10 @@ class AsyncBatchedCollector:
         ):
             if value not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+        if not next_observation and (yield_completed_trajectories or replay_buffer is not None):
+            raise ValueError(
+                "next_observation=False is for batches of fragments, neither for whole episodes nor a replay buffer"
+            )
         if max_policy_lag is not None and server is not None and not hasattr(server, "policy_version"):
             raise ValueError("max_policy_lag needs a server that tells its policy_version")
         if not isinstance(restarts, Restarts | None):
@@ -228,7 +237,7 @@ class AsyncBatchedCollector:
         self._coordinator: Coordinator | None = None
         self._server: Any = server
         self._lent: list[int] = []
-        self._assembler: Any = None
+        self._assembler: EpisodeAssembler | None = None
         self._closed = False
 
     # -- start -----------------------------------------------------------------------------------------
@@ -361,18 +370,25 @@ class AsyncBatchedCollector:
             episodes=self._episodes,
         )
         if self._episodes:
-            from aioinfer.collectors.episodes import EpisodeAssembler
-
-            self._assembler = EpisodeAssembler(self.frames_per_batch)
+            self._assembler = EpisodeAssembler(
+                self.frames_per_batch, total_frames=left, max_policy_lag=self._max_policy_lag
+            )
         share, more = divmod(max(0, self._random_frames - self._frames_before), coordinator.num_envs)
         coordinator.begin(
             scheduler,
             policy,
-            FragmentLayout(_leaves(layout, policy, self._next_observation), self.fragment_length),
+            self._fragment_layout(layout, policy),
             random_frames=[share + (env < more) for env in range(coordinator.num_envs)],
             server=self._server,
             address=None if self._num_workers == 0 else self._server.address,
         )
+
+    def _fragment_layout(self, layout: EnvLayout, policy: PolicyLayout) -> FragmentLayout:
+        leaves = _leaves(layout, policy, self._next_observation)
+        if self._next_observation:
+            return FragmentLayout(leaves, self.fragment_length)
+        paths = tuple(spec.path for spec in layout.observation)
+        return FragmentLayout(leaves, self.fragment_length, paths, max(2, self.fragment_length // _STEPS_PER_FINAL))
 
     # -- batches ---------------------------------------------------------------------------------------
 
@@ -409,7 +425,9 @@ class AsyncBatchedCollector:
         return coordinator
 
     def _is_finished(self) -> bool:
-        return self._closed or self._running().scheduler.finished
+        if self._closed:
+            return True
+        return self._running().scheduler.finished if self._assembler is None else self._assembler.finished
 
     def _wait(self) -> TensorDictBase | None:
         coordinator = self._running()
@@ -465,15 +483,16 @@ class AsyncBatchedCollector:
             self._assembler.add(batch, lengths)
             coordinator.scheduler.release(rows)
             coordinator.grant()
-            episodes: TensorDictBase | None = self._assembler.take()
+            episodes = self._assembler.take(version)
             if episodes is not None:
                 self._count(episodes, len(episodes), lags)
                 return episodes
+        coordinator.grant()  # rows of fragments that were dropped, since they were too old
         return None
 
     def _count(self, batch: TensorDictBase, frames: int, lags: Sequence[int]) -> None:
         self._recorder.deliver(frames, lags)
-        self._recorder.non_finite += _count_non_finite(batch.get("next"))
+        self._recorder.non_finite += _count_non_finite(batch, self.fragment_length)
 
     def _deliver(self, batch: TensorDictBase) -> Any:
         if self._postproc is not None:
@@ -554,7 +573,7 @@ class AsyncBatchedCollector:
                 shares=shares_of_time(coordinator.watches(), self._recorder.started),
                 retired=coordinator.retired,
                 dropped_batches=scheduler.dropped_batches,
-                dropped_fragments=scheduler.dropped_by_lag,
+                dropped_fragments=scheduler.dropped_by_lag + (self._assembler.dropped_by_lag if self._assembler else 0),
                 policy_version=self.policy_version,
             )
 
@@ -746,15 +765,20 @@ def _leaves(layout: EnvLayout, policy: PolicyLayout, next_observation: bool) -> 
     )
 
 
-def _count_non_finite(returned: TensorDictBase) -> int:
-    """How many steps have a reward or an observation that is not finite."""
+def _count_non_finite(batch: TensorDictBase, steps: int) -> int:
+    """How many steps have a reward or a next observation that is not finite."""
+    returned = batch.get("next")
+    found = {name: entry for name, entry in returned.items() if name != "info"}
+    size = returned.batch_size
+    if len(size) == 1 and "collector" in batch and batch.get(("collector", "mask")).ndim == 2:
+        found["observation"] = batch.get("observation")
+        size = torch.Size((*size, steps))
     bad: torch.Tensor | None = None
-    for name, entry in returned.items():
-        if name == "info":
-            continue
+    for entry in found.values():
         for value in entry.values(True, True) if isinstance(entry, TensorDictBase) else (entry,):
             # A sum is finite unless an element is not, or all are huge: it takes a tenth of looking at each of them.
             if isinstance(value, torch.Tensor) and value.is_floating_point() and not torch.isfinite(value.sum()):
-                found = ~torch.isfinite(value).reshape(*returned.batch_size, -1).all(-1)
-                bad = found if bad is None else bad | found
+                cells = value[:, -steps:] if len(size) == 2 else value
+                one = ~torch.isfinite(cells).reshape(*size, -1).all(-1)
+                bad = one if bad is None else bad | one
     return 0 if bad is None else int(bad.sum())

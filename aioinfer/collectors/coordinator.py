@@ -486,9 +486,7 @@ class Coordinator:
 
     def _salvage(self, env: int, row: int) -> None:
         """Finish the fragment that a dead worker has left: its last complete step is truncated."""
-        length = int(self.ring.lengths[row])
-        if length and not self.ring.columns["next", "terminated"][row, length - 1]:
-            self.ring.columns["next", "truncated"][row, length - 1] = True
+        self.ring.truncate(row)
         self._finish(env, row)
 
     # -- time ------------------------------------------------------------------------------------------

@@ -174,6 +174,12 @@ class FragmentRing:
             column[row, place] = value
         return place + 1 < self.layout.final_places
 
+    def truncate(self, row: int) -> None:
+        """Let the episode end with the last complete step of a fragment, as its environment is gone."""
+        last = int(self.lengths[row]) - 1
+        if last >= 0 and not self.columns["next", "terminated"][row, last]:
+            self.columns["next", "truncated"][row, last] = True
+
     def _clear_finals(self, row: int, length: int) -> None:
         """Forget observations in which episodes ended behind so many steps."""
         steps = self.columns[_FINAL_STEP][row]

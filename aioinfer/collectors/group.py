@@ -259,7 +259,8 @@ class EnvGroup:
         request = caller.request(chosen)
         writer.write_request(
             chosen,
-            [*stepper.observations, *caller.states],
+            stepper.observations,
+            caller.states,
             stepper.is_init,
             self._episodes.number,
             self._episodes.steps,
@@ -315,7 +316,8 @@ class EnvGroup:
             chosen = None if len(stepped) == stepper.size else stepped
             finished = self._writer.write_step(
                 chosen,
-                [*stepper.next_observations, *stepper.info],
+                stepper.next_observations,
+                stepper.info,
                 stepper.reward,
                 stepper.terminated,
                 stepper.truncated,

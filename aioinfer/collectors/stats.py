@@ -46,7 +46,7 @@ class CollectorStats:
         timeouts: calls of environments that took too long.
         abandoned_threads: threads of this process that were left behind in such calls.
         dropped_batches: that nobody read in time (``overflow="drop_oldest"``).
-        dropped_fragments: that were older than ``max_policy_lag`` when they were to be delivered.
+        dropped_fragments: that were older than ``max_policy_lag`` when they were to be delivered; or whole episodes.
         non_finite: steps of delivered batches with a reward or an observation that is not finite.
         policy_lag: by how many versions the oldest step of delivered fragments was behind at the delivery.
         policy_version: of the weights in use.

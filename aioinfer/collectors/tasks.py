@@ -323,8 +323,14 @@ class EnvTask:
         stepper, writer, watch = self.stepper, self._writer, self._watch
         began = monotonic()
         request = self._caller.request(None)
-        sent = [*stepper.observations, *self._caller.states]
-        writer.write_request(None, sent, stepper.is_init, self._episodes.number, self._episodes.steps)
+        writer.write_request(
+            None,
+            stepper.observations,
+            self._caller.states,
+            stepper.is_init,
+            self._episodes.number,
+            self._episodes.steps,
+        )
         if self._random_left:
             self._random_left -= 1
             actions = stepper.random_action()
@@ -343,10 +349,11 @@ class EnvTask:
         watch.seconds[1] += acted - began
         watch.seconds[0] += stepped - acted
         watch.frames[0] += 1
-        returned = [*stepper.next_observations, *stepper.info]
         progress = self._progress
         progress.finished.extend(
-            writer.write_step(None, returned, stepper.reward, stepper.terminated, stepper.truncated)
+            writer.write_step(
+                None, stepper.next_observations, stepper.info, stepper.reward, stepper.terminated, stepper.truncated
+            )
         )
         over = stepper.terminated | stepper.truncated
         progress.episodes.extend(self._episodes.step(self._rows, stepper.reward, over))

@@ -50,16 +50,18 @@ class FragmentWriter:
         self._steps = np.zeros(size, np.int64)
         self._cell = np.zeros(size, np.int64)
         self._asked = np.zeros(size, np.bool_)
+        self._is_full = np.zeros(size, np.bool_)  # the fragment has no place for another end of an episode
         self._countdown = 0  # steps until a fragment may end, or its environment ask for the next row
         column = self._column
-        sent = [spec.path for spec in layout.observation] + [state.spec.path for state in policy.states]
-        self._sent = [column(path) for path in sent]
+        self._observations = [column(spec.path) for spec in layout.observation]
+        self._states = [column(state.spec.path) for state in policy.states]
+        self._keeps_next = not ring.layout.observations
         self._received = [column(spec.path) for spec in (*policy.action, *policy.outputs)]
         self._version, self._is_init = column(("policy_version",)), column(("is_init",))
         self._episode, self._step = column(("collector", "episode")), column(("collector", "step"))
         self._random = column(("collector", "random"))
-        returned = [("next", *spec.path) for spec in (*layout.observation, *layout.info)]
-        self._returned = [column(path) for path in returned]
+        self._info = [column(("next", *spec.path)) for spec in layout.info]
+        self._next = [column(("next", *spec.path)) for spec in layout.observation] if self._keeps_next else []
         self._reward = column(("next", "reward"))
         self._terminated, self._truncated = column(("next", "terminated")), column(("next", "truncated"))
 
@@ -68,6 +70,7 @@ class FragmentWriter:
         num_rows, length, *shape = column.shape
         if path in _ONE_ELEMENT:
             shape = []
+        # Where rows have a step more than others, a cell's index is larger by the number of its row.
         cells = column.view()
         cells.shape = (num_rows * length, *shape)  # raises where that would copy
         return cells
@@ -86,7 +89,7 @@ class FragmentWriter:
         self._row[index] = row
         self._steps[index] = 0
         self._cell[index] = row * self._length
-        self._asked[index] = False
+        self._asked[index] = self._is_full[index] = False
         self.has_row[index] = True
 
     def asking(self, present: Array) -> list[int]:
@@ -108,9 +111,7 @@ class FragmentWriter:
         """
         env, rows = self._envs[index], []
         if self.has_row[index]:
-            last = self._cell[index] - 1
-            if self._steps[index] and not self._terminated[last]:
-                self._truncated[last] = True
+            self._ring.truncate(int(self._row[index]))
             rows.append((env, int(self._row[index])))
         if self._next_row[index] >= 0:
             rows.append((env, int(self._next_row[index])))
@@ -122,24 +123,44 @@ class FragmentWriter:
     # -- steps -----------------------------------------------------------------------------------------
 
     def write_request(
-        self, rows: Array | None, sent: Sequence[Array], is_init: Array, episodes: Array, steps: Array
+        self,
+        rows: Array | None,
+        observations: Sequence[Array],
+        states: Sequence[Array],
+        is_init: Array,
+        episodes: Array,
+        steps: Array,
     ) -> None:
         """Write what the policy is asked.
 
         Args:
             rows: the environments of the group that are to step; ``None``: all of them.
-            sent: observations and states, ``[size, *shape]`` each.
+            observations: ``[size, *shape]`` each.
+            states: ``[size, *shape]`` each.
             is_init: ``[size]``.
             episodes: ``[size]``: which episode each is in.
             steps: ``[size]``: how many steps of it were made.
         """
         chosen: Any = slice(None) if rows is None else rows
         cells = self._cell[chosen]
-        for column, values in zip(self._sent, sent, strict=True):
+        if self._keeps_next:
+            for column, values in zip(self._observations, observations, strict=True):
+                column[cells] = values[chosen]
+        else:
+            self._write_first_observations(rows, observations, is_init)
+        for column, values in zip(self._states, states, strict=True):
             column[cells] = values[chosen]
         self._is_init[cells] = is_init[chosen]
         self._episode[cells] = episodes[chosen]
         self._step[cells] = steps[chosen]
+
+    def _write_first_observations(self, rows: Array | None, observations: Sequence[Array], is_init: Array) -> None:
+        """Write those that no step of the same fragment has led to: the others are there."""
+        first = is_init | (self._steps == 0)
+        indices = np.flatnonzero(first) if rows is None else rows[first[rows]]
+        cells = self._cell[indices] + self._row[indices]
+        for column, values in zip(self._observations, observations, strict=True):
+            column[cells] = values[indices]
 
     def write_reply(self, rows: Array | None, received: Sequence[Array], versions: Array | int, random: bool) -> None:
         """Write what the policy said, or an action that was chosen at random.
@@ -161,7 +182,8 @@ class FragmentWriter:
     def write_step(
         self,
         rows: Array | None,
-        returned: Sequence[Array],
+        observations: Sequence[Array],
+        info: Sequence[Array],
         reward: Array,
         terminated: Array,
         truncated: Array,
@@ -170,14 +192,20 @@ class FragmentWriter:
 
         Args:
             rows: the environments of the group that have made a step; ``None``: all of them.
-            returned: observations and infos.
+            observations: what the step led to.
+            info: entries of the infos that are kept.
             reward: of the step.
             terminated: whether the episode ended.
             truncated: whether it was cut off.
         """
         chosen: Any = slice(None) if rows is None else rows
         cells = self._cell[chosen]
-        for column, values in zip(self._returned, returned, strict=True):
+        if self._keeps_next:
+            for column, values in zip(self._next, observations, strict=True):
+                column[cells] = values[chosen]
+        else:
+            self._write_next_observations(rows, observations, terminated | truncated)
+        for column, values in zip(self._info, info, strict=True):
             column[cells] = values[chosen]
         self._reward[cells] = reward[chosen]
         self._terminated[cells] = terminated[chosen]
@@ -188,6 +216,19 @@ class FragmentWriter:
         self._countdown -= 1
         return [] if self._countdown > 0 else self._settle()
 
+    def _write_next_observations(self, rows: Array | None, observations: Sequence[Array], ended: Array) -> None:
+        """Write what a step led to behind the step, and beside the fragment where the episode ended."""
+        indices = np.arange(len(ended)) if rows is None else rows
+        going_on = indices[~ended[indices]]
+        cells = self._cell[going_on] + self._row[going_on] + 1
+        for column, values in zip(self._observations, observations, strict=True):
+            column[cells] = values[going_on]
+        for index in indices[ended[indices]].tolist():
+            final = [values[index] for values in observations]
+            if not self._ring.keep_final(int(self._row[index]), int(self._steps[index]), final):
+                self._is_full[index] = True
+                self._countdown = 0
+
     @property
     def may_ask(self) -> bool:
         """Whether :meth:`asking` may have something to say."""
@@ -195,7 +236,7 @@ class FragmentWriter:
 
     def _settle(self) -> list[tuple[int, int]]:
         finished: list[tuple[int, int]] = []
-        for index in np.flatnonzero(self.has_row & (self._steps == self._length)).tolist():
+        for index in np.flatnonzero(self.has_row & ((self._steps == self._length) | self._is_full)).tolist():
             finished.append((self._envs[index], int(self._row[index])))
             self.has_row[index] = False
             following, self._next_row[index] = int(self._next_row[index]), -1

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from aioinfer.collectors import AsyncBatchedCollector
-from tests.collectors.worlds import World, assert_plain, make_policy, steps_by_env
+from aioinfer.collectors import AsyncBatchedCollector, with_next_observation
+from tests.collectors.worlds import World, as_step, assert_plain, make_policy, steps_by_env
 
 
 def collect(count: int | None = None, **options: Any) -> list[Any]:
@@ -45,3 +45,27 @@ async def test_batches_can_be_awaited() -> None:
         batches = [batch.clone() async for batch in collector if batch is not None]
     assert len(batches) == 4
     assert_plain(steps_by_env(batches), seed=3)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_without_next_observations_the_usual_batch_can_be_made(num_workers: int) -> None:
+    batches = collect(10, num_envs=4, next_observation=False, num_workers=num_workers, fragment_length=16)
+
+    assert all("observation" not in batch["next"] for batch in batches)
+    assert all(batch["observation"].shape == (4, 17, 3) for batch in batches)
+    steps = steps_by_env([with_next_observation(batch) for batch in batches])
+    assert_plain(steps, seed=3)
+    assert sum(map(len, steps.values())) > 300
+
+
+def test_whole_episodes_are_those_of_a_plain_loop() -> None:
+    batches = collect(num_envs=4, yield_completed_trajectories=True, total_frames=500)
+
+    assert all(batch.ndim == 1 and len(batch) >= 64 for batch in batches[:-1])
+    assert sum(map(len, batches)) >= 500
+    found: dict[int, list[Any]] = {}
+    for batch in batches:
+        assert bool(batch["next", "done"][-1])
+        for one in batch.unbind(0):
+            found.setdefault(int(one["collector", "env"]), []).append(as_step(one))
+    assert_plain(found, seed=3)
