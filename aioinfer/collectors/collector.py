@@ -9,7 +9,7 @@ import threading
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -35,6 +35,7 @@ from aioinfer.collectors.scheduler import FragmentScheduler
 from aioinfer.collectors.seeds import make_entropy
 from aioinfer.collectors.spaces import ArraySpec, EnvLayout, InfoKeys
 from aioinfer.collectors.stats import CollectorStats, StatsRecorder, shares_of_time
+from aioinfer.errors import ServerNotRunningError
 from aioinfer.futures import run_in_thread
 from aioinfer.interaction_type import InteractionType
 from aioinfer.server import InferenceServer
@@ -248,7 +249,8 @@ class AsyncBatchedCollector:
         Raises:
             CollectorError: too few environments could be made.
             ValueError: the policy does not fit the environments.
-            RuntimeError: it was shut down.
+            ServerNotRunningError: the server that was given does not run.
+            RuntimeError: it was shut down, perhaps meanwhile.
         """
         self._start(None)
         return self
@@ -256,7 +258,7 @@ class AsyncBatchedCollector:
     def _start(self, loop: asyncio.AbstractEventLoop | None) -> None:
         with self._start_lock:
             if self._closed:
-                raise RuntimeError("the collector was shut down; make another one")
+                raise _was_shut_down()
             if self._opened is not None:
                 return
             with ExitStack() as opened:
@@ -274,6 +276,8 @@ class AsyncBatchedCollector:
                     stats=self._recorder,
                     loop=loop,
                 )
+                if self._closed:
+                    coordinator.fail(_was_shut_down())
                 self._close_timeout = 5.0
                 opened.callback(lambda: coordinator.close(self._close_timeout))
                 layout, uneven = coordinator.make()
@@ -291,6 +295,8 @@ class AsyncBatchedCollector:
         states = _initial_states(self._state_keys)
         keys = list(self._state_keys)
         if self._given_server is not None:
+            if not getattr(self._given_server, "is_alive", True):
+                raise ServerNotRunningError("the server does not run: start it before the collector")
             model = getattr(self._given_server, "model", None)
             sends_is_init = reads_is_init(model, keys)
             request = example_request(layout, sends_is_init=sends_is_init, states=states)
@@ -445,7 +451,8 @@ class AsyncBatchedCollector:
         changed = asyncio.Event()
 
         def wake() -> None:
-            loop.call_soon_threadsafe(changed.set)
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(changed.set)
 
         with coordinator.lock:
             self._release(coordinator)
@@ -482,6 +489,7 @@ class AsyncBatchedCollector:
                 return batch
             self._assembler.add(batch, lengths)
             coordinator.scheduler.release(rows)
+            coordinator.scheduler.request()  # more fragments, unless the episodes suffice
             coordinator.grant()
             episodes = self._assembler.take(version)
             if episodes is not None:
@@ -625,8 +633,10 @@ class AsyncBatchedCollector:
         What does not end within ``timeout`` seconds is killed; a thread of this process that an environment does
         not return to is left behind. A reader that waits for a batch gets no more.
         """
+        self._closed = True
+        if self._opened is None and self._coordinator is not None:
+            self._coordinator.fail(_was_shut_down())  # it may be starting
         with self._start_lock:
-            self._closed = True
             opened, self._opened = self._opened, None
         if opened is None:
             return
@@ -656,6 +666,8 @@ class AsyncBatchedCollector:
         await self.ashutdown()
 
     async def _astart(self) -> None:
+        if self._opened is not None:
+            return
         loop = asyncio.get_running_loop()
         starting = run_in_thread(lambda: self._start(loop), "aioinfer-start")
         try:
@@ -716,6 +728,10 @@ class _Partial:
 
     def __call__(self) -> Any:
         return self._function(**self._arguments)
+
+
+def _was_shut_down() -> RuntimeError:
+    return RuntimeError("the collector was shut down; make another one")
 
 
 def _copy(policy: Any) -> Any:
