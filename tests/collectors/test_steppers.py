@@ -132,11 +132,13 @@ def test_what_an_environment_raises_is_its_failure(name: str) -> None:
     ],
 )
 def test_an_observation_of_another_layout_is_a_failure_by_name(name: str, value: Any, message: str) -> None:
-    stepper, recorder = started(
-        ScriptedEnv(), ScriptedEnv([Episode(2, True, False)], at={(name, 1): value}), ScriptedEnv()
-    )
+    env = ScriptedEnv([Episode(2, True, False)], at={(name, 1): value})
+    stepper, recorder = started(ScriptedEnv(), env, ScriptedEnv())
     while not stepper.failures:
         recorder.step()
+    assert env.closed
+    # What its last step has returned is wrong: it is not reset.
+    assert len(env.seeds) == (1 if name == "step" else 2)
     ((member, error),) = stepper.failures
     assert member == 1
     assert str(error) == message
@@ -276,11 +278,8 @@ def test_a_hung_step_is_taken_over_and_the_rest_of_it_is_done(hung: list[int], e
 
     scripts = [[Episode(length, True, False)] for length in (1, 2, 3, 1)]
     watch = Watch()
-    stepper = make_stepper(
-        [ScriptedEnv(script, at={("step", 1): wait(row)} if row in hung else {}) for row, script in enumerate(scripts)],
-        watch,
-        (),
-    )
+    envs = [ScriptedEnv(scripts[row], at={("step", 1): wait(row)} if row in hung else {}) for row in range(4)]
+    stepper = make_stepper(envs, watch, ())
     stepper.reset(range(4))
     recorder = Recorder(stepper)
     recorder.step()
@@ -298,6 +297,7 @@ def test_a_hung_step_is_taken_over_and_the_rest_of_it_is_done(hung: list[int], e
     assert stepper.ready.tolist() == stepper.stepped.tolist() == left
     assert [(member, type(error)) for member, error in stepper.failures] == [(row, TimeoutError) for row in hung]
     assert "step() has not returned for" in str(stepper.failures[0][1])
+    assert not any(env.closed for env in envs)
     assert watch.phase[0] == Phase.IDLE
     assert stepper.take_over() is None
     before = state_of(stepper)

@@ -72,6 +72,28 @@ def test_rows_see_what_a_plain_loop_sees_in_each_autoreset_mode(
     stepper.close()
 
 
+class NothingOfOthers(gymnasium.vector.VectorWrapper[Any, Any, Any, Any, Any]):
+    """Returns nothing of rows that a reset leaves alone."""
+
+    def reset(self, *, seed: Any = None, options: Any = None) -> Any:
+        mask = (options or {}).get("reset_mask")
+        observations, infos = super().reset(seed=seed, options=options)
+        if mask is not None:
+            observations = observations.copy()
+            observations[~mask] = np.nan
+        return observations, infos
+
+
+def test_a_reset_of_some_rows_leaves_the_others_alone() -> None:
+    scripts = [Episode(1, True, False)], [Episode(3, True, False)]
+    env = vector([ScriptedEnv(script) for script in scripts], AutoresetMode.DISABLED)
+    _, recorder = started(NothingOfOthers(env))
+    for _ in range(4):
+        recorder.step()
+    for row, script in enumerate(scripts):
+        assert recorder.seen[row] == plain_loop(ScriptedEnv(script), row, 4, row)
+
+
 class ReusingFlags(gymnasium.vector.VectorWrapper[Any, Any, Any, Any, Any]):
     """Returns the same arrays again and again, written anew."""
 
@@ -265,8 +287,18 @@ def test_a_hung_vector_environment_is_taken_over(mode: AutoresetMode, at: tuple[
 def test_a_vector_environment_is_a_group_by_itself() -> None:
     with pytest.raises(ValueError, match="so that it is a group by itself; got 2"):
         make_stepper([vector([ScriptedEnv()]), vector([ScriptedEnv()])], Watch(), ())
+
+
+def test_objects_of_unknown_kinds_are_refused_by_name() -> None:
     with pytest.raises(TypeError, match="is no environment of a known kind: it has no observation_space"):
         make_stepper(["an environment"], Watch(), ())
+    env: Any = ScriptedEnv()
+    env.num_envs = 3
+    with pytest.raises(TypeError, match="is of several environments, but has no single_observation_space"):
+        make_stepper([env], Watch(), ())
+    env.agent_iter = iter
+    with pytest.raises(TypeError, match="make a parallel environment of it"):
+        make_stepper([env], Watch(), ())
 
 
 def test_actions_of_nested_spaces_reach_vector_environments() -> None:

@@ -36,6 +36,8 @@ def make_stepper(envs: Sequence[Any], watch: Watch, info_keys: InfoKeys = ()) ->
         raise ValueError(f"{several} is of several environments, so that it is a group by itself; got {len(envs)}")
     if hasattr(first, "step_and_maybe_reset"):
         return TorchRLStepper(envs, watch, info_keys)
+    if hasattr(first, "agent_iter"):
+        raise TypeError(f"agents of {first} take turns; make a parallel environment of it (aec_to_parallel)")
     if hasattr(first, "possible_agents"):
         return ParallelStepper(first, watch, info_keys)
     if several is not None:
@@ -45,10 +47,19 @@ def make_stepper(envs: Sequence[Any], watch: Watch, info_keys: InfoKeys = ()) ->
             return EnvPoolStepper(first, watch, info_keys)
         return VectorStepper(first, watch, info_keys, seeded=False)
     for env in envs:
-        for name in ("observation_space", "action_space", "reset", "step"):
-            if not hasattr(env, name):
-                raise TypeError(f"{env!r} is no environment of a known kind: it has no {name}")
+        _check_single(env)
     return SerialStepper(envs, watch, info_keys)
+
+
+def _check_single(env: Any) -> None:
+    if hasattr(env, "num_envs") or hasattr(env, "async_reset"):
+        raise TypeError(
+            f"{env!r} is of several environments, but has no single_observation_space as vector environments of "
+            "Gymnasium have; EnvPool makes one with env_type='gymnasium'"
+        )
+    for name in ("observation_space", "action_space", "reset", "step"):
+        if not hasattr(env, name):
+            raise TypeError(f"{env!r} is no environment of a known kind: it has no {name}")
 
 
 def is_several(env: Any) -> bool:

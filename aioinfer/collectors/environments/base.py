@@ -95,7 +95,7 @@ class Stepper(ABC):
 
     @abstractmethod
     def reset(self, seeds: Sequence[int]) -> None:
-        """Begin the first episode of each row with its seed. After it all rows that have not failed are ``ready``."""
+        """Begin the first episode of each row with its seed. After it they are ``ready``, but for those that failed."""
 
     @abstractmethod
     def step(self, rows: NDArray[np.int64], actions: Sequence[NDArray[Any]]) -> None:
@@ -196,7 +196,8 @@ class Stepper(ABC):
     def _close_rest(self) -> None:
         for member in self._to_close:
             env, self._envs[member] = self._envs[member], None
-            self._call(member, Phase.CLOSE, env.close)
+            if hasattr(env, "close"):
+                self._call(member, Phase.CLOSE, env.close)
         self._settle()
 
     def _settle(self) -> None:
