@@ -277,8 +277,8 @@ def _row_writer(space: Any, path: tuple[str, ...]) -> Callable[[Iterator[NDArray
         return lambda leaves: [
             dict(zip(keys, values, strict=True)) for values in zip(*[write(leaves) for write in writers], strict=True)
         ]
-    if kind == "Discrete":
-        return lambda leaves: next(leaves).tolist()
+    if kind == "Discrete":  # numpy's integers, as the space's own samples: Gymnasium checks them faster than Python's
+        return lambda leaves: list(next(leaves))
     if kind == "Text":
         return lambda leaves: list(next(leaves))
     dtype = np.dtype(space.dtype)

@@ -36,7 +36,7 @@ class World(gymnasium.Env[Any, Any]):
         return self._observe(), {}
 
     def step(self, action: Any) -> Any:
-        assert isinstance(action, int)
+        assert isinstance(action, (int, np.integer))
         self.sum = (self.sum * 3 + action) % 1000
         draw = self.np_random.random()
         terminated, truncated = draw < self.ends, self.ends / 2 < draw < 1.5 * self.ends
