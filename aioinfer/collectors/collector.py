@@ -37,7 +37,7 @@ from aioinfer.collectors.spaces import ArraySpec, EnvLayout, InfoKeys
 from aioinfer.collectors.stats import CollectorStats, StatsRecorder, shares_of_time
 from aioinfer.errors import ServerNotRunningError
 from aioinfer.futures import run_in_thread
-from aioinfer.interaction_type import InteractionType
+from aioinfer.interaction_type import InteractionType, requests_carry
 from aioinfer.server import InferenceServer
 from aioinfer.transports import ProcessSlotTransport, ThreadingTransport
 from aioinfer.weight_sync.scheme import WeightSyncScheme
@@ -300,8 +300,11 @@ class AsyncBatchedCollector:
             model = getattr(self._given_server, "model", None)
             sends_is_init = reads_is_init(model, keys)
             request = example_request(layout, sends_is_init=sends_is_init, states=states)
-            with self._given_server.client() as client:
+            with self._given_server.client() as client, requests_carry(InteractionType(self._mode)):
                 reply = client(request, wait=True)
+            key = getattr(self._given_server, "policy_version_key", _VERSION_KEY)
+            if key is None or reply.get(key) is None:
+                raise ValueError("replies of the server must say their version: give it a policy_version_key")
             return self._policy_layout(reply, layout, keys, states, sends_is_init)
         policy = _copy(self._policy) if self._policy_factory is None else self._policy_factory()
         sends_is_init = reads_is_init(policy, keys)
@@ -309,7 +312,7 @@ class AsyncBatchedCollector:
         if self._device is not None and isinstance(policy, torch.nn.Module):
             policy.to(self._device)
             request = request.to(self._device)
-        reply = run_once(policy, request).to("cpu")
+        reply = run_once(policy, request, InteractionType(self._mode)).to("cpu")
         found = self._policy_layout(reply, layout, keys, states, sends_is_init)
         model = LockstepPolicy(policy, self._entropy) if self._in_lockstep else policy
         sizes = coordinator.group_sizes

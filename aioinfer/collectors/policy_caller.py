@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from tensordict import TensorDict, TensorDictBase
 
 from aioinfer.client import InferenceClient
 from aioinfer.collectors.lockstep import TURN_KEY
-from aioinfer.collectors.policy_layout import PolicyLayout, StateSpec
+from aioinfer.collectors.policy_layout import PolicyLayout, StateSpec, request_entry
 
 __all__ = ["PolicyCaller", "split_rows"]
 
@@ -61,7 +60,8 @@ class PolicyCaller:
         self._sent = sent
         self._received = [spec.path for spec in (*layout.action, *layout.outputs)]
         self._version = layout.version_key
-        self._all = _request(sent, self._sources)
+        # Requests of all rows share the memory of the observations, but for texts.
+        self._all = None if any(source.dtype == object for source in self._sources) else _request(sent, self._sources)
 
     def request(self, rows: Array | None) -> TensorDict:
         """Make the request of some rows, or of all; it is theirs until the reply is there."""
@@ -71,9 +71,9 @@ class PolicyCaller:
             for state, following, initial in zip(self.states, self._next_states, self._initial, strict=True):
                 state[...] = following
                 state[self._is_init] = initial
-        if rows is None:
-            return self._all
-        return _request(self._sent, [source[rows] for source in self._sources])
+        if rows is not None:
+            return _request(self._sent, [source[rows] for source in self._sources])
+        return _request(self._sent, self._sources) if self._all is None else self._all
 
     def read(self, reply: TensorDictBase, rows: Array | None) -> tuple[list[Array], Array]:
         """Take a reply apart: its actions and outputs, and the version of each row."""
@@ -91,16 +91,8 @@ def _initial(state: StateSpec) -> Array:
 def _request(paths: Sequence[tuple[str, ...]], sources: Sequence[Array]) -> TensorDict:
     request = TensorDict({}, batch_size=[len(sources[0])])
     for path, source in zip(paths, sources, strict=True):
-        request.set(path, _entry(source))
+        request.set(path, request_entry(source))
     return request
-
-
-def _entry(source: Array) -> Any:
-    if source.dtype != object:
-        return torch.from_numpy(source)
-    from tensordict import NonTensorData, NonTensorStack
-
-    return NonTensorStack(*[NonTensorData(value) for value in source])
 
 
 def split_rows(clients: Sequence[InferenceClient], request: TensorDict) -> list[tuple[InferenceClient, TensorDict]]:

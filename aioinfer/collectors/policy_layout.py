@@ -9,14 +9,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import NonTensorData, NonTensorStack, TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
 from aioinfer.collectors.spaces import ArraySpec, EnvLayout
+from aioinfer.interaction_type import Mode, use_mode
 from aioinfer.tensors import entries, show_key
 
-__all__ = ["PolicyLayout", "StateSpec", "example_request", "find_policy_layout", "reads_is_init", "run_once"]
+__all__ = [
+    "PolicyLayout",
+    "StateSpec",
+    "example_request",
+    "find_policy_layout",
+    "reads_is_init",
+    "request_entry",
+    "run_once",
+]
 
 Path = tuple[str, ...]
 
@@ -68,13 +78,10 @@ def reads_is_init(policy: Any, state_keys: Sequence[NestedKey]) -> bool:
 
 
 def example_request(layout: EnvLayout, *, sends_is_init: bool, states: TensorDictBase | None) -> TensorDict:
-    """A request of one row ``[1]``, of ones.
-
-    Ones rather than zeros: a mask of actions, for example, must allow one.
-    """
+    """A request of one row ``[1]``, of the example of an observation that the layout has."""
     td = TensorDict({}, batch_size=[1])
-    for spec in layout.observation:
-        td.set(spec.path, torch.from_numpy(np.ones((1, *spec.shape), spec.dtype)))
+    for spec, value in zip(layout.observation, layout.example, strict=True):
+        td.set(spec.path, request_entry(value[None]))
     if sends_is_init:
         td.set("is_init", torch.ones(1, 1, dtype=torch.bool))
     if states is not None:
@@ -82,15 +89,43 @@ def example_request(layout: EnvLayout, *, sends_is_init: bool, states: TensorDic
     return td
 
 
-def run_once(policy: Callable[..., Any], request: TensorDict) -> TensorDictBase:
-    """Run a copy of ``policy`` on a batch, and leave torch's random numbers as they are."""
+def request_entry(column: np.ndarray[Any, Any]) -> Any:
+    """An array ``[B, *shape]`` as an entry of a request: a tensor that shares its memory, or a copy of its texts."""
+    if column.dtype != object:
+        return torch.from_numpy(column)
+    return NonTensorStack(*[NonTensorData(value) for value in column])
+
+
+def run_once(policy: Callable[..., Any], request: TensorDict, mode: Mode) -> TensorDictBase:
+    """Run a copy of ``policy`` on a batch, and leave torch's random numbers as they are.
+
+    Returns:
+        What a server would reply: of a TensorDict module, its ``out_keys``.
+
+    Raises:
+        TypeError: the policy does not return a TensorDict.
+    """
     try:
         policy = copy.deepcopy(policy)
     except Exception:  # it has no copies: it runs itself
         pass
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        reply: TensorDictBase = policy(request)
-    return reply
+    out_keys = policy.out_keys if isinstance(policy, TensorDictModuleBase) else None
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), use_mode(mode):
+        try:
+            reply: Any = policy(request)
+        except Exception as error:
+            if out_keys is None:
+                error.add_note(_TAKES_TENSORDICTS)
+            raise
+    if not isinstance(reply, TensorDictBase):
+        raise TypeError(f"the policy returned a {type(reply).__qualname__}; {_TAKES_TENSORDICTS}")
+    return reply if out_keys is None else reply.select(*out_keys, strict=False)
+
+
+_TAKES_TENSORDICTS = (
+    "a policy takes and returns a TensorDict; to make one of a function or module of tensors: "
+    'TensorDictModule(module, in_keys=["observation"], out_keys=["action"])'
+)
 
 
 def find_policy_layout(
@@ -131,7 +166,10 @@ def find_policy_layout(
     )
     for spec in outputs:
         if spec.path[0] in _RESERVED:
-            raise ValueError(f"the policy returns {_show(spec.path)}, a name that batches have for something else")
+            hint = "; name recurrent states in state_keys" if spec.path[0] == "next" else ""
+            raise ValueError(
+                f"the policy returns {_show(spec.path)}, a name that batches have for something else{hint}"
+            )
     return PolicyLayout(
         layout.observation, sends_is_init, state_specs, action, outputs, version_key, interaction_type, sends_turn
     )
@@ -156,8 +194,14 @@ def _action(spec: ArraySpec, found: dict[Path, Tensor]) -> ArraySpec:
         raise ValueError(
             f"the policy returns {_show(spec.path)} of shape {list(value.shape[1:])} for each row, "
             f"the environments take {list(spec.shape)}"
+            + ("; a discrete action is its number, not one-hot" if spec.dtype.kind == "i" and not spec.shape else "")
         )
-    return ArraySpec(spec.path, spec.shape, _numpy_dtype(spec.path, value))
+    dtype = _numpy_dtype(spec.path, value)
+    if not np.can_cast(dtype, spec.dtype, "same_kind") and dtype.kind not in "biu":
+        raise ValueError(
+            f"the policy returns {_show(spec.path)} of {value.dtype}, the environments take {spec.dtype}: convert it"
+        )
+    return ArraySpec(spec.path, spec.shape, dtype)
 
 
 def _state(key: NestedKey, found: dict[Path, Tensor], states: TensorDictBase | None) -> StateSpec:

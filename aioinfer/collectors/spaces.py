@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -52,11 +52,25 @@ class ArraySpec(NamedTuple):
 
 @dataclass(frozen=True)
 class EnvLayout:
-    """The leaves of what an environment takes and returns."""
+    """The leaves of what an environment takes and returns.
+
+    Attributes:
+        observation: its leaves.
+        action: its leaves.
+        info: its leaves.
+        example: for each leaf of the observation a value that its space contains, by default of ones, which a mask of
+            actions must have. Layouts are equal whatever their examples are.
+    """
 
     observation: tuple[ArraySpec, ...]
     action: tuple[ArraySpec, ...]
     info: tuple[ArraySpec, ...] = ()
+    example: tuple[NDArray[Any], ...] = field(default=(), compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.example:
+            ones = [np.full(spec.shape, "" if spec.dtype == object else 1, spec.dtype) for spec in self.observation]
+            object.__setattr__(self, "example", tuple(ones))
 
 
 def env_layout(observation_space: Any, action_space: Any, info_keys: InfoKeys = ()) -> EnvLayout:
@@ -66,7 +80,10 @@ def env_layout(observation_space: Any, action_space: Any, info_keys: InfoKeys = 
         TypeError: a space has no fixed layout; the message says which, and where it is.
     """
     return EnvLayout(
-        array_specs(observation_space, ("observation",)), array_specs(action_space, ("action",)), info_specs(info_keys)
+        array_specs(observation_space, ("observation",)),
+        array_specs(action_space, ("action",)),
+        info_specs(info_keys),
+        _example(observation_space, ("observation",)),
     )
 
 
@@ -91,6 +108,24 @@ def array_specs(space: Any, path: tuple[str, ...]) -> tuple[ArraySpec, ...]:
     if kind == "MultiBinary":
         return (ArraySpec(path, tuple(space.shape), np.dtype(np.int8)),)
     return (ArraySpec(path, (), np.dtype(object)),)
+
+
+def _example(space: Any, path: tuple[str, ...]) -> tuple[NDArray[Any], ...]:
+    """For each leaf of a space the value nearest to ones."""
+    kind = _kind(space, path)
+    if kind in ("Dict", "Tuple"):
+        return tuple(leaf for _, name, entry in _entries(space, kind, path) for leaf in _example(entry, (*path, name)))
+    (spec,) = array_specs(space, path)
+    if kind == "Text":
+        return (np.full((), "", object),)
+    low: Any = 1
+    high: Any = 1
+    if kind == "Box":
+        low, high = space.low, space.high
+    elif kind in ("Discrete", "MultiDiscrete"):
+        low = getattr(space, "start", 0)
+        high = low + (space.n if kind == "Discrete" else space.nvec) - 1
+    return (np.minimum(np.maximum(np.ones(spec.shape, spec.dtype), low), high).astype(spec.dtype),)
 
 
 def info_specs(info_keys: InfoKeys) -> tuple[ArraySpec, ...]:

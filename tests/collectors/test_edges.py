@@ -9,7 +9,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import gymnasium
 import pytest
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import (
+    InteractionType,
+    ProbabilisticTensorDictModule,
+    ProbabilisticTensorDictSequential,
+    TensorDictModule,
+    TensorDictModuleBase,
+)
+from torch.nn import functional
 
 from aioinfer import InferenceServer, ServerNotRunningError, ThreadingTransport
 from aioinfer.collectors import AsyncBatchedCollector
@@ -98,3 +109,109 @@ def test_a_reader_whose_loop_is_gone_costs_the_next_one_nothing() -> None:
         asyncio.run(give_up())
         go_on.set()
         assert next(iter(collector)).shape == (4, 8)
+
+
+def reply(count: int, **entries: Any) -> TensorDict:
+    return TensorDict({"action": torch.zeros(count, dtype=torch.int64), **entries}, [count])
+
+
+class Undeclared(TensorDictModuleBase):
+    """Writes an entry of which its ``out_keys`` know nothing."""
+
+    in_keys, out_keys = ["observation"], ["action"]
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def forward(self, td: TensorDictBase) -> TensorDictBase:
+        return td.update(reply(len(td), more=torch.ones(len(td))))
+
+
+def test_entries_that_a_policy_does_not_declare_are_left_out() -> None:
+    with make_collector(policy=Undeclared()) as collector:
+        assert "more" not in next(iter(collector))
+
+
+@pytest.mark.parametrize(
+    ("policy", "error", "message"),
+    [
+        (lambda td: reply(len(td))["action"], TypeError, "returned a Tensor; a policy takes and returns a TensorDict"),
+        (lambda td: {"action": 0}, TypeError, "returned a dict; a policy takes and returns a TensorDict"),
+        (lambda td: reply(len(td), action=torch.zeros(len(td))), ValueError, "float32, the environments take int64"),
+        (lambda td: reply(len(td), action=torch.zeros(len(td), 4)), ValueError, "its number, not one-hot"),
+        (lambda td: reply(len(td), next=reply(len(td), hidden=td["observation"])), ValueError, "state_keys"),
+    ],
+)
+def test_a_policy_that_does_not_fit_is_refused_with_the_way_out(policy: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        make_collector(policy=policy).start()
+
+
+def test_a_module_of_tensors_is_refused_with_the_way_out() -> None:
+    with pytest.raises(TypeError) as caught:
+        make_collector(policy=torch.nn.Linear(3, 4)).start()
+    assert "TensorDictModule(module, in_keys=" in caught.value.__notes__[0]
+
+
+class SamplesOnly(torch.distributions.Categorical):
+    @property
+    def mode(self) -> Any:
+        raise NotImplementedError
+
+    deterministic_sample = mode
+
+
+def test_a_policy_is_asked_in_the_exploration_mode_of_the_collector_only() -> None:
+    policy = ProbabilisticTensorDictSequential(
+        TensorDictModule(torch.nn.Linear(3, 4), ["observation"], ["logits"]),
+        ProbabilisticTensorDictModule(
+            ["logits"],
+            ["action"],
+            distribution_class=SamplesOnly,
+            default_interaction_type=InteractionType.DETERMINISTIC,
+        ),
+    )
+    with make_collector(policy=policy, exploration_type="random") as collector:
+        assert "logits" in next(iter(collector))
+
+
+class Counting(gymnasium.Env[Any, Any]):
+    """Observes the number of its step: in a space that starts at 5, and as a text."""
+
+    def __init__(self) -> None:
+        self.observation_space = gymnasium.spaces.Dict(
+            number=gymnasium.spaces.Discrete(3, start=5),
+            constant=gymnasium.spaces.Discrete(1),
+            text=gymnasium.spaces.Text(3, charset="567"),
+        )
+        self.action_space = gymnasium.spaces.Discrete(4)
+        self.number = 5
+
+    def _observe(self) -> Any:
+        return {"number": self.number, "constant": 0, "text": str(self.number)}
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        self.number = 5
+        return self._observe(), {}
+
+    def step(self, action: Any) -> Any:
+        self.number += 1
+        return self._observe(), 0.0, self.number == 7, False, {}
+
+
+def test_a_policy_is_asked_only_with_observations_of_the_space_and_with_the_latest_texts() -> None:
+    def policy(td: TensorDictBase) -> TensorDictBase:
+        functional.one_hot(td["observation", "number"] - 5, 3), functional.one_hot(td["observation", "constant"], 1)
+        texts = td.get(("observation", "text")).tolist()
+        return reply(len(td), read=torch.tensor([int(text or "0") for text in texts]))
+
+    with make_collector(Counting, policy=policy, num_envs=2) as collector:
+        batch = next(iter(collector))
+        assert torch.equal(batch["read"], batch["observation", "number"])
+        assert set(batch["read"].unique().tolist()) == {5, 6}
+
+
+def test_a_server_whose_replies_have_no_version_is_refused() -> None:
+    server = InferenceServer(make_policy(), ThreadingTransport(), policy_version_key=None)
+    with server, pytest.raises(ValueError, match="policy_version_key"):
+        make_collector(policy=None, server=server).start()

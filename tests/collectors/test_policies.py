@@ -199,7 +199,10 @@ def test_a_policy_that_does_not_fit_is_refused_at_the_start() -> None:
     for policy, message in (
         (answer(value=torch.zeros), 'returns no "action"'),
         (answer(action=lambda n: torch.zeros(n, 2)), "of shape"),
-        (answer(action=torch.zeros, next=torch.zeros), "a name that batches have for something else"),
+        (
+            answer(action=lambda n: torch.zeros(n, dtype=torch.int64), next=torch.zeros),
+            "a name that batches have for something else",
+        ),
         (answer(action=lambda n: torch.zeros(n, dtype=torch.bfloat16)), "which has no place in a batch"),
     ):
         with pytest.raises(ValueError, match=message):
