@@ -39,6 +39,7 @@ from aioinfer.errors import ServerNotRunningError
 from aioinfer.futures import run_in_thread
 from aioinfer.interaction_type import InteractionType, requests_carry
 from aioinfer.server import InferenceServer
+from aioinfer.tensors import show_key
 from aioinfer.transports import ProcessSlotTransport, ThreadingTransport
 from aioinfer.weight_sync.scheme import WeightSyncScheme
 
@@ -166,6 +167,11 @@ class AsyncBatchedCollector:
             raise TypeError("give one of policy, policy_factory and server")
         if server is not None and not isinstance(server, ClientMaker):
             raise TypeError(f"server must be a server of aioinfer, got {type(server).__qualname__}")
+        if server is not None and num_workers and not hasattr(server, "address"):
+            raise ValueError(
+                "num_workers needs a server with a transport between processes: give it an MPTransport or a "
+                "ProcessSlotTransport"
+            )
         if server is not None and (in_lockstep or weight_sync is not None or device is not None):
             raise ValueError("in_lockstep, weight_sync and device are for a policy; the server has its own")
         if in_lockstep and weight_sync is not None:
@@ -300,6 +306,8 @@ class AsyncBatchedCollector:
             model = getattr(self._given_server, "model", None)
             sends_is_init = reads_is_init(model, keys)
             request = example_request(layout, sends_is_init=sends_is_init, states=states)
+            if not getattr(self._given_server, "is_alive", True):
+                raise RuntimeError("the server does not run: start it before the collector")
             with self._given_server.client() as client, requests_carry(InteractionType(self._mode)):
                 reply = client(request, wait=True)
             key = getattr(self._given_server, "policy_version_key", _VERSION_KEY)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
+import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
-from aioinfer.client import ClientMaker
+from aioinfer.client import AsyncInferenceClient, ClientMaker, InferenceClient
 from aioinfer.collectors.environments import SerialStepper, Stepper, is_async, make_stepper
 from aioinfer.collectors.fragments import FragmentRing
 from aioinfer.collectors.group import EnvGroup, Episodes, as_failure, as_message
@@ -41,6 +43,8 @@ from aioinfer.futures import run_in_thread
 from aioinfer.transports import connect
 
 __all__ = ["EnvHost"]
+
+_log = logging.getLogger("aioinfer")
 
 
 class _Group(Protocol):
@@ -84,6 +88,7 @@ class EnvHost:
         self._can_abandon = can_abandon
         self._divided: list[tuple[GroupMembers, list[Any]]] = []
         self._groups: list[_Group] = []
+        self._clients: list[InferenceClient | AsyncInferenceClient] = []
         self._by_member: dict[int, _Group] = {}
         self._by_env: dict[int, _Group] = {}
         self._lock = threading.Condition()  # guards what follows
@@ -189,12 +194,14 @@ class EnvHost:
 
     def begin(self, message: Begin, ring: FragmentRing, block: ControlBlock, server: ClientMaker) -> None:
         """Start all groups."""
+        groups: list[_Group] = []
         for setup, (members, envs) in zip(message.groups, self._divided, strict=True):
             group = self._make_group(message, setup, members, envs, ring=ring, block=block, server=server)
-            self._groups.append(group)
+            groups.append(group)
             self._by_member.update(dict.fromkeys(members.members, group))
             self._by_env.update(dict.fromkeys(setup.envs, group))
-        for group in self._groups:
+        self._groups = groups
+        for group in groups:
             group.start()
 
     def _make_group(
@@ -222,11 +229,15 @@ class EnvHost:
             "report": self._report,
         }
         if isinstance(stepper, TaskStepper):
-            return EnvTask(stepper, client=server.async_client(), loop=self._event_loop(), **parts)
+            client = server.async_client()
+            self._clients.append(client)
+            return EnvTask(stepper, client=client, loop=self._event_loop(), **parts)
         clients = server.clients(1, copy=False)
+        self._clients += clients
         most = clients[0].max_rows
         if most is not None and most < stepper.size:
             clients += server.clients(math.ceil(stepper.size / most) - 1, copy=False)
+            self._clients += clients[1:]
         return EnvGroup(stepper, watch=watch, clients=clients, **parts)
 
     def _event_loop(self) -> asyncio.AbstractEventLoop:
@@ -317,7 +328,31 @@ class EnvHost:
         ended = [
             group.join(None if deadline is None else max(0.0, deadline - time.monotonic())) for group in self._groups
         ]
-        if self._own_loop is not None and all(ended):
+        if not self._groups:
+            self._close_unused()
+        for client in self._clients:
+            client.close()
+        if self._own_loop is not None:
             self._own_loop.call_soon_threadsafe(self._own_loop.stop)
             self._own_loop = None
         return all(ended)
+
+    def _close_unused(self) -> None:
+        """Close environments that were made, and that no group has got."""
+        for _, envs in self._divided:
+            for env in envs:
+                try:
+                    closing = env.close() if hasattr(env, "close") else None
+                    if inspect.isawaitable(closing):
+                        asyncio.run_coroutine_threadsafe(_await(closing), self._event_loop()).result(_CLOSE_TIMEOUT)
+                except Exception:
+                    _log.warning("close() of an environment raised", exc_info=True)
+        self._divided = []
+
+
+async def _await(awaitable: Awaitable[object]) -> None:
+    await awaitable
+
+
+_CLOSE_TIMEOUT = 1.0
+"""Seconds that an asynchronous environment has to close that was never stepped."""
