@@ -287,6 +287,8 @@ class AsyncBatchedCollector:
                 self._close_timeout = 5.0
                 opened.callback(lambda: coordinator.close(self._close_timeout))
                 layout, uneven = coordinator.make()
+                if self._num_workers:
+                    _check_shareable(layout)
                 policy_layout = self._open_policy(layout, coordinator, opened)
                 self._recorder.started = time.monotonic()
                 self._begin(coordinator, layout, policy_layout, uneven)
@@ -306,8 +308,6 @@ class AsyncBatchedCollector:
             model = getattr(self._given_server, "model", None)
             sends_is_init = reads_is_init(model, keys)
             request = example_request(layout, sends_is_init=sends_is_init, states=states)
-            if not getattr(self._given_server, "is_alive", True):
-                raise RuntimeError("the server does not run: start it before the collector")
             with self._given_server.client() as client, requests_carry(InteractionType(self._mode)):
                 reply = client(request, wait=True)
             key = getattr(self._given_server, "policy_version_key", _VERSION_KEY)
@@ -753,6 +753,15 @@ def _copy(policy: Any) -> Any:
             f"the policy can't be copied ({error}), as it must be for weights to be used only once they are published; "
             "give a policy_factory"
         ) from error
+
+
+def _check_shareable(layout: EnvLayout) -> None:
+    for spec in (*layout.observation, *layout.action):
+        if spec.dtype == object:
+            raise ValueError(
+                f"{show_key(spec.path)} is text, which processes can't share: collect such an environment in this "
+                "process (num_workers=0)"
+            )
 
 
 def _initial_states(state_keys: StateKeys) -> TensorDict | None:
