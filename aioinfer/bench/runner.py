@@ -29,6 +29,7 @@ _WARM_UP = 0.4
 _HEAT = 0.5
 IMPORT_LIMIT = 120.0
 _HANG_LIMIT = 30.0
+_COLLECTOR_LIMIT = 90.0  # more; torchrl's takes half a minute to begin with processes, and ours a million frames
 _END_LIMIT = 10.0
 
 
@@ -120,11 +121,14 @@ class _Process:
     """A process that makes one measurement; see ``aioinfer.bench.measure``."""
 
     def __init__(self, job: Job) -> None:
+        workload = named(job.workload)
         self._limit = _HANG_LIMIT + 5 * (job.warm_up + job.seconds)
+        if workload.collection is not None:
+            self._limit += _COLLECTOR_LIMIT
         self._errors = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115 - until close()
         self._process = subprocess.Popen(
             [sys.executable, "-m", MODULE, json.dumps(asdict(job))],
-            env=os.environ | (_ONE_THREAD if named(job.workload).one_thread else {}),
+            env=os.environ | (_ONE_THREAD if workload.one_thread else {}),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

@@ -303,7 +303,6 @@ class Coordinator:
                 self.members[number].present = True
         if self._local is not None:
             self._local.begin(message, self.ring, self.block, setup.server)
-            self._pool.call_soon(_look_again)
         else:
             memories = [memory for memory in (self.ring.memory, self.block.memory) if memory is not None]
             self._pool.send(index, message, [memory.fd for memory in memories])
