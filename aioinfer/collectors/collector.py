@@ -6,7 +6,6 @@ import asyncio
 import atexit
 import copy
 import threading
-import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -33,7 +32,7 @@ from aioinfer.collectors.progress import show_progress
 from aioinfer.collectors.restarts import Restarts
 from aioinfer.collectors.scheduler import FragmentScheduler
 from aioinfer.collectors.seeds import make_entropy
-from aioinfer.collectors.spaces import ArraySpec, EnvLayout, InfoKeys
+from aioinfer.collectors.spaces import ArraySpec, EnvLayout, InfoKeys, info_specs
 from aioinfer.collectors.stats import CollectorStats, StatsRecorder, shares_of_time
 from aioinfer.errors import ServerNotRunningError
 from aioinfer.futures import run_in_thread
@@ -185,12 +184,34 @@ class AsyncBatchedCollector:
             ("min_envs", min_envs, 1),
             ("init_random_frames", init_random_frames or 0, 0),
             ("total_frames", total_frames, -1),
+            ("num_envs", 1 if num_envs is None else num_envs, 1),
+            ("max_batch_size", 1 if max_batch_size is None else max_batch_size, 1),
+            ("max_policy_lag", max_policy_lag or 0, 0),
         ):
-            if not isinstance(number, int) or isinstance(number, bool) or number < least:
+            if not isinstance(number, int | np.integer) or isinstance(number, bool) or number < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {number!r}")
+        for name, seconds in (("step_timeout", step_timeout), ("reset_timeout", reset_timeout)):
+            if seconds is not None and (not isinstance(seconds, int | float) or not seconds > 0):
+                raise ValueError(f"{name} must be a number of seconds above 0, or None, got {seconds!r}")
+        for name, function in (
+            ("policy", policy),
+            ("policy_factory", policy_factory),
+            ("postproc", postproc),
+            ("post_collect_hook", post_collect_hook),
+            (
+                "replay_buffer.extend",
+                None if replay_buffer is None else getattr(replay_buffer, "extend", replay_buffer),
+            ),
+        ):
+            if function is not None and not callable(function):
+                raise TypeError(f"{name} must be callable, got {type(function).__qualname__}")
+        info_specs(info_keys)
+        if in_lockstep and order != "fair":
+            raise ValueError('in_lockstep=True needs order="fair"')
         if frames_per_batch % fragment_length and not yield_completed_trajectories:
             raise ValueError(
-                f"frames_per_batch must be a multiple of fragment_length: {frames_per_batch}, {fragment_length}"
+                "frames_per_batch must be a multiple of fragment_length, "
+                f"which is {fragment_length}, got {frames_per_batch}"
             )
         for name, value, choices in (
             ("order", order, ("fair", "first")),
@@ -208,9 +229,9 @@ class AsyncBatchedCollector:
             raise TypeError(f"restarts must be a Restarts or None, got {restarts!r}")
         self._factories = _factories(create_env_fn, num_envs, create_env_kwargs, num_workers)
         self._policy, self._policy_factory, self._given_server = policy, policy_factory, server
-        self.frames_per_batch = frames_per_batch
-        self.fragment_length = fragment_length
-        self.total_frames = total_frames
+        self.frames_per_batch = int(frames_per_batch)
+        self.fragment_length = int(fragment_length)
+        self.total_frames = int(total_frames)
         self._episodes = yield_completed_trajectories
         self._random_frames = init_random_frames or 0
         self._num_workers = num_workers
@@ -290,7 +311,7 @@ class AsyncBatchedCollector:
                 if self._num_workers:
                     _check_shareable(layout)
                 policy_layout = self._open_policy(layout, coordinator, opened)
-                self._recorder.started = time.monotonic()
+                self._recorder.start()
                 self._begin(coordinator, layout, policy_layout, uneven)
                 self._progress = opened.enter_context(show_progress(self)) if self._shows_progress else None
                 shut_down = weakref.WeakMethod(self.shutdown)
@@ -324,6 +345,11 @@ class AsyncBatchedCollector:
         found = self._policy_layout(reply, layout, keys, states, sends_is_init)
         model = LockstepPolicy(policy, self._entropy) if self._in_lockstep else policy
         sizes = coordinator.group_sizes
+        if self._in_lockstep and self._max_batch_size is not None and self._max_batch_size < max(sizes):
+            raise ValueError(
+                f"with in_lockstep=True a group's request must fit into one forward pass: max_batch_size must be at "
+                f"least {max(sizes)}, got {self._max_batch_size}"
+            )
         self._server = InferenceServer(
             model,
             self._make_transport(found, sizes),
@@ -373,6 +399,11 @@ class AsyncBatchedCollector:
         )
 
     def _begin(self, coordinator: Coordinator, layout: EnvLayout, policy: PolicyLayout, uneven: bool) -> None:
+        if self._in_lockstep and uneven:
+            raise ValueError(
+                "in_lockstep=True is not for vectorised environments that reset in a step of their own: "
+                "make them with autoreset_mode SAME_STEP or DISABLED, or give single environments"
+            )
         left = -1 if self.total_frames < 0 else max(0, self.total_frames - self._frames_before)
         scheduler = FragmentScheduler(
             num_envs=coordinator.num_envs,
@@ -483,6 +514,7 @@ class AsyncBatchedCollector:
         self._lent = []
         coordinator.scheduler.request()
         coordinator.grant()
+        self._recorder.begin_wait()
 
     def _try_take(self, coordinator: Coordinator) -> TensorDictBase | None:
         """Take the next batch, if it is complete. Under the lock."""
@@ -510,6 +542,7 @@ class AsyncBatchedCollector:
         return None
 
     def _count(self, batch: TensorDictBase, frames: int, lags: Sequence[int]) -> None:
+        self._recorder.end_wait()
         self._recorder.deliver(frames, lags)
         self._recorder.non_finite += _count_non_finite(batch, self.fragment_length)
 
@@ -522,8 +555,8 @@ class AsyncBatchedCollector:
             self._progress()
         if self._replay_buffer is None:
             return batch
-        valid = batch[batch["collector", "mask"]] if batch.ndim == 2 else batch
-        self._replay_buffer.extend(valid)
+        mask = None if self._episodes else batch.get(("collector", "mask"), None)
+        self._replay_buffer.extend(batch if mask is None else batch[mask])
         return None
 
     # -- weights ---------------------------------------------------------------------------------------
@@ -582,14 +615,23 @@ class AsyncBatchedCollector:
     def stats(self) -> CollectorStats:
         """The figures since the start."""
         coordinator = self._coordinator
-        if coordinator is None:
+        if coordinator is None or not coordinator.has_begun:
             return self._recorder.snapshot(
-                shares=shares_of_time([], 0.0), retired={}, dropped_batches=0, dropped_fragments=0, policy_version=0
+                shares={"environments": 0.0, "policy": 0.0, "reader": 0.0},
+                retired={} if coordinator is None else coordinator.retired,
+                dropped_batches=0,
+                dropped_fragments=0,
+                policy_version=0,
             )
         with coordinator.lock:
             scheduler = coordinator.scheduler
             return self._recorder.snapshot(
-                shares=shares_of_time(coordinator.watches(), self._recorder.started),
+                shares=shares_of_time(
+                    coordinator.watches(),
+                    started=self._recorder.started,
+                    now=self._recorder.now(),
+                    reader_waited=self._recorder.waited(),
+                ),
                 retired=coordinator.retired,
                 dropped_batches=scheduler.dropped_batches,
                 dropped_fragments=scheduler.dropped_by_lag + (self._assembler.dropped_by_lag if self._assembler else 0),
@@ -656,6 +698,7 @@ class AsyncBatchedCollector:
         coordinator = self._coordinator
         assert coordinator is not None
         with coordinator.lock:
+            self._recorder.stop()
             coordinator.notify()
         opened.close()
 

@@ -564,6 +564,11 @@ class Coordinator:
             raise self.error
 
     @property
+    def has_begun(self) -> bool:
+        """Whether the environments were told to step."""
+        return self._setup is not None
+
+    @property
     def group_sizes(self) -> list[int]:
         """How many environments each group has."""
         return [sum(group.sizes) for host in self._hosts for group in host.groups]

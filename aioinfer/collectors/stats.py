@@ -72,24 +72,30 @@ class CollectorStats:
     policy_version: int
 
 
-def shares_of_time(hosts: Sequence[Sequence[Watch]], started: float) -> dict[Limit, float]:
+def shares_of_time(
+    hosts: Sequence[Sequence[Watch]], *, started: float, now: float, reader_waited: float
+) -> dict[Limit, float]:
     """For what part of the time environments stepped, the policy was waited for, and the reader; together 1.
 
     A host whose groups take turns is busy as long as one of them steps. What is left when none steps is the policy's,
-    but for the time in which groups had no row of the ring to write to, which is the reader's.
+    but for the time in which groups had no row of the ring to write to. That is the reader's while he does not wait
+    for a batch himself; else it is other environments that are waited for.
 
     Args:
         hosts: the watches of the groups of each host.
         started: when they began to count.
+        now: when they end to count.
+        reader_waited: seconds for which the reader has waited for batches.
     """
-    now = time.monotonic()
     elapsed = max(now - started, 1e-9)
+    reads = max(0.0, 1.0 - reader_waited / elapsed)
     shares: dict[Limit, float] = {"environments": 0.0, "policy": 0.0, "reader": 0.0}
     counted = [watches for watches in hosts if watches]
     for watches in counted:
         stepping, _, without_row = np.sum([watch.seconds_until(now) for watch in watches], axis=0) / elapsed
-        reader = min(1.0, without_row / len(watches))
-        environments = min(1.0 - reader, stepping)
+        waits = min(1.0, without_row / len(watches))
+        reader = min(reads, waits)
+        environments = min(1.0 - reader, stepping + waits - reader)
         for name, share in (
             ("environments", environments),
             ("reader", reader),
@@ -111,6 +117,36 @@ class StatsRecorder:
         self._restarts: Counter[int] = Counter()
         self._lags: deque[float] = deque(maxlen=1024)
         self._delivered: deque[tuple[float, int]] = deque([(self.started, 0)])
+        self._stopped: float | None = None
+        self._waited = 0.0
+        self._waits_since: float | None = None
+
+    def start(self) -> None:
+        """Count time from now on."""
+        self.started = time.monotonic()
+        self._delivered = deque([(self.started, 0)])
+
+    def stop(self) -> None:
+        """Count time until now."""
+        self.end_wait()
+        self._stopped = self.now()
+
+    def now(self) -> float:
+        """When figures are of: now, or when it ended."""
+        return time.monotonic() if self._stopped is None else self._stopped
+
+    def begin_wait(self) -> None:
+        """Note that the reader waits for a batch."""
+        if self._waits_since is None:
+            self._waits_since = time.monotonic()
+
+    def end_wait(self) -> None:
+        """Note that the reader has a batch, or waits no more."""
+        self._waited, self._waits_since = self.waited(), None
+
+    def waited(self) -> float:
+        """Seconds for which the reader has waited."""
+        return self._waited + (0.0 if self._waits_since is None else self.now() - self._waits_since)
 
     def add(self, progress: Progress) -> None:
         """Count what a group has done."""
@@ -154,6 +190,7 @@ class StatsRecorder:
     ) -> CollectorStats:
         """Freeze the figures, beside what others know."""
         (since, before), (until, after) = self._delivered[0], self._delivered[-1]
+        until = max(until, self.now() - _RATE_SECONDS)  # where nothing was delivered for so long, the rate falls
         return CollectorStats(
             frames=self.frames,
             batches=self.batches,

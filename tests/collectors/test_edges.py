@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import gymnasium
+import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -24,6 +25,8 @@ from torch.nn import functional
 
 from aioinfer import InferenceServer, ServerNotRunningError, ThreadingTransport
 from aioinfer.collectors import AsyncBatchedCollector
+from aioinfer.collectors.stats import shares_of_time
+from aioinfer.collectors.watch import Watch
 from tests.collectors.worlds import World, make_policy
 from tests.limits import HANG
 
@@ -215,3 +218,87 @@ def test_a_server_whose_replies_have_no_version_is_refused() -> None:
     server = InferenceServer(make_policy(), ThreadingTransport(), policy_version_key=None)
     with server, pytest.raises(ValueError, match="policy_version_key"):
         make_collector(policy=None, server=server).start()
+
+
+def watch(stepping: float, policy: float, without_row: float) -> Watch:
+    made = Watch()
+    made.seconds[:] = stepping, policy, without_row
+    return made
+
+
+@pytest.mark.parametrize(
+    ("groups", "reader_waited", "limit"),
+    [
+        ([watch(9, 1, 0), watch(1, 0, 9)], 10, "environments"),  # of the first group, for which the second has to wait
+        ([watch(1, 1, 8), watch(1, 1, 8)], 1, "reader"),
+        ([watch(1, 9, 0), watch(1, 9, 0)], 10, "policy"),
+    ],
+)
+def test_who_limits_is_who_the_others_wait_for(groups: list[Watch], reader_waited: float, limit: str) -> None:
+    for hosts in ([groups], [[one] for one in groups]):
+        shares = shares_of_time(hosts, started=0, now=10, reader_waited=reader_waited)
+        assert sum(shares.values()) == pytest.approx(1)
+        assert max(shares, key=lambda name: shares[name]) == limit
+
+
+def test_figures_can_be_asked_for_at_any_time() -> None:
+    reached, go_on = threading.Event(), threading.Event()
+
+    def make() -> Any:
+        reached.set()
+        go_on.wait(HANG)
+        return World()
+
+    collector = make_collector(make)
+    assert collector.stats().frames == 0
+    with in_thread(collector.start):
+        assert reached.wait(HANG)
+        assert collector.stats().frames == 0
+        go_on.set()
+    next(iter(collector))
+    collector.shutdown()
+    assert collector.stats() == collector.stats()
+    assert collector.stats().frames == 32
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"step_timeout": 0}, ValueError, "step_timeout must be a number of seconds above 0, or None, got 0"),
+        ({"reset_timeout": "5"}, ValueError, "reset_timeout must be a number of seconds above 0, or None, got '5'"),
+        ({"max_policy_lag": -1}, ValueError, "max_policy_lag must be an integer of at least 0, got -1"),
+        ({"num_envs": 2.0}, ValueError, "num_envs must be an integer of at least 1, got 2.0"),
+        ({"max_batch_size": 0}, ValueError, "max_batch_size must be an integer of at least 1, got 0"),
+        ({"frames_per_batch": 30}, ValueError, "a multiple of fragment_length, which is 8, got 30"),
+        ({"policy": 3}, TypeError, "policy must be callable, got int"),
+        ({"postproc": 3}, TypeError, "postproc must be callable, got int"),
+        ({"replay_buffer": 3}, TypeError, "replay_buffer.extend must be callable, got int"),
+        ({"info_keys": "lives"}, TypeError, "must be a sequence of names or a mapping, got the string 'lives'"),
+        ({"in_lockstep": True, "order": "first"}, ValueError, 'in_lockstep=True needs order="fair"'),
+    ],
+)
+def test_an_argument_that_makes_no_sense_is_refused_at_once(options: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        make_collector(**options)
+
+
+def test_lockstep_is_refused_where_it_could_not_be_kept() -> None:
+    with pytest.raises(ValueError, match="max_batch_size must be at least 2, got 1"):
+        make_collector(num_envs=4, in_lockstep=True, max_batch_size=1).start()
+    with pytest.raises(ValueError, match="autoreset_mode SAME_STEP or DISABLED"):
+        make_collector(lambda: gymnasium.vector.SyncVectorEnv([World] * 2), in_lockstep=True).start()
+
+
+def test_a_replay_buffer_gets_valid_steps_whatever_the_shape_after_postproc() -> None:
+    buffer: list[Any] = []
+    collector = make_collector(
+        num_envs=3, total_frames=45, replay_buffer=buffer, postproc=lambda batch: batch.reshape(-1)
+    )
+    assert list(collector) == [None, None]
+    assert len(buffer) == 45
+    assert all(step["collector", "mask"] for step in buffer)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    with make_collector(frames_per_batch=np.int64(16), total_frames=np.int64(24)) as collector:
+        assert [batch.shape for batch in collector] == [(2, 8), (1, 8)]
