@@ -102,8 +102,8 @@ class AsyncBatchedCollector:
         restarts: how often an environment that failed is made again; ``None``: never.
         min_envs: how many environments must be left; else :class:`CollectorError` ends the iteration.
         info_keys: entries of ``info`` that are kept: names of numbers, or a mapping to dtype, or to shape and dtype.
-        state_keys: entries that recurrent policies read, and write below ``"next"`` or under the same name; each begins
-            an episode with zeros, or with what a mapping gives for it, ``[*shape]``.
+        state_keys: entries that recurrent policies read, and write below ``"next"`` or under the same name: a mapping
+            to what an episode begins with, ``[*shape]``; or names, for policies that take missing ones for zeros.
         next_observation: whether batches have ``next.observation``, which takes as much memory as ``observation``.
             Without it a batch has the batch size ``[B]``, ``observation`` is ``[B, T + 1, *shape]``, and what episodes
             ended with is beside it; :func:`with_next_observation` makes the usual batch of it, or of a part.

@@ -69,8 +69,8 @@ README_BLOCKS = re.findall(
 
 @pytest.mark.examples
 def test_the_code_in_the_readme_runs_from_top_to_bottom() -> None:
-    assert len(README_BLOCKS) == 4
-    command = [sys.executable, "-W", "error", "-c", "\n".join(README_BLOCKS[:3])]
+    assert len(README_BLOCKS) == 5
+    command = [sys.executable, "-W", "error", "-c", "\n".join([*README_BLOCKS[:3], README_BLOCKS[4]])]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=IMPORTS, check=False)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout
