@@ -130,6 +130,7 @@ def test_values_of_another_shape_are_told_from_those_that_can_be_cast(many: int)
     column.put(right.tolist(), out, 0)
     assert (out[0] == 1).all()
     assert not column.gather([right, right[:, :1]], out, None)
+    assert not column.gather([right[:, :1], right[:, :1]], out, None)
     with pytest.raises(ValueError, match=r"observation has shape \[\d+, 1\], its space has \[\d+, 2\]"):
         column.put(right[:, :1], out, 0)
     assert not column.gather([right, np.array("text")], out, None)

@@ -245,6 +245,11 @@ def test_random_actions_depend_on_the_seed_of_the_row_alone() -> None:
     assert [pair[1] for pair in drawn] == [other.random_actions(np.array([0]))[0].item() for _ in range(20)]
     assert {value for pair in drawn for value in pair} == {3, 4, 5, 6, 7}
     assert [pair[0] for pair in drawn] != [pair[1] for pair in drawn]
+    one.replace(0, ScriptedEnv(), [2])
+    other.reset([2])
+    again = [one.random_actions(rows[:1])[0].item() for _ in range(20)]
+    assert again == [other.random_actions(np.array([0]))[0].item() for _ in range(20)]
+    assert again == [pair[1] for pair in drawn]
 
 
 def test_another_row_is_timed_each_step() -> None:

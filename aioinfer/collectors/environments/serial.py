@@ -114,7 +114,8 @@ class SerialStepper(Stepper):
         # Announces its calls as _call does, inline: this loop is what a collector's speed depends on.
         self._watch.begin(0, Phase.STEP)
         calls, since, member, timed_row = self._calls, self._since, self._member, self._timed_row
-        add_observation, add_reward, add_info = self._returned.append, self._rewards.append, self._infos.append
+        add_observation, add_reward = self._returned.append, self._rewards.append
+        add_info = self._infos.append if self._info_columns else None
         for row, step, action in self._left:
             now = monotonic()
             since[0] = now
@@ -133,7 +134,8 @@ class SerialStepper(Stepper):
                 self.sample = row, monotonic() - now
             add_observation(observation)
             add_reward(reward)
-            add_info(info)
+            if add_info is not None:
+                add_info(info)
             if not goes_on:
                 self._ended.append((row, bool(terminated)))
         self._store()
@@ -149,6 +151,8 @@ class SerialStepper(Stepper):
         if not (len(rows) == 0 or self._store_together(every)):
             rows = self._store_one_by_one(rows)
             every = rows
+        self._returned.clear()  # for the next step to find this memory free, and in the cache
+        self._infos.clear()
         self.stepped = rows
         where: Any = ... if every is None else every
         for next_observations, observations in zip(self.next_observations, self.observations, strict=True):
@@ -172,9 +176,8 @@ class SerialStepper(Stepper):
     def _store_one_by_one(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Do so for each row by itself, so that what can't be stored is a failure of its own environment."""
         stored = []
-        for row, observation, reward, info in zip(
-            rows.tolist(), self._returned, self._rewards, self._infos, strict=True
-        ):
+        infos = self._infos or [None] * len(self._returned)
+        for row, observation, reward, info in zip(rows.tolist(), self._returned, self._rewards, infos, strict=True):
             try:
                 for column, out in zip(self._columns, self.next_observations, strict=True):
                     column.put(observation, out, row)
