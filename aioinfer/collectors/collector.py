@@ -341,7 +341,12 @@ class AsyncBatchedCollector:
         if self._device is not None and isinstance(policy, torch.nn.Module):
             policy.to(self._device)
             request = request.to(self._device)
-        reply = run_once(policy, request, InteractionType(self._mode)).to("cpu")
+        try:
+            reply = run_once(policy, request, InteractionType(self._mode)).to("cpu")
+        except Exception as error:
+            if keys and states is None:
+                error.add_note("the policy was asked without states: let state_keys be a mapping to the first of each")
+            raise
         found = self._policy_layout(reply, layout, keys, states, sends_is_init)
         model = LockstepPolicy(policy, self._entropy) if self._in_lockstep else policy
         sizes = coordinator.group_sizes
@@ -670,6 +675,8 @@ class AsyncBatchedCollector:
         """
         if self._opened is not None:
             raise RuntimeError("the collector has started: load the state before")
+        if missing := {"entropy", "incarnations", "frames"} - state.keys():
+            raise ValueError(f"the state of a collector has {', '.join(sorted(missing))} too, got {list(state)}")
         if len(state["incarnations"]) != len(self._factories):
             raise ValueError(
                 f"the state is of {len(state['incarnations'])} environments, this collector has {len(self._factories)}"
@@ -738,6 +745,8 @@ def _factories(
     num_workers: int,
 ) -> list[Callable[[], Any]]:
     """One function without arguments for each member."""
+    if not isinstance(kwargs, Mapping | Sequence | None):
+        raise TypeError(f"create_env_kwargs must be a mapping or a sequence of them, got {type(kwargs).__qualname__}")
     given = list(create_env_fn) if isinstance(create_env_fn, Sequence) else [create_env_fn] * (num_envs or 1)
     if not given:
         raise ValueError("create_env_fn must have at least one environment")
@@ -755,6 +764,8 @@ def _factories(
             if id(make) in seen:
                 raise ValueError("the same environment was given twice")
             seen.add(id(make))
+            if arguments:
+                raise ValueError("create_env_kwargs are for functions that make environments, not for environments")
             factories.append(_Given(make))
         elif callable(make):
             factories.append(_Partial(make, dict(arguments)) if arguments else make)

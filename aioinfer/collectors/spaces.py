@@ -313,7 +313,7 @@ def _row_writer(space: Any, path: tuple[str, ...]) -> Callable[[Iterator[NDArray
             dict(zip(keys, values, strict=True)) for values in zip(*[write(leaves) for write in writers], strict=True)
         ]
     if kind == "Discrete":  # numpy's integers, as the space's own samples: Gymnasium checks them faster than Python's
-        return lambda leaves: list(next(leaves))
+        return lambda leaves: list(next(leaves).astype(np.int64, copy=False))
     if kind == "Text":
         return lambda leaves: list(next(leaves))
     dtype = np.dtype(space.dtype)

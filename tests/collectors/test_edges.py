@@ -274,6 +274,7 @@ def test_figures_can_be_asked_for_at_any_time() -> None:
         ({"postproc": 3}, TypeError, "postproc must be callable, got int"),
         ({"replay_buffer": 3}, TypeError, "replay_buffer.extend must be callable, got int"),
         ({"info_keys": "lives"}, TypeError, "must be a sequence of names or a mapping, got the string 'lives'"),
+        ({"create_env_kwargs": 3}, TypeError, "create_env_kwargs must be a mapping or a sequence of them, got int"),
         ({"in_lockstep": True, "order": "first"}, ValueError, 'in_lockstep=True needs order="fair"'),
     ],
 )
@@ -302,3 +303,44 @@ def test_a_replay_buffer_gets_valid_steps_whatever_the_shape_after_postproc() ->
 def test_numbers_of_numpy_are_numbers() -> None:
     with make_collector(frames_per_batch=np.int64(16), total_frames=np.int64(24)) as collector:
         assert [batch.shape for batch in collector] == [(2, 8), (1, 8)]
+
+
+def test_flags_and_numbers_of_any_size_are_discrete_actions() -> None:
+    for dtype in (torch.bool, torch.uint8, torch.int32):
+
+        def policy(td: TensorDictBase, dtype: torch.dtype = dtype) -> TensorDictBase:
+            return reply(len(td), action=torch.ones(len(td), dtype=dtype))
+
+        with make_collector(policy=policy) as collector:
+            assert next(iter(collector))["action"].dtype == dtype
+
+
+class Coroutines:
+    """An asynchronous environment, all of which share one action space."""
+
+    observation_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
+    action_space = gymnasium.spaces.Discrete(1000)
+
+    async def reset(self, *, seed: int | None = None) -> Any:
+        return np.zeros(1, np.float32), {}
+
+    async def step(self, action: Any) -> Any:
+        return np.zeros(1, np.float32), 0.0, False, False, {}
+
+
+def test_random_actions_of_an_asynchronous_environment_belong_to_its_seed() -> None:
+    seen = []
+    for num_envs in (1, 3):  # with others beside it, or without
+        with make_collector(Coroutines, num_envs=num_envs, init_random_frames=8 * num_envs) as collector:
+            batch = next(iter(collector))
+            seen.append(batch["action"][batch["collector", "env"][:, 0] == 0][0].tolist())
+    assert seen[0] == seen[1]
+
+
+def test_a_recurrent_policy_whose_first_states_are_not_known_is_refused_with_the_way_out() -> None:
+    policy = TensorDictModule(
+        lambda seen, h: (seen.sum(-1).long(), h + 1), ["observation", "h"], ["action", ("next", "h")]
+    )
+    with pytest.raises(KeyError) as caught:
+        make_collector(policy=policy, state_keys=["h"]).start()
+    assert "let state_keys be a mapping" in caught.value.__notes__[0]
