@@ -71,8 +71,9 @@ class AsyncBatchedCollector:
         create_env_fn: makes an environment; or a sequence of such functions, one for each environment; or of
             asynchronous environments. An environment is one of Gymnasium, vectorised or not; of torchrl; a parallel one
             of PettingZoo; or an object whose ``reset`` and ``step`` are coroutine functions.
-        policy: what is served: from a batch of observations ``[B]`` to actions ``[B]``. A copy of it is served, so that
-            weights are in use only once they are published: :meth:`update_policy_weights_`.
+        policy: what is served: a TensorDict module, or a function of a TensorDict, from observations ``[B]`` to actions
+            ``[B]``. It is a copy that is served, so that weights are in use only once they are published:
+            :meth:`update_policy_weights_`.
         policy_factory: makes the policy.
         server: a running server instead, which is left alone; with ``num_workers`` it needs a transport between
             processes. One of ``policy``, ``policy_factory`` and ``server`` is given.
