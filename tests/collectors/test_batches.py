@@ -164,7 +164,7 @@ def test_observations_and_actions_of_all_spaces_arrive_as_they_are(num_workers: 
         assert (batch["action"] == rich_action_of(batch))[asked].all()
         if num_workers == 0:
             counts = returned["count"].flatten().tolist()
-            said = [text for row in returned["say"].tolist() for text in row]
+            said = [text for row in returned.get("say").tolist() for text in row]
             assert said == [f"step {count}" for count in counts]
 
 
