@@ -20,7 +20,7 @@ from aioinfer.client import ClientMaker
 from aioinfer.collectors.coordinator import Coordinator
 from aioinfer.collectors.episodes import EpisodeAssembler
 from aioinfer.collectors.fragments import FragmentLayout
-from aioinfer.collectors.lockstep import LockstepPolicy, lockstep_weights
+from aioinfer.collectors.lockstep import TURN_KEY, LockstepPolicy, lockstep_weights
 from aioinfer.collectors.policy_layout import (
     PolicyLayout,
     example_request,
@@ -393,7 +393,7 @@ class AsyncBatchedCollector:
         if policy.sends_is_init:
             request.append(ArraySpec(("is_init",), (1,), np.dtype(np.bool_)))
         if policy.sends_turn:
-            request.append(ArraySpec(("_aioinfer_turn",), (2,), np.dtype(np.int64)))
+            request.append(ArraySpec((TURN_KEY,), (2,), np.dtype(np.int64)))
         reply = [*policy.action, *policy.outputs]
         reply += [ArraySpec(state.reply_path, state.spec.shape, state.spec.dtype) for state in policy.states]
         return ProcessSlotTransport(

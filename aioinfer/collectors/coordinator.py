@@ -346,7 +346,8 @@ class Coordinator:
                 case Failed(error):
                     self.fail(load_exception(error))
             self._grant()
-            self._notify()
+            if not isinstance(message, Progress) or message.finished:  # else there is nothing new to read
+                self._notify()
 
     def _note_progress(self, message: Progress) -> None:
         for env, row in message.finished:
