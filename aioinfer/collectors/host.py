@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from aioinfer.client import AsyncInferenceClient, ClientMaker, InferenceClient
-from aioinfer.collectors.environments import SerialStepper, Stepper, is_async, make_stepper
+from aioinfer.collectors.environments import Stepper, is_async, is_several, make_stepper
 from aioinfer.collectors.fragments import FragmentRing
 from aioinfer.collectors.group import EnvGroup, Episodes, as_failure, as_message
 from aioinfer.collectors.messages import (
@@ -139,12 +139,18 @@ class EnvHost:
             return self._decisions.pop(member, False)
 
     def _divide(self, envs: dict[int, Any], steppers: dict[int, Stepper | TaskStepper]) -> None:
-        """Share single environments out among the groups; what steps as one is a group of its own."""
-        single = [member for member, stepper in steppers.items() if isinstance(stepper, SerialStepper)]
-        size = math.ceil(len(single) / self._config.groups) or 1
-        shares = [single[start : start + size] for start in range(0, len(single), size)]
-        alone = [[member] for member in envs if member not in single]
-        for members in sorted(shares + alone):
+        """Share single environments out among the groups, by kind; what steps as one is a group of its own."""
+        shares: list[list[int]] = []
+        kinds: dict[type, list[int]] = {}
+        for member, env in envs.items():
+            if is_async(env) or is_several(env):
+                shares.append([member])
+            else:
+                kinds.setdefault(type(steppers[member]), []).append(member)
+        for single in kinds.values():
+            size = math.ceil(len(single) / self._config.groups)
+            shares += [single[start : start + size] for start in range(0, len(single), size)]
+        for members in sorted(shares):
             stepper = steppers[members[0]]
             sizes = (stepper.size, *[1] * (len(members) - 1))
             described = GroupMembers(tuple(members), sizes, stepper.is_uneven)
