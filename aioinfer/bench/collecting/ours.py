@@ -136,13 +136,17 @@ def _hang(job: Job, collection: Collection) -> Figures:
         _read(batches, job.warm_up)
         first, last = 0, collection.num_envs - 1
         ends: list[float] = []
+        watcher = threading.Thread(target=_watch, args=(int(log.pid[first]), ends), daemon=True)
         if collection.num_workers:
-            threading.Thread(target=_watch, args=(int(log.pid[first]), ends), daemon=True).start()
+            watcher.start()
         before = log.makings[first]
         log.told_to_hang[first] = 1
         _read_until(batches, lambda: log.makings[first] > before and log.first_step[first] > 0)
         # Its process is killed; a thread can't be, and the environment that takes its place is made.
-        noticed = ends[0] if collection.num_workers else float(log.made_from[first])
+        noticed = float(log.made_from[first])
+        if collection.num_workers:
+            watcher.join(_LIMIT)
+            noticed = ends[0]
         log.told_to_hang[last] = 1
         _read_until(batches, lambda: log.hung[last] > 0)
         closing = time.monotonic()
