@@ -1,4 +1,4 @@
-"""Learn CartPole live: a trainer in another process learns from what 32 tasks collect through one server."""
+"""Learn CartPole live: a trainer in another process learns from the batches of a collector of 32 environments."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ def run(options: argparse.Namespace) -> int:
         trainer died, the server closed early, there is no place for the results, or the extra ``demo`` is missing.
 
     Raises:
-        Exception: the error of an environment or of the model.
+        CollectorError: an environment failed; the error is its cause.
+        Exception: the error of the model.
     """
     # Looked for, not imported: matplotlib is not needed before the end, and takes a while.
     missing = next((name for name in _EXTRA if find_spec(name) is None), None)

@@ -7,6 +7,8 @@ import time
 from collections import deque
 from pathlib import Path
 
+from tensordict import TensorDictBase
+
 GOAL = 450.0
 """The average return at which the policy has learned; an episode of CartPole-v1 returns 500 at most."""
 
@@ -18,13 +20,15 @@ class LearningCurve:
     """Records the run from now on. Event loop only.
 
     Attributes:
+        frames: steps of all environments so far.
         episodes: for each: seconds since the start, its return, and the average from then on.
         goal: set when the goal is reached.
-        versions: seconds since the start, and the policy version that computed the replies from then on.
+        versions: seconds since the start, and the policy version that chose actions from then on.
     """
 
     def __init__(self) -> None:
         self.started = time.monotonic()
+        self.frames = 0
         self.episodes: list[tuple[float, float, float]] = []
         self.versions: list[tuple[float, int]] = []
         self._latest: deque[float] = deque(maxlen=WINDOW)
@@ -45,6 +49,14 @@ class LearningCurve:
         """Whether the goal has been reached."""
         return self.goal.is_set()
 
+    def add_batch(self, batch: TensorDictBase) -> None:
+        """Record what a batch ``[B, T]`` of the collector says."""
+        self.frames += int(batch["collector", "mask"].sum())
+        ended = batch["next", "done"].squeeze(-1)
+        for last_step in batch["collector", "step"][ended].tolist():
+            self.add_episode(last_step + 1.0)  # CartPole gives a reward of 1 for each step
+        self.see_version(int(batch["policy_version"].max()))
+
     def add_episode(self, episode_return: float) -> None:
         """Record an episode that has ended."""
         self._latest.append(episode_return)
@@ -54,7 +66,7 @@ class LearningCurve:
             self.goal.set()
 
     def see_version(self, version: int) -> None:
-        """Record that a reply came from this version."""
+        """Record that this version has chosen actions."""
         if not self.versions or version > self.versions[-1][1]:
             self.versions.append((self.elapsed, version))
 

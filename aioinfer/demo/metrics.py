@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from aioinfer.demo.learning_curve import LearningCurve
-from aioinfer.demo.rollout_workers import RolloutWorker
 from aioinfer.server import InferenceServer
 
 # The view shows the latest second: long enough for readable numbers, short enough to see them change.
@@ -32,7 +30,7 @@ class Metrics:
         average_return: of the latest episodes; ``None`` before the first has ended.
         episodes: ended since the run began.
         rate: frames per second.
-        batch_size: requests per forward pass; 0 without one.
+        batch_size: observations per forward pass; 0 without one.
         version: of the policy that computes the replies; 0 before the first weights.
         weights_age: seconds since the trainer published that version; ``None`` before the first weights.
     """
@@ -47,16 +45,14 @@ class Metrics:
 
 
 class MetricsReader:
-    """Reads the counters of the workers and of the server, without stopping any of them. Event loop only.
+    """Reads the counters of the run and of the server, without stopping any of them. Event loop only.
 
     Args:
-        workers: count their frames.
-        curve: holds the returns.
+        curve: counts frames and episodes.
         server: counts requests and batches.
     """
 
-    def __init__(self, workers: Sequence[RolloutWorker], curve: LearningCurve, *, server: InferenceServer) -> None:
-        self._workers = workers
+    def __init__(self, curve: LearningCurve, *, server: InferenceServer) -> None:
         self._curve = curve
         self._server = server
         self._published: dict[int, float] = {}
@@ -82,8 +78,8 @@ class MetricsReader:
     def _sample(self) -> _Sample:
         stats = self._server.stats()
         passes = sum(stats.batches.values())
-        frames = sum([worker.frames for worker in self._workers])
-        return _Sample(at=time.monotonic(), frames=frames, passes=passes, batched=stats.mean_batch_size * passes)
+        batched = stats.mean_batch_size * passes
+        return _Sample(at=time.monotonic(), frames=self._curve.frames, passes=passes, batched=batched)
 
     def _between(self, old: _Sample, new: _Sample) -> Metrics:
         seconds, passes, version = new.at - old.at, new.passes - old.passes, self._server.policy_version

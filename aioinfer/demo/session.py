@@ -1,7 +1,7 @@
-"""One run of the demo: 32 rollout workers and a trainer around one server, until the goal is reached or the time is up.
+"""One run of the demo: a collector and a trainer around one server, until the goal is reached or the time is up.
 
-The main thread runs the event loop of the workers and of the views. The model thread belongs to the server, and the
-trainer is another process.
+The main thread runs the event loop, which passes batches on and updates the view. Threads of the collector step the
+environments, the model thread belongs to the server, and the trainer is another process.
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ import argparse
 import asyncio
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
+from functools import partial
 
 import torch
 from tensordict.nn import TensorDictModule
 
+from aioinfer.collectors import AsyncBatchedCollector
 from aioinfer.demo.learning_curve import GOAL, WINDOW, LearningCurve, save_plot
 from aioinfer.demo.metrics import Metrics, MetricsReader
 from aioinfer.demo.policy import Actor, make_policy
-from aioinfer.demo.rollout_workers import RolloutBuffer, RolloutWorker
 from aioinfer.demo.trainer import TrainerProcess
 from aioinfer.demo.views import View, live_view, plain_view, suits_live_view, summary
 from aioinfer.errors import PeerDiedError, ServerClosedError
@@ -28,7 +29,7 @@ from aioinfer.transports.local import ThreadingTransport
 from aioinfer.weight_sync import MultiProcessWeightSyncScheme
 
 _ENVS = 32
-_TITLE = f"CartPole-v1, {_ENVS} tasks on one server, a trainer in another process"
+_TITLE = f"CartPole-v1, {_ENVS} environments on one server, a trainer in another process"
 
 
 def learn(options: argparse.Namespace) -> int:
@@ -81,40 +82,46 @@ async def _run(
 ) -> tuple[int, Metrics, LearningCurve]:
     import gymnasium
 
-    curve, buffer = LearningCurve(), RolloutBuffer()
-    with ExitStack() as stack:  # left in the reverse order: no environment is closed under its worker
-        workers = [
-            RolloutWorker(
-                stack.enter_context(closing(gymnasium.make("CartPole-v1"))),
-                _ENVS * options.seed + index,
-                buffer=buffer,
-                curve=curve,
-            )
-            for index in range(_ENVS)
-        ]
-        async with InferenceServer(policy, ThreadingTransport(), max_batch_size=_ENVS, weight_sync=scheme) as server:
-            reader, client = MetricsReader(workers, curve, server=server), server.async_client()
-            tasks = [
-                *[asyncio.create_task(worker.run(client)) for worker in workers],
-                asyncio.create_task(trainer.feed(buffer, reader.publish)),
-            ]
-            try:
-                with _view(options) as view:
-                    await _watch(tasks, curve, reader, view=view, seconds=options.seconds)
-                status = 0 if curve.learned else 1
-            except asyncio.CancelledError:  # Ctrl-C: asyncio.run cancels its main task, and no other code does
-                status = INTERRUPTED
-            except PeerDiedError as error:
-                print(error, file=sys.stderr)
-                status = 1
-            except ServerClosedError as error:
-                print(f"the server closed early: {error}", file=sys.stderr)
-                status = 1
-            finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
-            return status, reader.whole(), curve
+    curve = LearningCurve()
+    async with InferenceServer(policy, ThreadingTransport(), max_batch_size=_ENVS, weight_sync=scheme) as server:
+        reader = MetricsReader(curve, server=server)
+        try:
+            async with AsyncBatchedCollector(
+                partial(gymnasium.make, "CartPole-v1"),
+                server=server,
+                num_envs=_ENVS,
+                seed=options.seed,
+                restarts=None,  # a CartPole that fails would fail again
+                min_envs=_ENVS,
+            ) as collector:
+                tasks = [
+                    asyncio.create_task(_collect(collector, curve, trainer)),
+                    asyncio.create_task(trainer.feed(reader.publish)),
+                ]
+                try:
+                    with _view(options) as view:
+                        await _watch(tasks, curve, reader, view=view, seconds=options.seconds)
+                finally:
+                    for task in tasks:
+                        task.cancel()
+                    await asyncio.gather(*tasks, return_exceptions=True)
+            status = 0 if curve.learned else 1
+        except asyncio.CancelledError:  # Ctrl-C: asyncio.run cancels its main task, and no other code does
+            status = INTERRUPTED
+        except PeerDiedError as error:
+            print(error, file=sys.stderr)
+            status = 1
+        except ServerClosedError as error:
+            print(f"the server closed early: {error}", file=sys.stderr)
+            status = 1
+        return status, reader.whole(), curve
+
+
+async def _collect(collector: AsyncBatchedCollector, curve: LearningCurve, trainer: TrainerProcess) -> None:
+    """Read batches until cancelled, so that environments never wait for the trainer."""
+    async for batch in collector:
+        curve.add_batch(batch)
+        trainer.offer(batch)
 
 
 def _view(options: argparse.Namespace) -> AbstractContextManager[View]:

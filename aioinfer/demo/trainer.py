@@ -15,10 +15,10 @@ from contextlib import contextmanager
 from multiprocessing import resource_tracker
 
 import torch
+from tensordict import TensorDict, TensorDictBase
 
 from aioinfer.demo.policy import Actor, make_policy
-from aioinfer.demo.ppo import PPO
-from aioinfer.demo.rollout_workers import RolloutBuffer
+from aioinfer.demo.ppo import LEARNED_FROM, PPO
 from aioinfer.errors import PeerDiedError
 from aioinfer.weight_sync import MultiProcessWeightSyncScheme
 
@@ -39,7 +39,7 @@ def _train(scheme: MultiProcessWeightSyncScheme, channel: socket.socket, seed: i
         with channel, channel.makefile("rb") as batches:
             for version in itertools.count(1):
                 channel.sendall(_NOTICE.pack(version, time.monotonic()))
-                learner.update(pickle.load(batches))
+                learner.update(TensorDict.from_dict(pickle.load(batches), batch_dims=2))
                 scheme.send(version=version + 1)
     except (EOFError, pickle.UnpicklingError, ConnectionError):
         pass
@@ -56,6 +56,7 @@ class TrainerProcess:
     """
 
     def __init__(self, scheme: MultiProcessWeightSyncScheme, seed: int) -> None:
+        self._offered: asyncio.Queue[bytes] = asyncio.Queue(maxsize=1)
         self._channel, far = socket.socketpair()
         self._process = multiprocessing.get_context("spawn").Process(
             target=_train, args=(scheme, far, seed), name="aioinfer-trainer", daemon=True
@@ -63,11 +64,19 @@ class TrainerProcess:
         with far, _interrupts_held_back():
             self._process.start()
 
-    async def feed(self, buffer: RolloutBuffer, published: Callable[[int, float], None]) -> None:
-        """Send a batch each time that the trainer asks for one; never blocks the event loop.
+    def offer(self, batch: TensorDictBase) -> None:
+        """Copy a batch for the trainer, in place of one that it has not asked for yet. Event loop only.
+
+        So nobody waits for the trainer, and it never learns from a batch if there is a newer one.
+        """
+        if self._offered.full():
+            self._offered.get_nowait()
+        self._offered.put_nowait(pickle.dumps(batch.select(*LEARNED_FROM).numpy(), pickle.HIGHEST_PROTOCOL))
+
+    async def feed(self, published: Callable[[int, float], None]) -> None:
+        """Send the latest batch each time that the trainer asks for one; never blocks the event loop.
 
         Args:
-            buffer: holds the batches.
             published: called with a version and the time, by ``time.monotonic``, at which it was published.
 
         Raises:
@@ -77,7 +86,7 @@ class TrainerProcess:
         try:
             while True:
                 published(*_NOTICE.unpack(await reader.readexactly(_NOTICE.size)))
-                writer.write(pickle.dumps(await buffer.take(), pickle.HIGHEST_PROTOCOL))
+                writer.write(await self._offered.get())
                 await writer.drain()
         except (asyncio.IncompleteReadError, ConnectionError):
             # Its end of the channel closes a moment before the process is gone.

@@ -23,8 +23,8 @@ from aioinfer import InferenceServer, demo
 from aioinfer.demo import learning_curve, session
 from aioinfer.demo.metrics import Metrics
 from aioinfer.demo.policy import Actor, make_policy
-from aioinfer.demo.rollout_workers import RolloutBuffer
 from aioinfer.demo.views import View
+from aioinfer.errors import CollectorError
 from tests.demo.cartpole import ScriptedEnv
 
 # What is started, then interrupted: the demo, and after it a line that tells what it left behind.
@@ -64,7 +64,10 @@ class _IdleTrainer:
     def __init__(self, scheme: Any, seed: int) -> None:
         pass
 
-    async def feed(self, buffer: RolloutBuffer, published: Any) -> None:
+    def offer(self, batch: Any) -> None:
+        pass
+
+    async def feed(self, published: Any) -> None:
         await asyncio.Event().wait()
 
     def close(self) -> None:
@@ -197,7 +200,7 @@ def test_without_the_extra_one_line_says_what_to_install(
     assert capsys.readouterr() == ("", f'the demo needs {module}: pip install "aioinfer[demo]"\n')
 
 
-def test_an_environment_that_raises_ends_the_demo_with_its_error(
+def test_an_environment_that_raises_ends_the_demo_and_its_error_is_named(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def fall(step: int) -> tuple[bool, bool]:
@@ -206,8 +209,10 @@ def test_an_environment_that_raises_ends_the_demo_with_its_error(
     monkeypatch.setattr(session, "TrainerProcess", _IdleTrainer)
     monkeypatch.setattr(gymnasium, "make", lambda name: ScriptedEnv(fall))
 
-    with pytest.raises(ArithmeticError, match="the pole broke"):
+    with pytest.raises(CollectorError, match="the pole broke") as raised:
         _run("--out", str(tmp_path))
+
+    assert isinstance(raised.value.__cause__, ArithmeticError)
 
 
 def test_a_model_that_raises_ends_the_demo_with_its_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

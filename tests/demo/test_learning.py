@@ -1,176 +1,143 @@
-"""How the demo learns, collects, and keeps its curve."""
+"""How the demo learns, and keeps its curve."""
 
 from __future__ import annotations
 
-import asyncio
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
 
-import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
+from torch import Tensor
 
-from aioinfer import AsyncInferenceClient, InferenceServer, ThreadingTransport
+from aioinfer import InferenceServer, ThreadingTransport
 from aioinfer.demo.learning_curve import GOAL, WINDOW, LearningCurve, save_plot
 from aioinfer.demo.metrics import MetricsReader
 from aioinfer.demo.policy import Actor, make_policy
 from aioinfer.demo.ppo import PPO, estimate_advantages
-from aioinfer.demo.rollout_workers import Fragment, RolloutBuffer, RolloutWorker
-from tests.demo.cartpole import ScriptedEnv
 
 
-def _fragment(steps: int = 1, *, terminated: bool = False, actions: Any = None, reward: float = 1.0) -> Fragment:
-    return Fragment(
-        np.zeros((steps + 1, 4), np.float32),
-        np.zeros(steps, np.int64) if actions is None else actions,
-        np.full(steps, np.log(0.5), np.float32),
-        np.full(steps, reward, np.float32),
-        terminated,
+def _advantages(rewards: Sequence[float], values: Sequence[float], **events: Sequence[bool]) -> list[float]:
+    """Of one fragment, with a discount and a trace decay of a half."""
+    nothing = torch.zeros(1, len(rewards), dtype=torch.bool)
+    flags = {name: torch.tensor([steps]) for name, steps in events.items()}
+    found = estimate_advantages(
+        torch.tensor([rewards]),
+        torch.tensor([values[:-1]]),
+        torch.tensor([values[1:]]),
+        terminated=flags.get("terminated", nothing),
+        done=flags.get("done", flags.get("terminated", nothing)),
+        mask=flags.get("mask", ~nothing),
+        discount=0.5,
+        trace_decay=0.5,
     )
+    return [round(advantage, 6) for advantage in found[0].tolist()]
 
 
-class _Kept(RolloutBuffer):
-    """Keeps every fragment."""
-
-    def __init__(self) -> None:
-        self.fragments: list[Fragment] = []
-
-    def add(self, fragment: Fragment) -> None:
-        self.fragments.append(fragment)
+def _batch(actions: Tensor, log_probs: Tensor, rewards: Tensor, mask: Tensor | None = None) -> TensorDict:
+    """Episodes of one step each, in fragments ``[B, T]``."""
+    shape = actions.shape
+    flags = torch.ones(*shape, 1, dtype=torch.bool)
+    observation = torch.zeros(*shape, 4)
+    following = {"observation": observation, "reward": rewards.unsqueeze(-1), "terminated": flags, "done": flags}
+    collector = {"mask": flags.squeeze(-1) if mask is None else mask}
+    return TensorDict(
+        {
+            "observation": observation,
+            "action": actions,
+            "log_prob": log_probs,
+            "next": following,
+            "collector": collector,
+        },
+        batch_size=shape,
+    )
 
 
 # -- learning ------------------------------------------------------------------------------------------
 
 
 def test_advantages_are_those_worked_out_by_hand() -> None:
-    rewards, values = torch.ones(3), torch.tensor([0.5, 0.4, 0.3, 9.0])
-
-    ended = estimate_advantages(rewards, values, terminated=True, discount=0.5, trace_decay=0.5)
-    cut_off = estimate_advantages(rewards, values, terminated=False, discount=0.5, trace_decay=0.5)
+    values = [0.5, 0.4, 0.3, 9.0]
 
     # Errors 0.7, 0.75 and 0.7, the last of which is 5.2 if what follows is worth 9; a later one counts a quarter.
-    assert torch.allclose(ended, torch.tensor([0.93125, 0.925, 0.7]))
-    assert torch.allclose(cut_off, torch.tensor([1.2125, 2.05, 5.2]))
+    assert _advantages([1, 1, 1], values, terminated=[False, False, True]) == [0.93125, 0.925, 0.7]
+    assert _advantages([1, 1, 1], values) == [1.2125, 2.05, 5.2]
 
 
-def test_with_a_trace_that_does_not_decay_advantages_are_returns_less_values() -> None:
-    values = torch.tensor([3.0, 1.0, 4.0, 1.5])
+def test_an_episode_that_was_truncated_counts_what_would_have_followed_and_nothing_of_the_next_one() -> None:
+    first, second, third = _advantages([1, 1, 1], [0.5, 0.4, 0.3, 9.0], done=[True, False, False])
 
-    found = estimate_advantages(torch.ones(3), values, terminated=False, discount=1.0, trace_decay=1.0)
+    assert first == 0.7
+    assert (second, third) == (2.05, 5.2)
 
-    assert torch.allclose(found, torch.tensor([4.5, 3.5, 2.5]) - values[:-1])
+
+def test_what_is_behind_the_end_of_a_fragment_counts_nowhere() -> None:
+    found = _advantages([1, 1, 0], [0.5, 0.4, 0.3, 9.0], mask=[True, True, False])
+
+    assert found == [0.8875, 0.75, 0.0]
 
 
 def test_ppo_learns_which_of_two_actions_is_rewarded() -> None:
     torch.manual_seed(0)
     actor = Actor()
     learner, policy = PPO(actor), make_policy(actor)
-    observations = torch.zeros(64, 4)
     for _ in range(8):
         with torch.no_grad():
-            played = policy(TensorDict({"observation": observations}, [64]))
-        learner.update(
-            [
-                Fragment(
-                    np.zeros((2, 4), np.float32),
-                    np.array([action]),
-                    np.array([log_prob], np.float32),
-                    np.array([action], np.float32),
-                    True,
-                )
-                for action, log_prob in zip(played["action"].tolist(), played["log_prob"].tolist(), strict=True)
-            ]
-        )
+            played = policy(TensorDict({"observation": torch.zeros(64, 4)}, [64])).reshape(8, 8)
+        learner.update(_batch(played["action"], played["log_prob"], played["action"].float()))
 
-    assert actor.log_probs(observations[0]).exp()[1] > 0.9
+    assert actor.log_probs(torch.zeros(4)).exp()[1] > 0.9
 
 
 def test_ppo_leaves_actions_alone_whose_probability_has_moved_beyond_the_clip_since_they_were_chosen() -> None:
     actor = Actor()
-    observations = np.zeros((2, 4), np.float32)
-    was_rare = Fragment(observations, np.array([0]), np.full(1, -5.0, np.float32), np.ones(1, np.float32), True)
-    was_sure = Fragment(observations, np.array([1]), np.zeros(1, np.float32), np.zeros(1, np.float32), True)
     before = actor.log_probs(torch.zeros(4)).tolist()
+    was_rare_and_was_sure = _batch(torch.tensor([[0, 1]]), torch.tensor([[-5.0, 0.0]]), torch.tensor([[1.0, 0.0]]))
 
-    PPO(actor).update([was_rare, was_sure])
+    PPO(actor).update(was_rare_and_was_sure)
 
     assert actor.log_probs(torch.zeros(4)).tolist() == before
 
 
-# -- collecting ----------------------------------------------------------------------------------------
+def test_ppo_does_not_learn_from_what_is_behind_the_end_of_a_fragment() -> None:
+    torch.manual_seed(0)
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    actions, log_probs = torch.tensor([[0, 1, 0], [1, 0, 1]]), torch.full((2, 3), -0.7)
+    rewards, others = torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, 1.0]]), torch.tensor([[1.0, 0.0, 9.0], [1.0, 0.0, 1.0]])
+    actors = Actor(), Actor()
+    actors[1].load_state_dict(actors[0].state_dict())
 
+    for actor, seen in zip(actors, (rewards, others), strict=True):
+        torch.manual_seed(1)
+        PPO(actor).update(_batch(actions, log_probs, seen, mask))
 
-async def test_rollouts_keep_the_newest_fragments_that_make_up_a_batch() -> None:
-    buffer = RolloutBuffer(steps=10)
-    fragments = [_fragment(4) for _ in range(5)]
-    for fragment in fragments:
-        buffer.add(fragment)
-
-    assert await buffer.take() == fragments[-3:]
-
-
-async def test_a_batch_waits_until_it_is_full_and_a_cancelled_wait_loses_nothing() -> None:
-    buffer = RolloutBuffer(steps=2)
-    first, second = _fragment(), _fragment()
-    buffer.add(first)
-    cancelled = asyncio.create_task(buffer.take())
-    await asyncio.sleep(0)
-    cancelled.cancel()
-    await asyncio.wait([cancelled])
-    taken = asyncio.create_task(buffer.take())
-    await asyncio.sleep(0)
-    assert not taken.done()
-
-    buffer.add(second)
-
-    assert await taken == [first, second]
-
-
-async def _play(env: ScriptedEnv, steps: int) -> tuple[list[Fragment], LearningCurve]:
-    """What a worker hands over in so many steps, at the last of which its client fails."""
-    replies = iter(range(steps))
-
-    async def client(request: TensorDict) -> TensorDict:
-        step = next(replies)
-        return TensorDict(
-            {
-                "action": torch.tensor(1),
-                "log_prob": -0.5 * request["observation"][0],
-                "policy_version": torch.tensor(step),
-            }
-        )
-
-    buffer, curve = _Kept(), LearningCurve()
-    worker = RolloutWorker(cast(Any, env), 0, buffer=buffer, curve=curve)
-    with pytest.raises(RuntimeError):  # what becomes of StopIteration in a coroutine
-        await worker.run(cast(AsyncInferenceClient, client))
-    assert worker.frames == steps
-    return buffer.fragments, curve
-
-
-async def test_an_episode_is_handed_over_in_fragments_that_continue_one_another() -> None:
-    (first, second), curve = await _play(ScriptedEnv(lambda step: (step == 70, False)), 72)
-
-    assert (len(first), len(second)) == (64, 6)
-    assert (first.terminated, second.terminated) == (False, True)
-    assert [*first.observations[:, 0], *second.observations[1:, 0]] == [*range(71)]
-    assert [*first.log_probs, *second.log_probs] == [-0.5 * step for step in range(70)]
-    assert {*first.actions, *second.actions, *first.rewards} == {1}
-    assert [episode[1:] for episode in curve.episodes] == [(70.0, 70.0)]
-    assert [version for _, version in curve.versions] == [63, 69]
-
-
-async def test_an_episode_that_the_time_limit_cuts_off_has_not_terminated() -> None:
-    (fragment,), curve = await _play(ScriptedEnv(lambda step: (False, step == 5)), 7)
-
-    assert not fragment.terminated
-    assert len(fragment.observations) == 6
-    assert [episode[1] for episode in curve.episodes] == [5.0]
+    assert all(map(torch.equal, actors[0].state_dict().values(), actors[1].state_dict().values()))
 
 
 # -- the learning curve --------------------------------------------------------------------------------
+
+
+def test_a_batch_tells_of_the_episodes_that_ended_in_it() -> None:
+    curve = LearningCurve()
+    done = torch.tensor([[False, True, False], [True, False, False]])
+    curve.add_batch(
+        TensorDict(
+            {
+                "next": {"done": done.unsqueeze(-1)},
+                "collector": {
+                    "step": torch.tensor([[68, 69, 0], [4, 0, 0]]),
+                    "mask": torch.tensor([[True, True, True], [True, True, False]]),
+                },
+                "policy_version": torch.tensor([[3, 4, 4], [4, 5, 0]]),
+            },
+            batch_size=[2, 3],
+        )
+    )
+
+    assert curve.frames == 5
+    assert [episode[1:] for episode in curve.episodes] == [(70.0, 70.0), (5.0, 37.5)]
+    assert [version for _, version in curve.versions] == [5]
 
 
 def test_the_goal_is_an_average_over_as_many_episodes_as_the_window_has() -> None:
@@ -197,7 +164,7 @@ def test_one_good_episode_at_the_start_is_not_the_goal() -> None:
 
 def test_the_age_of_the_weights_in_use_counts_from_when_the_trainer_published_them() -> None:
     server = InferenceServer(make_policy(Actor()), ThreadingTransport(), policy_version=7)
-    reader, now = MetricsReader([], LearningCurve(), server=server), time.monotonic()
+    reader, now = MetricsReader(LearningCurve(), server=server), time.monotonic()
     assert reader.recent().weights_age is None
 
     reader.publish(6, now)
