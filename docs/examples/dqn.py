@@ -19,6 +19,7 @@ CAPACITY = 100_000
 UPDATES, MINIBATCH = 32, 128  # for each batch
 DISCOUNT = 0.99
 LEARNING_RATE = 1e-3
+TARGET_RATE = 0.3  # how much of the new weights the target takes over after each batch
 
 
 class EpsilonGreedy(nn.Module):
@@ -84,9 +85,10 @@ class Learner:
         self.schedule = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1.0, 0.01, batches)
 
     def learn(self, buffer: ReplayBuffer) -> None:
-        self.target.load_state_dict(self.values.state_dict())
         for _ in range(UPDATES):
             self.update(buffer.sample(MINIBATCH))
+        for older, newer in zip(self.target.parameters(), self.values.parameters(), strict=True):
+            older.data.lerp_(newer.data, TARGET_RATE)
         self.schedule.step()
 
     def update(self, steps: TensorDictBase) -> None:
