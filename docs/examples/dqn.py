@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from aioinfer.collectors import AsyncBatchedCollector
 
-ENVS, STEPS = 16, 16  # a batch is [16, 16]
-FRAMES = 150_000
+ENVS, STEPS = 8, 32  # a batch is [8, 32]
+FRAMES = 100_000
 RANDOM_FRAMES = 2_000
 EPSILON, EXPLORING = 0.02, 0.2  # epsilon falls from 1 to this within this part of the frames
 CAPACITY = 100_000
@@ -59,7 +59,7 @@ class ReplayBuffer:
 def look_ahead(batch: TensorDictBase) -> TensorDictBase:
     """Give each step of ``[B, T]`` the rewards until its episode or its fragment ends, and the observation there.
 
-    The steps of a fragment follow one another. A value learns faster from up to 16 rewards than from one.
+    The steps of a fragment follow one another. A value learns faster from up to 32 rewards than from one.
     """
     following, mask = batch["next"], batch["collector", "mask"]  # the mask is false behind the end of a cut fragment
     reward, observation = following["reward"].clone(), following["observation"].clone()
