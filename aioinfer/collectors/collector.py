@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import copy
+import os
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.utils import NestedKey
 
 from aioinfer.client import ClientMaker
-from aioinfer.collectors.coordinator import Coordinator
+from aioinfer.collectors.coordinator import LOOK_AGAIN, Coordinator
 from aioinfer.collectors.episodes import EpisodeAssembler
 from aioinfer.collectors.fragments import FragmentLayout
 from aioinfer.collectors.lockstep import TURN_KEY, LockstepPolicy, lockstep_weights
@@ -261,13 +262,14 @@ class AsyncBatchedCollector:
         self._incarnations = [0] * len(self._factories)
         self._frames_before = 0  # of the collector whose state was loaded
         self._recorder = StatsRecorder()
-        self._start_lock = threading.Lock()
+        self._start_lock = threading.RLock()  # a signal handler may shut down what it has interrupted
         self._opened: ExitStack | None = None
         self._coordinator: Coordinator | None = None
         self._server: Any = server
         self._lent: list[int] = []
         self._assembler: EpisodeAssembler | None = None
         self._closed = False
+        self._process = os.getpid()
 
     # -- start -----------------------------------------------------------------------------------------
 
@@ -315,6 +317,8 @@ class AsyncBatchedCollector:
                 self._recorder.start()
                 self._begin(coordinator, layout, policy_layout, uneven)
                 self._progress = opened.enter_context(show_progress(self)) if self._shows_progress else None
+                if self._closed:
+                    raise _was_shut_down()
                 shut_down = weakref.WeakMethod(self.shutdown)
                 self._at_exit = lambda: (method := shut_down()) and method(1.0)
                 atexit.register(self._at_exit)
@@ -473,18 +477,22 @@ class AsyncBatchedCollector:
         await self.ashutdown()
 
     def _running(self) -> Coordinator:
-        coordinator = self._coordinator
-        if self._closed or coordinator is None:
+        if self._closed or self._opened is None:
             raise RuntimeError("the collector does not run")
-        return coordinator
+        return self._started()
+
+    def _started(self) -> Coordinator:
+        """Of a collector that runs, or that another thread shuts down meanwhile."""
+        assert self._coordinator is not None
+        return self._coordinator
 
     def _is_finished(self) -> bool:
         if self._closed:
             return True
-        return self._running().scheduler.finished if self._assembler is None else self._assembler.finished
+        return self._started().scheduler.finished if self._assembler is None else self._assembler.finished
 
     def _wait(self) -> TensorDictBase | None:
-        coordinator = self._running()
+        coordinator = self._started()
         with coordinator.lock:
             self._release(coordinator)
             while True:
@@ -492,10 +500,10 @@ class AsyncBatchedCollector:
                     return None
                 if (batch := self._try_take(coordinator)) is not None:
                     return batch
-                coordinator.lock.wait()
+                coordinator.lock.wait(LOOK_AGAIN)
 
     async def _await(self) -> TensorDictBase | None:
-        coordinator, loop = self._running(), asyncio.get_running_loop()
+        coordinator, loop = self._started(), asyncio.get_running_loop()
         changed = asyncio.Event()
 
         def wake() -> None:
@@ -692,8 +700,11 @@ class AsyncBatchedCollector:
         """End all environments, workers and the server, unless that was given. Idempotent; any thread.
 
         What does not end within ``timeout`` seconds is killed; a thread of this process that an environment does
-        not return to is left behind. A reader that waits for a batch gets no more.
+        not return to is left behind. A reader that waits for a batch gets no more. In a forked child of the process
+        that made the collector nothing happens.
         """
+        if os.getpid() != self._process:
+            return
         self._closed = True
         if self._opened is None and self._coordinator is not None:
             self._coordinator.fail(_was_shut_down())  # it may be starting

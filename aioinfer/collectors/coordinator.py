@@ -47,7 +47,10 @@ from aioinfer.collectors.worker_pool import WorkerPool
 from aioinfer.errors import CollectorError, PeerDiedError, describe
 from aioinfer.ipc.pickling import load_exception
 
-__all__ = ["Coordinator", "Member"]
+__all__ = ["LOOK_AGAIN", "Coordinator", "Member"]
+
+LOOK_AGAIN = 1.0
+"""Seconds after which who waits looks again: a signal handler may have notified just before the wait began."""
 
 _log = logging.getLogger("aioinfer")
 
@@ -176,7 +179,8 @@ class Coordinator:
         self._late: dict[int, float] = {}  # by group: when its latest call began that took too long
         self._setup: _Setup | None = None
         self._stopping = False
-        self._paused = False
+        self._paused = 0  # how many want the environments to stop
+        self._pause = 0  # the number of the latest pause
         self._pool = WorkerPool(
             on_message=self._receive, on_exit=self._note_exit, on_tick=self._tick, host=EnvHost, stop=Stop()
         )
@@ -199,18 +203,20 @@ class Coordinator:
             for index, host in enumerate(self._hosts):
                 self._pool.launch(index, self._config(host))
         with self.lock:
-            self.lock.wait_for(
-                lambda: (
-                    self.error is not None
-                    or self._stopping
-                    or all(host.made or self._is_gone(host) for host in self._hosts)
-                )
-            )
+            while not self.lock.wait_for(self._has_made, LOOK_AGAIN):
+                pass
             self.check()
+            if self._stopping:
+                raise RuntimeError("the collector was shut down while it was started")
             assert self.layout is not None
             self._number_envs()
             uneven = any(group.is_uneven for host in self._hosts for group in host.groups)
             return self.layout, uneven
+
+    def _has_made(self) -> bool:
+        if self.error is not None or self._stopping:
+            return True
+        return all(host.made or self._is_gone(host) for host in self._hosts)
 
     def _config(self, host: _Host) -> HostConfig:
         factories = {
@@ -307,7 +313,7 @@ class Coordinator:
             memories = [memory for memory in (self.ring.memory, self.block.memory) if memory is not None]
             self._pool.send(index, message, [memory.fd for memory in memories])
         if self._paused:
-            self._send(index, Pause())
+            self._send(index, Pause(self._pause))
 
     def _seeds(self, member: Member) -> tuple[int, ...]:
         return tuple(env_seed(self._entropy, env, member.incarnation) for env in member.envs)
@@ -327,8 +333,8 @@ class Coordinator:
             match message:
                 case Progress():
                     self._note_progress(message)
-                case Making(number):
-                    self.members[number].making_since = time.monotonic()
+                case Making(number, under_way):
+                    self.members[number].making_since = time.monotonic() if under_way else None
                     self._pool.call_soon(_look_again)
                 case Made():
                     self._note_made(index, message)
@@ -341,8 +347,8 @@ class Coordinator:
                     self._fail_member(self.members[number], load_exception(error))
                 case ThreadLeft():
                     self._stats.abandon()
-                case Parked():
-                    self._hosts[index].parked = True
+                case Parked(number):
+                    self._hosts[index].parked = number == self._pause
                 case Failed(error):
                     self.fail(load_exception(error))
             self._grant()
@@ -460,7 +466,12 @@ class Coordinator:
             host.killed_for = {}
             if self.error is None and not self._is_gone(host):
                 _log.warning("worker %d %s: it is started again", index, how)
-                self._pool.launch(index, self._config(host))
+                try:
+                    self._pool.launch(index, self._config(host))
+                except Exception as launching:  # no descriptor is left, for example
+                    for member in here:
+                        if not member.retired:
+                            self._retire(member, launching)
             self._grant()
             self._notify()
 
@@ -606,22 +617,28 @@ class Coordinator:
             TimeoutError: they have not within ``timeout`` seconds. They stop as soon as they can.
         """
         with self.lock:
-            self._paused = True
+            self._paused += 1
+            self._pause += 1
             for index, host in enumerate(self._hosts):
                 host.parked = False
                 if host.begun:
-                    self._send(index, Pause())
-            done = self.lock.wait_for(
-                lambda: self.error is not None or all(host.parked or not host.begun for host in self._hosts), timeout
-            )
+                    self._send(index, Pause(self._pause))
+            done = self.lock.wait_for(self._has_parked, timeout)
             self.check()
             if not done:
                 raise TimeoutError(f"the environments have not stopped within {timeout} s")
 
+    def _has_parked(self) -> bool:
+        if self.error is not None or self._stopping:
+            return True
+        return all(host.parked or not host.begun for host in self._hosts)
+
     def resume(self) -> None:
-        """Let the environments go on."""
+        """Let the environments go on, unless another pause lasts on."""
         with self.lock:
-            self._paused = False
+            self._paused -= 1
+            if self._paused:
+                return
             for index, host in enumerate(self._hosts):
                 if host.begun:
                     self._send(index, Resume())
@@ -634,9 +651,11 @@ class Coordinator:
             for index in range(len(self._hosts)):
                 self._send(index, Stop())
             self._notify()
-        if self._local is not None:
-            self._local.join(max(0.0, deadline - time.monotonic()))
-        self._pool.close(max(0.0, deadline - time.monotonic()))
+        try:
+            if self._local is not None:
+                self._local.join(max(0.0, deadline - time.monotonic()))
+        finally:
+            self._pool.close(max(0.0, deadline - time.monotonic()))
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,10 @@ class EnvGroup:
         self._tell(self._set_stopping)
 
     def join(self, timeout: float | None) -> bool:
-        """Wait for the thread to end; returns whether it has."""
+        """Wait for the thread to end; returns whether it has. One that was never started closes them here."""
+        if self._thread.ident is None:
+            self.stepper.close()
+            return True
         self._thread.join(timeout)
         return not self._thread.is_alive()
 

@@ -9,7 +9,9 @@ import math
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from functools import partial
+from itertools import pairwise
 from typing import Any, Protocol
 
 from aioinfer.client import AsyncInferenceClient, ClientMaker, InferenceClient
@@ -87,6 +89,8 @@ class EnvHost:
         self._own_loop: asyncio.AbstractEventLoop | None = None
         self._can_abandon = can_abandon
         self._divided: list[tuple[GroupMembers, list[Any]]] = []
+        self._unused: list[Any] = []  # environments that no group has
+        self._has_made = threading.Event()  # whether ``make`` has returned
         self._groups: list[_Group] = []
         self._clients: list[InferenceClient | AsyncInferenceClient] = []
         self._by_member: dict[int, _Group] = {}
@@ -96,12 +100,19 @@ class EnvHost:
         self._stopping = False
         self._making: set[int] = set()  # members that are being made
         self._cancelled: set[int] = set()  # and those whose making has taken too long
-        self._parked = 0
+        self._parked: set[_Group] = set()  # in the latest pause
+        self._pause = 0
 
     # -- make ------------------------------------------------------------------------------------------
 
     def make(self) -> None:
         """Make the environments, and report :class:`Made`. Blocks: the factories are the user's."""
+        try:
+            self._make()
+        finally:
+            self._has_made.set()
+
+    def _make(self) -> None:
         envs: dict[int, Any] = {}
         steppers: dict[int, Stepper | TaskStepper] = {}
         layout: EnvLayout | None = None
@@ -110,6 +121,7 @@ class EnvHost:
                 self._report(Making(member))
                 try:
                     env = self._call(member, factory)
+                    self._unused.append(env)
                     stepper = self._stepper([env], Watch())
                     if layout is not None and stepper.layout != layout:
                         raise ValueError(f"the spaces of environment {member} are not those of the others")
@@ -123,6 +135,7 @@ class EnvHost:
                 layout = stepper.layout
                 envs[member], steppers[member] = env, stepper
                 break
+            self._report(Making(member, under_way=False))
             if self._stopping:
                 return
         self._divide(envs, steppers)
@@ -148,8 +161,10 @@ class EnvHost:
             else:
                 kinds.setdefault(type(steppers[member]), []).append(member)
         for single in kinds.values():
-            size = math.ceil(len(single) / self._config.groups)
-            shares += [single[start : start + size] for start in range(0, len(single), size)]
+            # With fewer members, when a worker is started again, there are never more groups than before.
+            count = min(self._config.groups, len(single))
+            bounds = [index * len(single) // count for index in range(count + 1)]
+            shares += [single[start:end] for start, end in pairwise(bounds)]
         for members in sorted(shares):
             stepper = steppers[members[0]]
             sizes = (stepper.size, *[1] * (len(members) - 1))
@@ -175,10 +190,13 @@ class EnvHost:
                 self._decide(member, False)
             case Cancelled(member, seconds):
                 self._cancel(member, seconds)
-            case Pause():
-                self._parked = 0
+            case Pause(number):
+                with self._lock:
+                    self._parked, self._pause = set(), number
+                if not self._groups:
+                    self._report(Parked(number))
                 for group in self._groups:
-                    group.pause(self._note_parked)
+                    group.pause(partial(self._note_parked, group, number))
             case Resume():
                 for group in self._groups:
                     group.resume()
@@ -207,6 +225,8 @@ class EnvHost:
             self._by_member.update(dict.fromkeys(members.members, group))
             self._by_env.update(dict.fromkeys(setup.envs, group))
         self._groups = groups
+        used = {id(env) for _, envs in self._divided for env in envs}
+        self._unused = [env for env in self._unused if id(env) not in used]
         for group in groups:
             group.start()
 
@@ -261,12 +281,13 @@ class EnvHost:
         finally:
             loop.close()
 
-    def _note_parked(self) -> None:
+    def _note_parked(self, group: _Group, number: int) -> None:
         with self._lock:
-            self._parked += 1
-            all_parked = self._parked == len(self._groups)
+            if number == self._pause:
+                self._parked.add(group)
+            all_parked = number == self._pause and len(self._parked) == len(self._groups)
         if all_parked:
-            self._report(Parked())
+            self._report(Parked(number))
 
     # -- members that are made again -------------------------------------------------------------------
 
@@ -288,6 +309,7 @@ class EnvHost:
         except BaseException as error:
             self._report(as_failure(member, error))
             return
+        self._report(Making(member, under_way=False))
         self._by_member[member].replace(member, env, seeds)
 
     def _cancel(self, member: int, seconds: float | None) -> None:
@@ -319,6 +341,7 @@ class EnvHost:
             self._lock.wait_for(lambda: made.done() or member in self._cancelled or self._stopping)
             self._making.discard(member)
         if not made.done():
+            made.add_done_callback(self._close_late)
             raise TimeoutError(f"environment {member} was not made in time")
         return made.result()
 
@@ -328,14 +351,38 @@ class EnvHost:
 
     # -- end -------------------------------------------------------------------------------------------
 
+    def _close_late(self, made: Any) -> None:
+        """Close what a factory has returned that was not waited for."""
+        if made.exception() is None:
+            self._close(made.result())
+
+    def _close_unused(self) -> None:
+        while self._unused:
+            self._close(self._unused.pop())
+
+    def _close(self, env: Any) -> None:
+        """Close an environment that no group has."""
+        try:
+            closing = env.close() if hasattr(env, "close") else None
+            if not inspect.isawaitable(closing):
+                return
+            if self._loop is None or self._loop.is_closed():
+                asyncio.run(_wait_for(closing))
+            else:
+                asyncio.run_coroutine_threadsafe(_wait_for(closing), self._loop).result()
+        except BaseException:  # code of the user's may raise anything
+            _log.warning("close() of an environment raised", exc_info=True)
+
     def join(self, timeout: float | None) -> bool:
         """After :class:`Stop`: wait until all groups have ended; returns whether they have."""
         deadline = None if timeout is None else time.monotonic() + timeout
+        if self._has_made.wait(timeout) and self._unused:
+            closed = run_in_thread(self._close_unused, "aioinfer-close")
+            with suppress(TimeoutError):
+                closed.result(None if deadline is None else max(0.0, deadline - time.monotonic()))
         ended = [
             group.join(None if deadline is None else max(0.0, deadline - time.monotonic())) for group in self._groups
         ]
-        if not self._groups:
-            self._close_unused()
         for client in self._clients:
             client.close()
         if self._own_loop is not None:
@@ -343,22 +390,6 @@ class EnvHost:
             self._own_loop = None
         return all(ended)
 
-    def _close_unused(self) -> None:
-        """Close environments that were made, and that no group has got."""
-        for _, envs in self._divided:
-            for env in envs:
-                try:
-                    closing = env.close() if hasattr(env, "close") else None
-                    if inspect.isawaitable(closing):
-                        asyncio.run_coroutine_threadsafe(_await(closing), self._event_loop()).result(_CLOSE_TIMEOUT)
-                except Exception:
-                    _log.warning("close() of an environment raised", exc_info=True)
-        self._divided = []
 
-
-async def _await(awaitable: Awaitable[object]) -> None:
-    await awaitable
-
-
-_CLOSE_TIMEOUT = 1.0
-"""Seconds that an asynchronous environment has to close that was never stepped."""
+async def _wait_for(closing: Awaitable[Any]) -> None:
+    await closing

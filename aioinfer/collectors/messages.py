@@ -127,7 +127,9 @@ class Cancelled(NamedTuple):
 
 
 class Pause(NamedTuple):
-    """Stop between two steps, and send :class:`Parked`."""
+    """Stop between two steps, and send :class:`Parked` with the same number."""
+
+    number: int
 
 
 class Resume(NamedTuple):
@@ -142,9 +144,10 @@ class Stop(NamedTuple):
 
 
 class Making(NamedTuple):
-    """The factory of a member is called now."""
+    """The factory of a member is called now, or it has returned."""
 
     member: int
+    under_way: bool = True
 
 
 class Made(NamedTuple):
@@ -187,6 +190,9 @@ class Progress(NamedTuple):
 
 class Parked(NamedTuple):
     """All groups of the host have stopped between two steps."""
+
+    number: int
+    """Of the pause, as one that was given up may have its answer late."""
 
 
 class Failed(NamedTuple):

@@ -253,7 +253,8 @@ class EnvTask:
                     await first()
                 await self._run_until_stopped()
         except asyncio.CancelledError:
-            pass
+            if self._task is task and not self._stopping:  # not by us: the program has ended its event loop
+                self._report(Failed(as_message(RuntimeError(f"the task of environment {self.envs[0]} was cancelled"))))
         except BaseException as error:
             if self._task is task:
                 self._report(Failed(as_message(error)))
@@ -312,6 +313,8 @@ class EnvTask:
             task.uncancel()
             if isinstance(error, asyncio.CancelledError) and not self._stopping:
                 raise self._timeout()
+        if isinstance(error, asyncio.CancelledError) and not task.cancelling():
+            raise RuntimeError(f"environment {self.envs[0]} was cancelled by itself") from error
         if error is not None:
             raise error
         return result
