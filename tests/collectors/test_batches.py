@@ -27,7 +27,7 @@ from aioinfer.collectors.seeds import env_seed, make_entropy
 from tests.collectors.worlds import (
     AsyncWorld,
     World,
-    as_step,
+    as_steps,
     assert_equal,
     assert_plain,
     make_policy,
@@ -344,11 +344,8 @@ def test_batches_are_post_processed_and_handed_to_a_replay_buffer() -> None:
         assert data["collector", "mask"].all()
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_whole_episodes_are_yielded_where_asked(num_workers: int) -> None:
-    batches = collect(
-        World, None, num_envs=3, num_workers=num_workers, yield_completed_trajectories=True, total_frames=300
-    )
+def test_whole_episodes_of_workers_are_yielded_where_asked() -> None:
+    batches = collect(World, None, num_envs=3, num_workers=1, yield_completed_trajectories=True, total_frames=300)
     assert sum(map(len, batches)) >= 300
     policy = make_policy()
     loops = {env: plain_steps(World, env_seed(make_entropy(3), env, 0), policy) for env in range(3)}
@@ -358,35 +355,8 @@ def test_whole_episodes_are_yielded_where_asked(num_workers: int) -> None:
         assert batch["next", "done"][-1]
         starts = batch["is_init"][1:, 0]
         assert torch.equal(starts, batch["next", "done"][:-1, 0])
-        for step in batch.unbind(0):
-            found = as_step(step)
-            assert_equal(found, next(loops[int(step["collector", "env"])]))
-
-
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_observations_may_be_stored_once(num_workers: int) -> None:
-    batches = collect(
-        [World, World, lambda: SyncVectorEnv([Relaxed] * 2)],
-        None,
-        num_workers=num_workers,
-        total_frames=333,
-        next_observation=False,
-    )
-    for batch in batches:
-        assert batch.batch_size == (len(batch),)
-        assert "observation" not in batch["next"]
-        once, final_step = batch["observation"], batch["collector", "final_step"]
-        assert once.shape == (len(batch), 9, 3)
-        following = once[:, 1:].clone()
-        for row, place in (final_step >= 0).nonzero().tolist():
-            step = final_step[row, place]
-            assert batch["next", "done"][row, step]
-            following[row, step] = batch["collector", "final", "observation"][row, place]
-        batch["observation"], batch["next", "observation"] = once[:, :8], following
-    sparse = ("collector", "final"), ("collector", "final_step")
-    steps = steps_by_env([batch.exclude(*sparse).auto_batch_size_(2) for batch in batches])
-    assert_plain(steps, seed=3)
-    assert sum(map(len, steps.values())) == 333
+        for env, step in zip(batch["collector", "env"].tolist(), as_steps(batch), strict=True):
+            assert_equal(step, next(loops[env]))
 
 
 # -- pause and figures -------------------------------------------------------------------------------------

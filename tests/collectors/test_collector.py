@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from aioinfer.collectors import AsyncBatchedCollector, with_next_observation
-from tests.collectors.worlds import World, as_step, assert_plain, make_policy, steps_by_env
+from tests.collectors.worlds import World, as_steps, assert_plain, make_policy, steps_by_env
 
 
 def collect(count: int | None = None, **options: Any) -> list[Any]:
@@ -66,6 +66,6 @@ def test_whole_episodes_are_those_of_a_plain_loop() -> None:
     found: dict[int, list[Any]] = {}
     for batch in batches:
         assert bool(batch["next", "done"][-1])
-        for one in batch.unbind(0):
-            found.setdefault(int(one["collector", "env"]), []).append(as_step(one))
+        for env, one in zip(batch["collector", "env"].tolist(), as_steps(batch), strict=True):
+            found.setdefault(env, []).append(one)
     assert_plain(found, seed=3)

@@ -61,7 +61,7 @@ def test_batches_in_lockstep_are_the_same_from_run_to_run(num_workers: int, num_
         return collect(World, num_envs=num_envs, num_workers=num_workers, in_lockstep=True, seed=seed)
 
     first = run()
-    assert all(is_same(first, run()) for _ in range(2))
+    assert is_same(first, run())
     assert not is_same(first, run(seed=4))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
@@ -82,19 +83,19 @@ def make_policy() -> TensorDictModule:
 Step = dict[str, Any]
 
 
-def plain_steps(make: Callable[[], Any], seed: int, policy: Callable[[Any], Any]) -> Iterator[Step]:
+def plain_steps(make: Callable[[], Any], seed: int, policy: TensorDictModule) -> Iterator[Step]:
     """What the loop yields that everybody writes first."""
     env = make()
     observation, _ = env.reset(seed=seed)
     first, episode_step = True, 0
     while True:
-        reply = policy(TensorDict({"observation": torch.from_numpy(observation)[None]}, [1]))
-        action = int(reply["action"])
+        chosen, score = policy.module(torch.from_numpy(observation)[None])
+        action = int(chosen)
         following, reward, terminated, truncated, _ = env.step(action)
         yield {
             "observation": observation,
             "action": action,
-            "score": float(reply["score"]),
+            "score": float(score),
             "is_init": first,
             "reward": np.float32(reward),
             "next": following,
@@ -113,35 +114,38 @@ def steps_by_env(batches: Sequence[TensorDictBase]) -> dict[int, list[Step]]:
     """The valid steps of batches ``[B, T]`` by environment, in the order in which they were delivered."""
     found: defaultdict[int, list[Step]] = defaultdict(list)
     for batch in batches:
-        for fragment in batch.unbind(0):
-            mask = fragment["collector", "mask"]
-            assert bool((mask.int().diff() <= 0).all()), "steps are valid up to a cut, and none behind it"
-            assert len(set(fragment["collector", "env"].tolist())) == 1, "a fragment is of one environment"
-            found[int(fragment["collector", "env"][0])].extend(map(as_step, fragment[mask].unbind(0)))
+        masks, envs = batch["collector", "mask"], batch["collector", "env"]
+        assert bool((masks.int().diff() <= 0).all()), "steps are valid up to a cut, and none behind it"
+        assert bool((envs == envs[:, :1]).all()), "a fragment is of one environment"
+        steps = iter(as_steps(batch[masks]))
+        for env, length in zip(envs[:, 0].tolist(), masks.sum(-1).tolist(), strict=True):
+            found[env].extend(itertools.islice(steps, length))
     return dict(found)
 
 
-def as_step(td: TensorDictBase) -> Step:
+def as_steps(td: TensorDictBase) -> list[Step]:
+    """Steps in a TensorDict ``[N]``."""
     following = td["next"]
-    assert bool(following["done"]) == (bool(following["terminated"]) or bool(following["truncated"]))
-    assert not any(bool(td[key]) for key in ("done", "terminated", "truncated"))
-    return {
+    assert torch.equal(following["done"], following["terminated"] | following["truncated"])
+    assert not any(td[key].any() for key in ("done", "terminated", "truncated"))
+    columns: dict[str, Any] = {
         "observation": td["observation"].numpy(),
-        "action": int(td["action"]),
-        "score": float(td["score"]),
-        "is_init": bool(td["is_init"]),
-        "reward": following["reward"].numpy()[0],
+        "action": td["action"].tolist(),
+        "score": td["score"].tolist(),
+        "is_init": td["is_init"][:, 0].tolist(),
+        "reward": following["reward"][:, 0].numpy(),
         "next": following["observation"].numpy(),
-        "terminated": bool(following["terminated"]),
-        "truncated": bool(following["truncated"]),
-        "step": int(td["collector", "step"]),
+        "terminated": following["terminated"][:, 0].tolist(),
+        "truncated": following["truncated"][:, 0].tolist(),
+        "step": td["collector", "step"].tolist(),
     }
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def assert_equal(found: Step, expected: Step) -> None:
     assert found.keys() == expected.keys()
     for key, value in expected.items():
-        np.testing.assert_array_equal(found[key], value, err_msg=key)
+        assert np.array_equal(found[key], value), f"{key}: {found[key]}, expected {value}"
 
 
 def assert_plain(steps: dict[int, list[Step]], *, seed: int, make: Callable[[], Any] = World) -> None:
