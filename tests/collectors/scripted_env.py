@@ -91,7 +91,7 @@ class ScriptedEnv(gymnasium.Env[Any, Any]):
         self._episode += 1
         self._step = 0
         replaced = self._at.get(("reset", self._episode), lambda: None)()
-        return self._observe(0) if replaced is None else replaced, {}
+        return self.observe(0) if replaced is None else replaced, {}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         assert self.action_space.contains(action), repr(action)
@@ -100,7 +100,7 @@ class ScriptedEnv(gymnasium.Env[Any, Any]):
         self._steps += 1
         episode = self.script[self._episode % len(self.script)]
         ends = self._step == episode.length
-        observation = self._observe(action) if replaced is None else replaced
+        observation = self.observe(action) if replaced is None else replaced
         info = {"twice": 2 * self._step} if self._step % 2 else {}
         return observation, action + self._step / 8, ends and episode.terminated, ends and episode.truncated, info
 
@@ -108,7 +108,7 @@ class ScriptedEnv(gymnasium.Env[Any, Any]):
         self.closed = True
         self._at.get(("close", 0), lambda: None)()
 
-    def _observe(self, action: int) -> Any:
+    def observe(self, action: int) -> Any:
         values = [self.np_random.integers(1000), self._episode, self._step, action]
         if self._buffer is None:
             return np.array(values, self._dtype)
@@ -128,8 +128,8 @@ class NestedEnv(ScriptedEnv):
             }
         )
 
-    def _observe(self, action: int) -> Any:
-        return {"values": super()._observe(action), "more": (self._step, f"step {self._step}")}
+    def observe(self, action: int) -> Any:
+        return {"values": super().observe(action), "more": (self._step, f"step {self._step}")}
 
 
 def action_of(row: int, step: int) -> int:

@@ -142,8 +142,8 @@ class Nested(FromZero):
         self._key = key
         self.observation_space = spaces.Dict({key: self.observation_space, "count": spaces.Box(0, 9, (), np.int64)})
 
-    def _observe(self, action: int) -> Any:
-        return {self._key: super()._observe(action), "count": np.int64(self._step)}
+    def observe(self, action: int) -> Any:
+        return {self._key: super().observe(action), "count": np.int64(self._step)}
 
 
 def test_observations_have_their_own_keys_and_none_that_batches_have_anyway() -> None:
@@ -181,7 +181,7 @@ def test_random_actions_are_of_the_spec_and_depend_on_the_seed_of_the_row_alone(
 
             def step(self, action: Any) -> Any:
                 assert self.action_space.contains(action), action
-                return self._observe(0), 0.0, False, False, {}
+                return self.observe(0), 0.0, False, False, {}
 
         env: gymnasium.Env[Any, Any] = Arm()
         return torchrl_envs.GymWrapper(env, categorical_action_encoding=categorical)

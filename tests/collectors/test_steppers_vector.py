@@ -315,7 +315,7 @@ def test_actions_of_nested_spaces_reach_vector_environments() -> None:
         def step(self, action: Any) -> Any:
             assert self.action_space.contains(action)
             taken.append(action)
-            return self._observe(0), 0.0, False, False, {}
+            return self.observe(0), 0.0, False, False, {}
 
     for env in (vector([Arm(), Arm()]), Arm()):
         stepper = make_stepper([env], Watch(), ())

@@ -220,8 +220,6 @@ def test_kills_at_random_moments_lose_steps_under_way_only(order: str, effort: E
             if rng.random() < 0.2:
                 time.sleep(rng.random() * 0.02)
                 killed += kill_one(rng)
-            if killed == kills:
+            if killed >= kills and sum(collector.stats().restarts.values()) >= kills:  # the last one was noticed
                 break
-        stats = collector.stats()
     assert_plain_with_restarts(steps_by_env(batches), seed=3)
-    assert sum(stats.restarts.values()) >= kills
