@@ -536,7 +536,7 @@ class AsyncBatchedCollector:
         version = self.policy_version
         while (taken := coordinator.scheduler.take(version)) is not None:
             rows, lengths = [row for row, _, _ in taken], [length for _, _, length in taken]
-            oldest = [coordinator.oldest_version(row, length) for row, length in zip(rows, lengths, strict=True)]
+            oldest = [coordinator.oldest_version(row) for row in rows]
             batch: TensorDictBase = coordinator.ring.batch(rows, lengths)
             lags = [version - old for old in oldest if old is not None]
             if self._assembler is None:

@@ -54,6 +54,10 @@ LOOK_AGAIN = 1.0
 
 _log = logging.getLogger("aioinfer")
 
+# Seconds that an environment has to return from a call when the collector ends, and how often that is looked at.
+_CALL_GRACE = 1.0
+_CALL_INTERVAL = 0.005
+
 
 @dataclass
 class Member:
@@ -175,6 +179,7 @@ class Coordinator:
         self._member_of_env: list[int] = []
         self._row_env: dict[int, int] = {}  # the rows that were granted and are not finished
         self._frames: list[int] = []  # of each environment
+        self._oldest: dict[int, int | None] = {}  # by row
         self._waiters: deque[Callable[[], None]] = deque()
         self._late: dict[int, float] = {}  # by group: when its latest call began that took too long
         self._setup: _Setup | None = None
@@ -367,9 +372,14 @@ class Coordinator:
         self._row_env.pop(row, None)
         length = int(self.ring.lengths[row])
         self._frames[env] += length
-        self.scheduler.finish(env, row, length, self.oldest_version(row, length))
+        self._oldest[row] = oldest = self._oldest_version(row, length)
+        self.scheduler.finish(env, row, length, oldest)
 
-    def oldest_version(self, row: int, length: int) -> int | None:
+    def oldest_version(self, row: int) -> int | None:
+        """The oldest version of the weights in a finished fragment; ``None`` if all of its actions are random."""
+        return self._oldest[row]
+
+    def _oldest_version(self, row: int, length: int) -> int | None:
         """The oldest version of the weights among the steps of a row; ``None`` if all of them are random."""
         versions = self.ring.columns[("policy_version",)][row, :length]
         asked = versions[~self.ring.columns["collector", "random"][row, :length]]
@@ -644,18 +654,41 @@ class Coordinator:
                     self._send(index, Resume())
 
     def close(self, timeout: float) -> None:
-        """End all environments, hosts and processes; what does not end in time is killed, or left behind."""
+        """End all environments, hosts and processes; what does not end in time is killed, or left behind.
+
+        An environment is not waited for that has not returned from a step, a reset or its making after a second and
+        twice the time of the longest step that is known.
+        """
         deadline = time.monotonic() + timeout
         with self.lock:
             self._stopping = True
             for index in range(len(self._hosts)):
                 self._send(index, Stop())
             self._notify()
+        stuck: list[int] = []
         try:
+            stuck = self._wait_for_calls(min(timeout, _CALL_GRACE + 2 * self._stats.longest_step()))
             if self._local is not None:
-                self._local.join(max(0.0, deadline - time.monotonic()))
+                self._local.join(max(0.0, min(deadline - time.monotonic(), _CALL_GRACE if stuck else timeout)))
         finally:
+            for index in stuck:
+                self._pool.kill(index)
             self._pool.close(max(0.0, deadline - time.monotonic()))
+
+    def _wait_for_calls(self, seconds: float) -> list[int]:
+        """Wait until no environment is stepped, reset or made; returns the hosts where one is all the same."""
+        deadline = time.monotonic() + seconds
+        while stuck := [index for index, host in enumerate(self._hosts) if self._is_calling(host)]:
+            if time.monotonic() >= deadline:
+                break
+            time.sleep(_CALL_INTERVAL)
+        return stuck
+
+    def _is_calling(self, host: _Host) -> bool:
+        if any(self.members[number].making_since is not None for number in host.members):
+            return True
+        phases = [int(self.block.watches[index].phase[0]) for index in host.indices] if host.begun else []
+        return any(phase in (Phase.STEP, Phase.RESET) for phase in phases)
 
 
 @dataclass(frozen=True)

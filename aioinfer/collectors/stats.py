@@ -171,6 +171,10 @@ class StatsRecorder:
         """Count environments that are made again."""
         self._restarts.update(envs)
 
+    def longest_step(self) -> float:
+        """Seconds of the longest step that was sampled lately."""
+        return max((seconds for steps in list(self._steps.values()) for seconds in steps), default=0.0)
+
     def timeout(self) -> None:
         """Count a call that took too long."""
         self.timeouts += 1
