@@ -10,6 +10,7 @@ import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -260,13 +261,16 @@ class AsyncBatchedCollector:
         self._shows_progress = progress
         self._entropy = make_entropy(seed)
         self._incarnations = [0] * len(self._factories)
-        self._frames_before = 0  # of the collector whose state was loaded
+        # Of the collector whose state was loaded: its frames, and the episodes that each environment has begun.
+        self._frames_before = 0
+        self._episodes_before: list[int] = []
         self._recorder = StatsRecorder()
         self._start_lock = threading.RLock()  # a signal handler may shut down what it has interrupted
         self._opened: ExitStack | None = None
         self._coordinator: Coordinator | None = None
         self._server: Any = server
         self._lent: list[int] = []
+        self._is_waited_for = False
         self._assembler: EpisodeAssembler | None = None
         self._closed = False
         self._process = os.getpid()
@@ -308,8 +312,7 @@ class AsyncBatchedCollector:
                 )
                 if self._closed:
                     coordinator.fail(_was_shut_down())
-                self._close_timeout = 5.0
-                opened.callback(lambda: coordinator.close(self._close_timeout))
+                opened.callback(coordinator.close)
                 layout, uneven = coordinator.make()
                 if self._num_workers:
                     _check_shareable(layout)
@@ -319,10 +322,11 @@ class AsyncBatchedCollector:
                 self._progress = opened.enter_context(show_progress(self)) if self._shows_progress else None
                 if self._closed:
                     raise _was_shut_down()
-                shut_down = weakref.WeakMethod(self.shutdown)
-                self._at_exit = lambda: (method := shut_down()) and method(1.0)
-                atexit.register(self._at_exit)
                 self._opened = opened.pop_all()
+                self._at_exit = partial(_end, self._opened, coordinator, 1.0)
+                atexit.register(self._at_exit)
+                self._finalizer = weakref.finalize(self, run_in_thread, self._at_exit, "aioinfer-shutdown")
+                self._finalizer.atexit = False  # threads can't be started then
 
     def _open_policy(self, layout: EnvLayout, coordinator: Coordinator, opened: ExitStack) -> PolicyLayout:
         """Find out what the policy returns, and serve it."""
@@ -437,6 +441,7 @@ class AsyncBatchedCollector:
             policy,
             self._fragment_layout(layout, policy),
             random_frames=[share + (env < more) for env in range(coordinator.num_envs)],
+            episodes=self._episodes_before,
             server=self._server,
             address=None if self._num_workers == 0 else self._server.address,
         )
@@ -493,7 +498,7 @@ class AsyncBatchedCollector:
 
     def _wait(self) -> TensorDictBase | None:
         coordinator = self._started()
-        with coordinator.lock:
+        with coordinator.lock, self._as_the_reader():
             self._release(coordinator)
             while True:
                 if self._closed:
@@ -510,17 +515,29 @@ class AsyncBatchedCollector:
             with suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 loop.call_soon_threadsafe(changed.set)
 
-        with coordinator.lock:
-            self._release(coordinator)
-        while True:
+        with self._as_the_reader():
             with coordinator.lock:
-                if self._closed:
-                    return None
-                if (batch := self._try_take(coordinator)) is not None:
-                    return batch
-                changed.clear()
-                coordinator.call_at_change(wake)
-            await changed.wait()
+                self._release(coordinator)
+            while True:
+                with coordinator.lock:
+                    if self._closed:
+                        return None
+                    if (batch := self._try_take(coordinator)) is not None:
+                        return batch
+                    changed.clear()
+                    coordinator.call_at_change(wake)
+                await changed.wait()
+
+    @contextmanager
+    def _as_the_reader(self) -> Iterator[None]:
+        """Wait for a batch, unless somebody does: to ask for a batch takes the one before from whoever has it."""
+        if self._is_waited_for:
+            raise RuntimeError("somebody waits for a batch of this collector already: it has one reader at a time")
+        self._is_waited_for = True
+        try:
+            yield
+        finally:
+            self._is_waited_for = False
 
     def _release(self, coordinator: Coordinator) -> None:
         """Give back the rows of the batch before. Under the lock."""
@@ -671,6 +688,7 @@ class AsyncBatchedCollector:
             "entropy": self._entropy,
             "incarnations": list(made),
             "frames": self._frames_before + self._recorder.frames,
+            "episodes": self._episodes_before if coordinator is None else coordinator.episodes(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -684,7 +702,7 @@ class AsyncBatchedCollector:
         """
         if self._opened is not None:
             raise RuntimeError("the collector has started: load the state before")
-        if missing := {"entropy", "incarnations", "frames"} - state.keys():
+        if missing := {"entropy", "incarnations", "frames", "episodes"} - state.keys():
             raise ValueError(f"the state of a collector has {', '.join(sorted(missing))} too, got {list(state)}")
         if len(state["incarnations"]) != len(self._factories):
             raise ValueError(
@@ -693,6 +711,7 @@ class AsyncBatchedCollector:
         self._entropy = state["entropy"]
         self._incarnations = [incarnation + 1 for incarnation in state["incarnations"]]
         self._frames_before = state["frames"]
+        self._episodes_before = list(state["episodes"])
 
     # -- end -------------------------------------------------------------------------------------------
 
@@ -712,14 +731,14 @@ class AsyncBatchedCollector:
             opened, self._opened = self._opened, None
         if opened is None:
             return
-        self._close_timeout = 5.0 if timeout is None else timeout
         atexit.unregister(self._at_exit)
+        self._finalizer.detach()
         coordinator = self._coordinator
         assert coordinator is not None
         with coordinator.lock:
             self._recorder.stop()
             coordinator.notify()
-        opened.close()
+        _end(opened, coordinator, 5.0 if timeout is None else timeout)
 
     async def ashutdown(self, timeout: float | None = 5.0) -> None:  # noqa: ASYNC109 - as shutdown
         """Do as :meth:`shutdown`, without blocking the event loop."""
@@ -748,6 +767,12 @@ class AsyncBatchedCollector:
         except asyncio.CancelledError:
             run_in_thread(self.shutdown, "aioinfer-shutdown")
             raise
+
+
+def _end(opened: ExitStack, coordinator: Coordinator, timeout: float) -> None:
+    """End what a collector has opened; without the collector, which may be gone."""
+    coordinator.close_timeout = timeout
+    opened.close()
 
 
 def _factories(

@@ -132,6 +132,7 @@ class Coordinator:
         layout: of the environments, once they are made.
         num_envs: how many there are, once they are made.
         error: why the collector has ended, if it failed.
+        close_timeout: seconds that closing may take.
     """
 
     def __init__(
@@ -154,6 +155,7 @@ class Coordinator:
         self.layout: EnvLayout | None = None
         self.num_envs = 0
         self.error: BaseException | None = None
+        self.close_timeout = 5.0
         self.members = [
             Member(number, factory, 0, incarnation=incarnation)
             for number, (factory, incarnation) in enumerate(zip(factories, incarnations, strict=True))
@@ -254,6 +256,7 @@ class Coordinator:
         layout: FragmentLayout,
         *,
         random_frames: Sequence[int],
+        episodes: Sequence[int],
         server: Any,
         address: str | None,
     ) -> None:
@@ -264,6 +267,7 @@ class Coordinator:
             policy: what requests to the policy and replies have.
             layout: of the ring.
             random_frames: how many steps each environment makes at random.
+            episodes: how many each environment has begun before, if it has.
             server: makes clients of the policy in this process.
             address: where workers find the policy.
         """
@@ -273,6 +277,8 @@ class Coordinator:
             self.scheduler = scheduler
             self.ring = FragmentRing(layout, scheduler.num_rows, shared=shared)
             self.block = ControlBlock(num_groups, self.num_envs, shared=shared)
+            if len(episodes) == self.num_envs:
+                self.block.episodes[:] = episodes
             self._setup = _Setup(policy, layout, tuple(random_frames), server, address)
             start = 0
             for host in self._hosts:
@@ -437,7 +443,10 @@ class Coordinator:
         left = sum(len(one.envs) or 1 for one in self.members if not one.retired)
         if left < self._min_envs:
             causes = self.retired
-            listed = "; ".join(f"environment {env}: {describe(cause)}" for env, cause in causes.items())
+            by_text: dict[str, list[str]] = {}
+            for env, cause in causes.items():
+                by_text.setdefault(describe(cause), []).append(str(env))
+            listed = "; ".join(f"environment {', '.join(envs)}: {text}" for text, envs in by_text.items())
             error = CollectorError(
                 f"{left} environments are left, min_envs is {self._min_envs}. {listed}", causes=causes
             )
@@ -601,6 +610,11 @@ class Coordinator:
         gone = [(env, one.cause) for one in self.members if one.retired for env in one.envs or (one.number,)]
         return {env: cause for env, cause in gone if cause is not None}
 
+    def episodes(self) -> list[int]:
+        """How many episodes each environment has begun."""
+        with self.lock:
+            return [] if self._setup is None else self.block.episodes.tolist()
+
     def watches(self) -> list[list[Watch]]:
         """Of the groups of each host. Under the lock."""
         return [[self.block.watches[index] for index in host.indices] for host in self._hosts]
@@ -653,12 +667,13 @@ class Coordinator:
                 if host.begun:
                     self._send(index, Resume())
 
-    def close(self, timeout: float) -> None:
+    def close(self) -> None:
         """End all environments, hosts and processes; what does not end in time is killed, or left behind.
 
         An environment is not waited for that has not returned from a step, a reset or its making after a second and
         twice the time of the longest step that is known.
         """
+        timeout = self.close_timeout
         deadline = time.monotonic() + timeout
         with self.lock:
             self._stopping = True

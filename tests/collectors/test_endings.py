@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import os
 import signal
@@ -15,6 +16,7 @@ import pytest
 
 from aioinfer import CollectorError
 from aioinfer.collectors import AsyncBatchedCollector, Restarts
+from aioinfer.testing import eventually
 from tests.collectors.worlds import Gate, World, make_policy
 from tests.limits import HANG
 
@@ -265,3 +267,39 @@ def test_the_end_of_the_event_loop_is_an_error_for_who_reads_on() -> None:
     with pytest.raises(RuntimeError, match="was cancelled"):
         take(collector, 100)
     collector.shutdown()
+
+
+def test_a_collector_that_nobody_has_any_more_ends() -> None:
+    collector = AsyncBatchedCollector(World, policy=make_policy(), num_envs=2, frames_per_batch=64, fragment_length=8)
+    next(iter(collector))
+
+    del collector
+    gc.collect()
+
+    eventually(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("aioinfer")])
+
+
+def test_there_is_one_reader_at_a_time() -> None:
+    go_on = threading.Event()
+
+    class Waiting(World):
+        def step(self, action: Any) -> Any:
+            go_on.wait()
+            return super().step(action)
+
+    def read() -> None:
+        try:
+            outcomes.append(next(iter(collector)) is not None)
+        except RuntimeError as error:
+            outcomes.append("one reader at a time" in str(error))
+            go_on.set()
+
+    outcomes: list[bool] = []
+    with AsyncBatchedCollector(Waiting, policy=make_policy(), frames_per_batch=8, fragment_length=8) as collector:
+        readers = [threading.Thread(target=read) for _ in range(2)]
+        for reader in readers:
+            reader.start()
+        for reader in readers:
+            reader.join(HANG)
+    assert go_on.is_set()
+    assert outcomes == [True, True]
