@@ -461,7 +461,8 @@ class AsyncBatchedCollector:
             try:
                 batch = self._wait()
             except Exception:
-                self.shutdown()
+                if self._started().error is not None:
+                    self.shutdown()
                 raise
             if batch is None:
                 return
@@ -474,7 +475,8 @@ class AsyncBatchedCollector:
             try:
                 batch = await self._await()
             except Exception:
-                await self.ashutdown()
+                if self._started().error is not None:
+                    await self.ashutdown()
                 raise
             if batch is None:
                 return
