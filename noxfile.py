@@ -61,6 +61,12 @@ def oldest(session: nox.Session) -> None:
         "contract/test_exit",
         "demo/test_examples",
         "weights/test_processes",
+        "collectors/test_worker_pool",
+        "collectors/test_trouble",
+        "collectors/test_endings",
+        "collectors/test_scheduler",
+        "collectors/test_steppers",
+        "collectors/test_steppers_[!t]*",
     )
     session.run("pytest", *IN_PARALLEL, *[f"--ignore-glob=tests/{name}.py" for name in left_out], *session.posargs)
 
