@@ -13,6 +13,7 @@ from time import monotonic
 from typing import Any
 
 import numpy as np
+from tensordict import TensorDict, TensorDictBase
 
 from aioinfer.client import AsyncInferenceClient
 from aioinfer.collectors.environments.random_actions import RandomActions
@@ -29,6 +30,7 @@ from aioinfer.collectors.spaces import (
 )
 from aioinfer.collectors.watch import Phase, Watch
 from aioinfer.collectors.writer import FragmentWriter
+from aioinfer.errors import ServerOverloadedError
 from aioinfer.interaction_type import InteractionType, requests_carry
 
 __all__ = ["EnvTask", "TaskStepper"]
@@ -248,10 +250,9 @@ class EnvTask:
     async def _run(self, first: Callable[[], Coroutine[Any, Any, None]]) -> None:
         self._running = task = self._task
         try:
-            with nullcontext() if self._mode is None else requests_carry(InteractionType(self._mode)):
-                if not self._stopping:
-                    await first()
-                await self._run_until_stopped()
+            if not self._stopping:
+                await first()
+            await self._run_until_stopped()
         except asyncio.CancelledError:
             if self._task is task and not self._stopping:  # not by us: the program has ended its event loop
                 self._report(Failed(as_message(RuntimeError(f"the task of environment {self.envs[0]} was cancelled"))))
@@ -339,7 +340,7 @@ class EnvTask:
             actions = stepper.random_action()
             writer.write_reply(None, actions, -1, True)
         else:
-            received, versions = self._caller.read(await self._client(request, wait=True), None)
+            received, versions = self._caller.read(await self._act(request), None)
             writer.write_reply(None, received, versions, False)
             actions = received[: len(stepper.layout.action)]
         acted = monotonic()
@@ -370,6 +371,17 @@ class EnvTask:
                 return
         if writer.may_ask:
             self._ask()
+
+    async def _act(self, request: TensorDict) -> TensorDictBase:
+        """Ask the policy; where the queue of the server is full, again in a moment."""
+        while True:
+            # Not in force while this is suspended: a mode belongs to the thread, and so to all tasks of its event loop.
+            with nullcontext() if self._mode is None else requests_carry(InteractionType(self._mode)):
+                reply = self._client.submit(request)
+            try:
+                return await reply
+            except ServerOverloadedError:
+                await asyncio.sleep(_RETRY_SECONDS)
 
     async def _fail(self, error: BaseException) -> None:
         self._present[0] = False
@@ -430,3 +442,4 @@ class EnvTask:
 
 
 _STEPS_PER_SAMPLE = 16
+_RETRY_SECONDS = 0.002

@@ -38,6 +38,7 @@ OURS = {
 }
 
 
+@pytest.mark.stress
 def test_ours_is_measured() -> None:
     outcomes = runner.measure_in_turn([job(name, System.OURS, "") for name in OURS])
     for name, outcome in zip(OURS, outcomes, strict=True):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from tensordict.nn.probabilistic import interaction_type
 
 from aioinfer.collectors import AsyncBatchedCollector, Restarts
 from tests.collectors.worlds import (
@@ -108,6 +109,23 @@ def test_asynchronous_environments_do_without_an_event_loop_of_the_reader(num_wo
     steps = steps_by_env(batches)
     assert_plain(steps, seed=3)
     assert set(steps) == set(range(6))
+
+
+async def test_they_leave_the_exploration_mode_of_their_event_loop_alone() -> None:
+    before, seen = interaction_type(), set()
+
+    class Looking(AsyncWorld):
+        async def step(self, action: Any) -> Any:
+            seen.add(interaction_type())
+            return await super().step(action)
+
+    async with AsyncBatchedCollector(
+        [Looking] * 3, policy=make_policy(), frames_per_batch=32, fragment_length=8, total_frames=96
+    ) as collector:
+        async for _ in collector:
+            pass
+    assert seen == {before}
+    assert interaction_type() is before
 
 
 async def test_asynchronous_environments_that_exist_run_on_the_event_loop_of_the_reader() -> None:

@@ -261,7 +261,7 @@ class AnyWorld(RuleBasedStateMachine):
 
 
 TestAnyWorld = AnyWorld.TestCase
-TestAnyWorld.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+TestAnyWorld.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
 
 
 def written(some: FragmentScheduler, *envs: int, length: int = 4, version: int | None = 0) -> list[int]:

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import pickle
-import subprocess
-import sys
 from typing import Any
 
 import numpy as np
@@ -24,7 +22,6 @@ from aioinfer.collectors.spaces import (
     observation_columns,
     row_action_writer,
 )
-from tests.limits import IMPORTS
 
 PLAIN = st.sampled_from(
     [
@@ -173,13 +170,3 @@ def test_actions_share_no_memory_with_the_leaves() -> None:
     actions = row_action_writer(spaces.Box(-1, 1, (3,), np.float32))([leaf])
     leaf[:] = 1
     assert not np.array(actions).any()
-
-
-def test_collectors_import_no_library_of_environments() -> None:
-    optional = ["gymnasium", "torchrl", "pettingzoo", "envpool", "rich"]
-    code = (
-        "import sys, aioinfer.collectors.environments, aioinfer.collectors.spaces; "
-        f"print([name for name in {optional} if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=IMPORTS, check=True)
-    assert done.stdout.strip() == "[]"

@@ -77,8 +77,21 @@ def test_the_picture_of_the_package_names_files_that_exist() -> None:
 
 
 def test_the_package_imports_no_optional_dependency() -> None:
-    optional = ["gymnasium", "matplotlib", "rich", "fastapi", "starlette", "uvicorn", "torchrl", "uvloop", "pytest"]
-    code = f"import sys, aioinfer, aioinfer.cli, aioinfer.testing; print([n for n in {optional} if n in sys.modules])"
+    optional = [
+        "gymnasium",
+        "pettingzoo",
+        "envpool",
+        "matplotlib",
+        "rich",
+        "fastapi",
+        "starlette",
+        "uvicorn",
+        "torchrl",
+        "uvloop",
+        "pytest",
+    ]
+    ours = "aioinfer, aioinfer.cli, aioinfer.testing, aioinfer.collectors"
+    code = f"import sys, {ours}; print([n for n in {optional} if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=IMPORTS, check=True)
     assert done.stdout.strip() == "[]"
 
