@@ -23,7 +23,7 @@ from aioinfer.errors import ClientClosedError, describe
 from aioinfer.interaction_type import InteractionType, requests_carry
 from aioinfer.ipc.pickling import dump_exception
 
-__all__ = ["EnvGroup", "Episodes", "as_failure", "as_message"]
+__all__ = ["EnvGroup", "Episodes", "ReportingGroup", "as_failure", "as_message"]
 
 Array: TypeAlias = NDArray[Any]
 
@@ -69,7 +69,47 @@ class Episodes:
         return found
 
 
-class EnvGroup:
+class ReportingGroup:
+    """What groups of both kinds tell the collector, and what they do with the rows that it grants.
+
+    Args:
+        envs: the number of each environment.
+        writer: writes into the ring.
+        report: called with messages for the collector.
+
+    Attributes:
+        envs: as given.
+    """
+
+    def __init__(self, envs: Sequence[int], writer: FragmentWriter, report: Callable[[Any], None]) -> None:
+        self.envs = list(envs)
+        self._index = {env: index for index, env in enumerate(envs)}
+        self._writer = writer
+        self._report = report
+        self._present = np.zeros(len(self.envs), np.bool_)
+        self._progress = Progress([], [], [], [])
+
+    def _ask(self) -> None:
+        self._progress.asking.extend(self._writer.asking(self._present))
+        self._writer.rest()
+        self._send()
+
+    def _send(self) -> None:
+        if any(self._progress):
+            progress, self._progress = self._progress, Progress([], [], [], [])
+            self._report(progress)
+
+    def _take_grants(self, pairs: Sequence[tuple[int, int]]) -> None:
+        for env, row in pairs:
+            index = self._index[env]
+            if self._present[index]:
+                self._writer.grant(index, row)
+            else:  # it has failed since it asked: nothing is in the row
+                self._progress.finished.append((env, row))
+        self._send()
+
+
+class EnvGroup(ReportingGroup):
     """Steps environments in a thread of its own, each as soon as it has an action and a row of the ring.
 
     The thread owns everything but the inbox. ``abandon`` gives all of it to another thread, while the first one is
@@ -106,23 +146,18 @@ class EnvGroup:
         mode: str | None,
         report: Callable[[Any], None],
     ) -> None:
+        super().__init__(envs, writer, report)
         self.stepper = stepper
         self.members = list(members)
-        self.envs = list(envs)
         self.watch = watch
-        self._index = {env: index for index, env in enumerate(envs)}
         self._seeds = list(seeds)
         self._caller = caller
         self._clients = list(clients)
-        self._writer = writer
         self._episodes = episodes
         self._random_left = np.array(random_steps, np.int64)
         self._any_random = bool(self._random_left.any())
         self._mode = mode
-        self._report = report
-        self._present = np.zeros(stepper.size, np.bool_)
         self._everyone = np.arange(stepper.size)
-        self._progress = Progress([], [], [], [])
         self._samples = 0
         self._has_begun = False
         # Other threads append to the inbox and notify; the group's thread takes what is there.
@@ -130,7 +165,6 @@ class EnvGroup:
         self._wake = threading.Condition()
         self._stopping = False
         self._paused = False
-        self.is_parked = False
         self._thread = self._new_thread(self._begin)
 
     # -- any thread ------------------------------------------------------------------------------------
@@ -352,26 +386,7 @@ class EnvGroup:
         for member, error in failures:
             self._report(as_failure(self.members[member], error))
 
-    def _ask(self) -> None:
-        self._progress.asking.extend(self._writer.asking(self._present))
-        self._writer.rest()
-        self._send()
-
-    def _send(self) -> None:
-        if any(self._progress):
-            progress, self._progress = self._progress, Progress([], [], [], [])
-            self._report(progress)
-
     # -- jobs of the inbox -----------------------------------------------------------------------------
-
-    def _take_grants(self, pairs: Sequence[tuple[int, int]]) -> None:
-        for env, row in pairs:
-            index = self._index[env]
-            if self._present[index]:
-                self._writer.grant(index, row)
-            else:  # it has failed since it asked: nothing is in the row
-                self._progress.finished.append((env, row))
-                self._send()
 
     def _replace(self, number: int, env: Any, seeds: Sequence[int]) -> None:
         member = self.members.index(number)
@@ -389,11 +404,11 @@ class EnvGroup:
         self._stopping = True
 
     def _set_paused(self, on_parked: Callable[[], None]) -> None:
-        self._paused = self.is_parked = True
+        self._paused = True
         on_parked()
 
     def _set_resumed(self) -> None:
-        self._paused = self.is_parked = False
+        self._paused = False
 
 
 def as_failure(member: int, error: BaseException) -> MemberFailed:

@@ -17,8 +17,8 @@ from tensordict import TensorDict, TensorDictBase
 
 from aioinfer.client import AsyncInferenceClient
 from aioinfer.collectors.environments.random_actions import RandomActions
-from aioinfer.collectors.group import Episodes, as_failure, as_message
-from aioinfer.collectors.messages import Failed, MemberReady, Progress
+from aioinfer.collectors.group import Episodes, ReportingGroup, as_failure, as_message
+from aioinfer.collectors.messages import Failed, MemberReady
 from aioinfer.collectors.policy_caller import PolicyCaller
 from aioinfer.collectors.spaces import (
     InfoKeys,
@@ -109,7 +109,7 @@ class TaskStepper:
         return bool(terminated or truncated)
 
 
-class EnvTask:
+class EnvTask(ReportingGroup):
     """Steps one asynchronous environment in a task.
 
     Any thread may call the public methods; the rest is the event loop's.
@@ -145,22 +145,18 @@ class EnvTask:
         mode: str | None,
         report: Callable[[Any], None],
     ) -> None:
+        super().__init__(envs, writer, report)
         self.stepper = stepper
         self.members = list(members)
-        self.envs = list(envs)
         self._loop = loop
         self._client = client
         self._seed = seeds[0]
         self._caller = caller
-        self._writer = writer
         self._episodes = episodes
         self._watch = stepper.watch
         self._random_left = random_steps[0]
         self._mode = mode
-        self._report = report
-        self._progress = Progress([], [], [], [])
         self._rows = np.zeros(1, np.int64)
-        self._present = np.zeros(1, np.bool_)
         self._inbox: deque[Callable[[], Any]] = deque()
         self._wake = asyncio.Event()
         self._paused = self._timed_out = self._stopping = False
@@ -400,25 +396,7 @@ class EnvTask:
             if inspect.isawaitable(closing):
                 await self._call(Phase.CLOSE, closing)
 
-    def _ask(self) -> None:
-        self._progress.asking.extend(self._writer.asking(self._present))
-        self._writer.rest()
-        self._send()
-
-    def _send(self) -> None:
-        if any(self._progress):
-            progress, self._progress = self._progress, Progress([], [], [], [])
-            self._report(progress)
-
     # -- jobs of the inbox -----------------------------------------------------------------------------
-
-    def _take_grants(self, pairs: Sequence[tuple[int, int]]) -> None:
-        for env, row in pairs:
-            if self._present[0]:
-                self._writer.grant(0, row)
-            else:
-                self._progress.finished.append((env, row))
-        self._send()
 
     async def _replace(self, env: Any, seed: int) -> None:
         try:
