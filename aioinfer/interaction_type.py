@@ -59,8 +59,10 @@ if "thread_local" in inspect.signature(set_interaction_type).parameters:
     caller_mode = interaction_type
 
     def use_mode(mode: Mode) -> AbstractContextManager[None]:
-        """Put ``mode`` in force for this thread inside a ``with`` block."""
-        return nullcontext() if mode is INHERIT else set_interaction_type(mode, thread_local=True)
+        """Put ``mode`` in force for this thread inside a ``with`` block, unless it is so already."""
+        if mode is INHERIT or mode is interaction_type():
+            return nullcontext()
+        return set_interaction_type(mode, thread_local=True)
 
     def requests_carry(mode: InteractionType | None) -> AbstractContextManager[None]:
         """Make the requests inside a ``with`` block carry ``mode``."""

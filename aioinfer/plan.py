@@ -35,7 +35,7 @@ from aioinfer.errors import InvalidRequestError, ModelError, describe
 from aioinfer.interaction_type import interaction_type
 from aioinfer.tensors import build, entries, is_nested, show_key
 
-__all__ = ["CheckedPlan", "Plan", "Runner", "plan_function", "plan_policy"]
+__all__ = ["CheckedPlan", "Plan", "Runner", "make_runner", "plan_function", "plan_policy"]
 
 _log = logging.getLogger("aioinfer")
 
@@ -424,6 +424,12 @@ def plan_policy(model: Runner) -> Plan | None:
     except AttributeError:  # of a tensordict that has other parts inside
         return None
     return None if steps is None else Plan(steps, model, watched)
+
+
+def make_runner(model: Runner) -> Runner:
+    """What does the same as a policy, by a plan if it has one."""
+    planned = plan_policy(model)
+    return model if planned is None else CheckedPlan(model, planned)
 
 
 _CALLS = ("__call__", "_wrapped_call_impl", "_call_impl", "forward")

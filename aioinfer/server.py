@@ -32,7 +32,7 @@ from aioinfer.futures import Future, run_in_thread
 from aioinfer.ipc.selector import Selector
 from aioinfer.learned_rule import LearnedRule
 from aioinfer.model_thread import ModelThread, Pause, PendingPolicy, check_policy
-from aioinfer.plan import CheckedPlan, Compile, Plan, Runner, plan_function, plan_policy
+from aioinfer.plan import Compile, Plan, Runner, make_runner, plan_function, plan_policy
 from aioinfer.stats import Health, ServerStats, StatsRecorder
 from aioinfer.transports.base import Transport
 from aioinfer.transports.ipc.server import ProcessTransport
@@ -598,13 +598,13 @@ def _choose_runner(model: Runner, *, plan: bool, compile: Compile | None, sizes:
         compile: compiles a function; ``None``: nothing is compiled.
         sizes: to which batches are padded; ``None``: they are not.
     """
-    planned = plan_policy(model) if plan else None
     run: Runner
     if isinstance(model, Plan):
         run = model if compile is None else model.compiled(compile)
     elif compile is None:
-        run = model if planned is None else CheckedPlan(model, planned)
+        run = make_runner(model) if plan else model
     else:
+        planned = plan_policy(model) if plan else None
         run = compile(model) if planned is None else CompiledPlan(model, planned, compile)
     return run if sizes is None else PaddedRunner(run, sizes)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import copy
+import logging
 import os
 import threading
 import weakref
@@ -22,6 +23,7 @@ from aioinfer.client import ClientMaker
 from aioinfer.collectors.coordinator import LOOK_AGAIN, Coordinator
 from aioinfer.collectors.episodes import EpisodeAssembler
 from aioinfer.collectors.fragments import FragmentLayout
+from aioinfer.collectors.local_policy import PickledPolicy, PublishedWeights, pickle_policy
 from aioinfer.collectors.lockstep import TURN_KEY, LockstepPolicy, lockstep_weights
 from aioinfer.collectors.policy_layout import (
     PolicyLayout,
@@ -49,7 +51,11 @@ __all__ = ["AsyncBatchedCollector"]
 StateKeys = Sequence[NestedKey] | Mapping[NestedKey, torch.Tensor]
 EnvFactory = Callable[..., Any]
 
+_log = logging.getLogger("aioinfer")
+
 _VERSION_KEY = "policy_version"
+# Groups of a worker that waits for a server.
+_WAITING_GROUPS = 2
 # Without next observations, a fragment has places for as many ends of episodes as it has so many steps, two at least.
 _STEPS_PER_FINAL = 8
 
@@ -90,7 +96,8 @@ class AsyncBatchedCollector:
         num_workers: processes that step environments; with 0, threads of this process do, and tasks step
             asynchronous environments.
         groups_per_worker: a worker's environments are divided into so many groups: one steps while another
-            waits for its actions. Environments that wait, rather than compute, need more.
+            waits for its actions. By default two, or one with ``local_inference``, where none waits. Environments
+            that wait, rather than compute, need more.
         seed: of all environments, whatever the number of workers; ``None``: random.
         in_lockstep: environments step only while a batch is waited for, and random numbers of the policy depend on
             nothing but the seed: batches are the same from run to run, bit by bit. For policies, not for a ``server``.
@@ -117,7 +124,13 @@ class AsyncBatchedCollector:
         weight_sync: receives weights from a trainer; see :class:`InferenceServer`.
         weight_sync_model_id: the name under which they are published.
         device: where the policy runs.
-        max_batch_size: most rows in one forward pass; by default, as many as there are environments, and at least 64.
+        local_inference: each group of environments runs a copy of the policy itself, in its own thread, instead of
+            asking a server that runs it for all of them. ``None``: wherever it can, which is where the policy is an
+            ``nn.Module`` on the CPU that pickles, with at most 64 MiB of weights, and none of ``in_lockstep``,
+            ``max_batch_size`` and several ``groups_per_worker`` is asked for. Asynchronous environments always ask the
+            server.
+        max_batch_size: most rows in one forward pass of the server; by default, as many as there are environments, and
+            at least 64.
         create_env_kwargs: arguments for ``create_env_fn``, or a sequence of them.
         progress: show a progress bar (needs rich).
 
@@ -140,7 +153,8 @@ class AsyncBatchedCollector:
         total_frames: int = -1,
         init_random_frames: int | None = 0,
         num_workers: int = 0,
-        groups_per_worker: int = 2,
+        groups_per_worker: int | None = None,
+        local_inference: bool | None = None,
         seed: int | None = None,
         in_lockstep: bool = False,
         order: Literal["fair", "first"] = "fair",
@@ -181,7 +195,7 @@ class AsyncBatchedCollector:
         for name, number, least in (
             ("frames_per_batch", frames_per_batch, 1),
             ("fragment_length", fragment_length, 1),
-            ("groups_per_worker", groups_per_worker, 1),
+            ("groups_per_worker", 1 if groups_per_worker is None else groups_per_worker, 1),
             ("num_workers", num_workers, 0),
             ("max_batches_ahead", max_batches_ahead, 1),
             ("min_envs", min_envs, 1),
@@ -239,6 +253,7 @@ class AsyncBatchedCollector:
         self._random_frames = init_random_frames or 0
         self._num_workers = num_workers
         self._groups = groups_per_worker
+        self._local_inference = local_inference
         self._in_lockstep = in_lockstep
         self._order: Literal["fair", "first"] = order
         self._ahead = max_batches_ahead
@@ -296,10 +311,12 @@ class AsyncBatchedCollector:
             if self._opened is not None:
                 return
             with ExitStack() as opened:
+                policy = self._make_policy()
+                local = self._pickle_policy(policy)
                 self._coordinator = coordinator = Coordinator(
                     self._factories,
                     num_workers=self._num_workers,
-                    groups=self._groups,
+                    groups=self._groups or (_WAITING_GROUPS if local is None else 1),
                     info_keys=self._info_keys,
                     entropy=self._entropy,
                     incarnations=self._incarnations,
@@ -316,9 +333,10 @@ class AsyncBatchedCollector:
                 layout, uneven = coordinator.make()
                 if self._num_workers:
                     _check_shareable(layout)
-                policy_layout = self._open_policy(layout, coordinator, opened)
+                weights = None if local is None else PublishedWeights(local.layout, shared=self._num_workers > 0)
+                policy_layout = self._open_policy(policy, layout, coordinator, weights, opened)
                 self._recorder.start()
-                self._begin(coordinator, layout, policy_layout, uneven)
+                self._begin(coordinator, layout, policy_layout, uneven, local, weights)
                 self._progress = opened.enter_context(show_progress(self)) if self._shows_progress else None
                 if self._closed:
                     raise _was_shut_down()
@@ -328,7 +346,41 @@ class AsyncBatchedCollector:
                 self._finalizer = weakref.finalize(self, run_in_thread, self._at_exit, "aioinfer-shutdown")
                 self._finalizer.atexit = False  # threads can't be started then
 
-    def _open_policy(self, layout: EnvLayout, coordinator: Coordinator, opened: ExitStack) -> PolicyLayout:
+    def _make_policy(self) -> Any:
+        """The policy that is served; ``None`` where a server was given."""
+        if self._given_server is not None:
+            return None
+        policy = _copy(self._policy) if self._policy_factory is None else self._policy_factory()
+        if self._device is not None and isinstance(policy, torch.nn.Module):
+            policy.to(self._device)
+        return policy
+
+    def _pickle_policy(self, policy: Any) -> PickledPolicy | None:
+        """The policy, for groups to run it themselves; ``None`` if they ask a server."""
+        if self._local_inference is False:
+            return None
+        try:
+            if self._given_server is not None:
+                raise ValueError("a server was given")
+            if self._in_lockstep or self._max_batch_size is not None:
+                raise ValueError("in_lockstep and max_batch_size are for a server")
+            if self._local_inference is None and (self._groups or 1) > 1:
+                raise ValueError("several groups_per_worker are for a server, one of which waits for it")
+            return pickle_policy(policy)
+        except ValueError as error:
+            if self._local_inference:
+                raise ValueError(f"local_inference=True is not for this policy: {error}") from error
+            _log.info("a server computes all actions, since groups can't run a copy of the policy: %s", error)
+            return None
+
+    def _open_policy(
+        self,
+        policy: Any,
+        layout: EnvLayout,
+        coordinator: Coordinator,
+        weights: PublishedWeights | None,
+        opened: ExitStack,
+    ) -> PolicyLayout:
         """Find out what the policy returns, and serve it."""
         states = _initial_states(self._state_keys)
         keys = list(self._state_keys)
@@ -344,11 +396,9 @@ class AsyncBatchedCollector:
             if key is None or reply.get(key) is None:
                 raise ValueError("replies of the server must say their version: give it a policy_version_key")
             return self._policy_layout(reply, layout, keys, states, sends_is_init)
-        policy = _copy(self._policy) if self._policy_factory is None else self._policy_factory()
         sends_is_init = reads_is_init(policy, keys)
         request = example_request(layout, sends_is_init=sends_is_init, states=states)
         if self._device is not None and isinstance(policy, torch.nn.Module):
-            policy.to(self._device)
             request = request.to(self._device)
         try:
             reply = run_once(policy, request, InteractionType(self._mode)).to("cpu")
@@ -364,15 +414,19 @@ class AsyncBatchedCollector:
                 f"with in_lockstep=True a group's request must fit into one forward pass: max_batch_size must be at "
                 f"least {max(sizes)}, got {self._max_batch_size}"
             )
-        self._server = InferenceServer(
+        self._server = server = InferenceServer(
             model,
             self._make_transport(found, sizes),
             max_batch_size=self._max_batch_size or max(64, sum(sizes)),
             device=self._device,
             weight_sync=self._weight_sync,
             weight_sync_model_id=self._model_id,
-        ).start()
-        opened.callback(self._server.shutdown)
+        )
+        if weights is not None:
+            weights.publish(policy, server.policy_version)
+            server._updates.on_version = partial(weights.publish, policy)
+        opened.callback(server.shutdown)
+        server.start()
         return found
 
     def _policy_layout(
@@ -412,7 +466,15 @@ class AsyncBatchedCollector:
             drop_undeclared=True,
         )
 
-    def _begin(self, coordinator: Coordinator, layout: EnvLayout, policy: PolicyLayout, uneven: bool) -> None:
+    def _begin(
+        self,
+        coordinator: Coordinator,
+        layout: EnvLayout,
+        policy: PolicyLayout,
+        uneven: bool,
+        local: PickledPolicy | None,
+        weights: PublishedWeights | None,
+    ) -> None:
         if self._in_lockstep and uneven:
             raise ValueError(
                 "in_lockstep=True is not for vectorised environments that reset in a step of their own: "
@@ -444,6 +506,8 @@ class AsyncBatchedCollector:
             episodes=self._episodes_before,
             server=self._server,
             address=None if self._num_workers == 0 else self._server.address,
+            local=local,
+            weights=weights,
         )
 
     def _fragment_layout(self, layout: EnvLayout, policy: PolicyLayout) -> FragmentLayout:

@@ -15,6 +15,7 @@ import numpy as np
 
 from aioinfer.collectors.fragments import FragmentLayout, FragmentRing
 from aioinfer.collectors.host import EnvHost
+from aioinfer.collectors.local_policy import PickledPolicy, PublishedWeights
 from aioinfer.collectors.messages import (
     Begin,
     Cancelled,
@@ -259,6 +260,8 @@ class Coordinator:
         episodes: Sequence[int],
         server: Any,
         address: str | None,
+        local: PickledPolicy | None,
+        weights: PublishedWeights | None,
     ) -> None:
         """Have all hosts step their environments from now on.
 
@@ -270,6 +273,8 @@ class Coordinator:
             episodes: how many each environment has begun before, if it has.
             server: makes clients of the policy in this process.
             address: where workers find the policy.
+            local: the policy, where groups run it themselves.
+            weights: of that.
         """
         with self.lock:
             num_groups = sum(len(host.groups) for host in self._hosts)
@@ -279,7 +284,7 @@ class Coordinator:
             self.block = ControlBlock(num_groups, self.num_envs, shared=shared)
             if len(episodes) == self.num_envs:
                 self.block.episodes[:] = episodes
-            self._setup = _Setup(policy, layout, tuple(random_frames), server, address)
+            self._setup = _Setup(policy, layout, tuple(random_frames), server, address, local, weights)
             start = 0
             for host in self._hosts:
                 host.indices = list(range(start, start + len(host.groups)))
@@ -313,16 +318,17 @@ class Coordinator:
             self.num_envs,
             random_left,
             setup.address,
+            setup.local,
         )
         host.begun = True
         for group in host.groups:
             for number in group.members:
                 self.members[number].present = True
         if self._local is not None:
-            self._local.begin(message, self.ring, self.block, setup.server)
+            self._local.begin(message, self.ring, self.block, setup.server, setup.weights)
         else:
-            memories = [memory for memory in (self.ring.memory, self.block.memory) if memory is not None]
-            self._pool.send(index, message, [memory.fd for memory in memories])
+            memories = [self.ring.memory, self.block.memory, None if setup.weights is None else setup.weights.memory]
+            self._pool.send(index, message, [memory.fd for memory in memories if memory is not None])
         if self._paused:
             self._send(index, Pause(self._pause))
 
@@ -363,7 +369,7 @@ class Coordinator:
                 case Failed(error):
                     self.fail(load_exception(error))
             self._grant()
-            if not isinstance(message, Progress) or message.finished:  # else there is nothing new to read
+            if not isinstance(message, Progress) or self.scheduler.has_batch:  # else there is nothing new to read
                 self._notify()
 
     def _note_progress(self, message: Progress) -> None:
@@ -715,6 +721,8 @@ class _Setup:
     random_frames: tuple[int, ...]
     server: Any
     address: str | None
+    local: PickledPolicy | None
+    weights: PublishedWeights | None
 
 
 def _look_again() -> None:

@@ -10,13 +10,11 @@ from time import monotonic
 from typing import Any, TypeAlias
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from aioinfer.client import InferenceClient
 from aioinfer.collectors.environments import Abandoned, Stepper
 from aioinfer.collectors.messages import Failed, MemberFailed, MemberReady, Progress
-from aioinfer.collectors.policy_caller import PolicyCaller, split_rows
+from aioinfer.collectors.policy_caller import Policy, PolicyCaller
 from aioinfer.collectors.watch import ControlBlock, Watch
 from aioinfer.collectors.writer import FragmentWriter
 from aioinfer.errors import ClientClosedError, describe
@@ -55,13 +53,14 @@ class Episodes:
         self.steps[rows] = 0
         self._returns[rows] = 0.0
 
-    def step(self, rows: Array, reward: Array, ended: Array) -> list[tuple[int, float, int]]:
-        """Count a step of each of these; returns the episodes that it has ended: environment, return, steps."""
-        self.steps[rows] += 1
-        self._returns[rows] += reward[rows]
-        if not ended[rows].any():
+    def step(self, rows: Array | None, reward: Array, ended: Array) -> list[tuple[int, float, int]]:
+        """Count a step of these, or of all; returns the episodes that it has ended: environment, return, steps."""
+        chosen: Any = slice(None) if rows is None else rows
+        self.steps[chosen] += 1
+        self._returns[chosen] += reward[chosen]
+        over = np.flatnonzero(ended) if rows is None else rows[ended[rows]]
+        if not len(over):
             return []
-        over = rows[ended[rows]]
         found = list(
             zip(self._envs[over].tolist(), self._returns[over].tolist(), self.steps[over].tolist(), strict=True)
         )
@@ -120,8 +119,8 @@ class EnvGroup(ReportingGroup):
         members: the number of each of the stepper's members.
         envs: the number of each environment.
         seeds: of the first episodes.
-        caller: asks the policy.
-        clients: reach the policy; several, where each takes few rows.
+        caller: makes the requests.
+        policy: answers them.
         writer: writes into the ring.
         episodes: of the environments.
         watch: says what the group does.
@@ -138,7 +137,7 @@ class EnvGroup(ReportingGroup):
         envs: Sequence[int],
         seeds: Sequence[int],
         caller: PolicyCaller,
-        clients: Sequence[InferenceClient],
+        policy: Policy,
         writer: FragmentWriter,
         episodes: Episodes,
         watch: Watch,
@@ -152,7 +151,7 @@ class EnvGroup(ReportingGroup):
         self.watch = watch
         self._seeds = list(seeds)
         self._caller = caller
-        self._clients = list(clients)
+        self._policy = policy
         self._episodes = episodes
         self._random_left = np.array(random_steps, np.int64)
         self._any_random = bool(self._random_left.any())
@@ -231,8 +230,7 @@ class EnvGroup(ReportingGroup):
         except BaseException as error:
             self._report(Failed(as_message(error)))
         self.stepper.close()
-        for client in self._clients:
-            client.close()
+        self._policy.close()
 
     def _carrying_mode(self) -> AbstractContextManager[None]:
         return nullcontext() if self._mode is None else requests_carry(InteractionType(self._mode))
@@ -310,14 +308,7 @@ class EnvGroup(ReportingGroup):
         self._finish_step()
 
     def _act(self, request: Any, rows: Array | None) -> list[Array]:
-        parts = split_rows(self._clients, request)
-        if len(parts) == 1:
-            reply: Any = self._clients[0](request, wait=True)
-        else:
-            futures = [client.submit(part) for client, part in parts]
-            replies: Any = [future.result() for future in futures]
-            reply = torch.cat(replies)
-        received, versions = self._caller.read(reply, rows)
+        received, versions = self._caller.read(self._policy(request), rows)
         self._writer.write_reply(rows, received, versions, False)
         return received[: self._num_actions]
 
@@ -361,7 +352,7 @@ class EnvGroup(ReportingGroup):
             )
             self._progress.finished.extend(finished)
             ended = stepper.terminated | stepper.truncated
-            self._progress.episodes.extend(self._episodes.step(stepped, stepper.reward, ended))
+            self._progress.episodes.extend(self._episodes.step(chosen, stepper.reward, ended))
             self.watch.frames[0] += len(stepped)
             self._sample()
         if stepper.failures:

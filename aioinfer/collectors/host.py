@@ -18,6 +18,7 @@ from aioinfer.client import AsyncInferenceClient, ClientMaker, InferenceClient
 from aioinfer.collectors.environments import Stepper, is_async, is_several, make_stepper
 from aioinfer.collectors.fragments import FragmentRing
 from aioinfer.collectors.group import EnvGroup, Episodes, as_failure, as_message
+from aioinfer.collectors.local_policy import LocalPolicy, PublishedWeights
 from aioinfer.collectors.messages import (
     Begin,
     Cancelled,
@@ -36,11 +37,12 @@ from aioinfer.collectors.messages import (
     Stop,
     ThreadLeft,
 )
-from aioinfer.collectors.policy_caller import PolicyCaller
+from aioinfer.collectors.policy_caller import Policy, PolicyCaller, ServedPolicy
 from aioinfer.collectors.spaces import EnvLayout
 from aioinfer.collectors.tasks import EnvTask, TaskStepper
 from aioinfer.collectors.watch import ControlBlock, Watch
 from aioinfer.collectors.writer import FragmentWriter
+from aioinfer.errors import describe
 from aioinfer.futures import run_in_thread
 from aioinfer.transports import connect
 
@@ -101,6 +103,7 @@ class EnvHost:
         self._making: set[int] = set()  # members that are being made
         self._cancelled: set[int] = set()  # and those whose making has taken too long
         self._parked: set[_Group] = set()  # in the latest pause
+        self._pass_lock = threading.Lock()  # held while a group runs a policy of its own
         self._pause = 0
 
     # -- make ------------------------------------------------------------------------------------------
@@ -211,16 +214,28 @@ class EnvHost:
         try:
             ring = FragmentRing(message.layout, message.num_rows, descriptor=descriptors[0])
             block = ControlBlock(message.num_groups, message.num_envs, descriptor=descriptors[1])
+            weights = None
+            if message.local is not None:
+                weights = PublishedWeights(message.local.layout, descriptor=descriptors[2])
             assert message.address is not None
-            self.begin(message, ring, block, connect(message.address))
+            self.begin(message, ring, block, connect(message.address), weights)
         except BaseException as error:
             self._report(Failed(as_message(error)))
 
-    def begin(self, message: Begin, ring: FragmentRing, block: ControlBlock, server: ClientMaker) -> None:
+    def begin(
+        self,
+        message: Begin,
+        ring: FragmentRing,
+        block: ControlBlock,
+        server: ClientMaker,
+        weights: PublishedWeights | None,
+    ) -> None:
         """Start all groups."""
         groups: list[_Group] = []
         for setup, (members, envs) in zip(message.groups, self._divided, strict=True):
-            group = self._make_group(message, setup, members, envs, ring=ring, block=block, server=server)
+            group = self._make_group(
+                message, setup, members, envs, ring=ring, block=block, server=server, weights=weights
+            )
             groups.append(group)
             self._by_member.update(dict.fromkeys(members.members, group))
             self._by_env.update(dict.fromkeys(setup.envs, group))
@@ -240,6 +255,7 @@ class EnvHost:
         ring: FragmentRing,
         block: ControlBlock,
         server: ClientMaker,
+        weights: PublishedWeights | None,
     ) -> _Group:
         watch: Watch = block.watches[setup.number]
         stepper = self._stepper(envs, watch)
@@ -258,13 +274,28 @@ class EnvHost:
             client = server.async_client()
             self._clients.append(client)
             return EnvTask(stepper, client=client, loop=self._event_loop(), **parts)
+        policy = self._local_policy(message, weights) or self._served_policy(server, stepper.size)
+        return EnvGroup(stepper, watch=watch, policy=policy, **parts)
+
+    def _local_policy(self, message: Begin, weights: PublishedWeights | None) -> Policy | None:
+        """A copy of the policy, where groups are to run it themselves, and this process can."""
+        if message.local is None or weights is None:
+            return None
+        layout = message.policy
+        try:
+            return LocalPolicy(message.local, weights, layout.version_key, layout.interaction_type, self._pass_lock)
+        except Exception as error:  # of unpickling: its class may be unknown here
+            _log.warning("the server computes the actions of a group, which can't run the policy: %s", describe(error))
+            return None
+
+    def _served_policy(self, server: ClientMaker, rows: int) -> Policy:
         clients = server.clients(1, copy=False)
         self._clients += clients
         most = clients[0].max_rows
-        if most is not None and most < stepper.size:
-            clients += server.clients(math.ceil(stepper.size / most) - 1, copy=False)
+        if most is not None and most < rows:
+            clients += server.clients(math.ceil(rows / most) - 1, copy=False)
             self._clients += clients[1:]
-        return EnvGroup(stepper, watch=watch, clients=clients, **parts)
+        return ServedPolicy(clients)
 
     def _event_loop(self) -> asyncio.AbstractEventLoop:
         if self._loop is None:

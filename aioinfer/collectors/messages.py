@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from aioinfer.collectors.fragments import FragmentLayout
+from aioinfer.collectors.local_policy import PickledPolicy
 from aioinfer.collectors.policy_layout import PolicyLayout
 from aioinfer.collectors.spaces import EnvLayout, InfoKeys
 
@@ -87,6 +88,7 @@ class Begin:
         num_envs: of the collector.
         random_frames: how many steps each environment makes at random before the policy is asked.
         address: where the policy is served, for a host in another process.
+        local: the policy, where groups run it themselves.
     """
 
     groups: Sequence[GroupSetup]
@@ -97,6 +99,7 @@ class Begin:
     num_envs: int
     random_frames: Sequence[int]
     address: str | None = None
+    local: PickledPolicy | None = None
 
 
 class Grants(NamedTuple):

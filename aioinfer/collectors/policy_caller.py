@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from tensordict import TensorDict, TensorDictBase
 
 from aioinfer.client import InferenceClient
 from aioinfer.collectors.lockstep import TURN_KEY
 from aioinfer.collectors.policy_layout import PolicyLayout, StateSpec, request_entry
+from aioinfer.tensors import build, entries
 
-__all__ = ["PolicyCaller", "split_rows"]
+__all__ = ["Policy", "PolicyCaller", "ServedPolicy"]
 
 Array: TypeAlias = NDArray[Any]
 
@@ -59,6 +61,7 @@ class PolicyCaller:
             self._sources.append(self._turn)
         self._sent = sent
         self._received = [spec.path for spec in (*layout.action, *layout.outputs)]
+        self._is_flat = all(len(path) == 1 for path in self._received)
         self._version = layout.version_key
         # Requests of all rows share the memory of the observations, but for texts.
         self._all = None if any(source.dtype == object for source in self._sources) else _request(sent, self._sources)
@@ -80,6 +83,9 @@ class PolicyCaller:
         chosen = slice(None) if rows is None else rows
         for state, following in zip(self._layout.states, self._next_states, strict=True):
             following[chosen] = reply.get(state.reply_path).numpy()
+        if self._is_flat and type(reply) is TensorDict:  # a fifth of the time
+            found = entries(reply)
+            return [found[name].numpy() for (name,) in self._received], found[self._version].numpy()
         return [reply.get(path).numpy() for path in self._received], reply.get(self._version).numpy()
 
 
@@ -89,16 +95,48 @@ def _initial(state: StateSpec) -> Array:
 
 
 def _request(paths: Sequence[tuple[str, ...]], sources: Sequence[Array]) -> TensorDict:
-    request = TensorDict({}, batch_size=[len(sources[0])])
+    request = build({}, torch.Size((len(sources[0]),)), None)
+    found = entries(request)
     for path, source in zip(paths, sources, strict=True):
-        request.set(path, request_entry(source))
+        if len(path) == 1:  # to set it takes ten times as long
+            found[path[0]] = request_entry(source)
+        else:
+            request.set(path, request_entry(source))
     return request
 
 
-def split_rows(clients: Sequence[InferenceClient], request: TensorDict) -> list[tuple[InferenceClient, TensorDict]]:
-    """Share a request out among clients that take few rows at a time."""
-    most = clients[0].max_rows
-    if most is None or len(request) <= most:
-        return [(clients[0], request)]
-    parts = request.split(most)
-    return list(zip(clients, parts, strict=False))
+class Policy(Protocol):
+    """What computes the actions of a group, which calls it from its thread."""
+
+    def __call__(self, request: TensorDict) -> TensorDictBase:
+        """The reply to a request ``[B]``, which may lie in memory that the next one takes."""
+        ...
+
+    def close(self) -> None:
+        """End."""
+        ...
+
+
+class ServedPolicy:
+    """The policy of a server.
+
+    Args:
+        clients: reach it; several, where each takes few rows.
+    """
+
+    def __init__(self, clients: Sequence[InferenceClient]) -> None:
+        self._clients = list(clients)
+
+    def __call__(self, request: TensorDict) -> TensorDictBase:
+        most = self._clients[0].max_rows
+        if most is None or len(request) <= most:
+            return self._clients[0](request, wait=True)
+        parts = zip(self._clients, request.split(most), strict=False)
+        futures = [client.submit(part) for client, part in parts]
+        join: Any = torch.cat
+        reply: TensorDictBase = join([future.result() for future in futures])
+        return reply
+
+    def close(self) -> None:
+        for client in self._clients:
+            client.close()

@@ -221,6 +221,15 @@ class FragmentScheduler:
         """Ask for the next batch. Only in lockstep it makes a difference: environments step only then."""
         self._requested = True
 
+    @property
+    def has_batch(self) -> bool:
+        """Whether the next batch is complete, unless some of its fragments are too old."""
+        if not self._complete or (self._in_lockstep and self._open):
+            return False
+        left = self._frames_left()
+        is_last = left is not None and self._complete_frames >= left
+        return self._episodes or is_last or len(self._complete) >= self._batch_rows
+
     def take(self, current_version: int) -> list[tuple[int, int, int]] | None:
         """Take the next batch, if it is complete.
 
@@ -231,20 +240,15 @@ class FragmentScheduler:
             Row, environment and length of each fragment. The rows are lent until :meth:`release`. The last batch has
             fewer rows, and its last length is shorter, where ``total_frames`` ends.
         """
-        if self.finished or (self._in_lockstep and self._open):
+        if self.finished or not self.has_batch:
             return None
         if self._max_policy_lag is not None:
             self._drop_older_than(current_version - self._max_policy_lag)
-        left = self._frames_left()
-        if self._episodes:
-            count = len(self._complete)
-        else:
-            count = self._batch_rows if left is None or self._complete_frames < left else len(self._complete)
-            count = min(count, self._batch_rows)
-        if not self._complete or count > len(self._complete):
+        if not self.has_batch:
             return None
+        left = self._frames_left()
         taken = []
-        for _ in range(count):
+        for _ in range(len(self._complete) if self._episodes else min(len(self._complete), self._batch_rows)):
             if left == 0:
                 break
             fragment = self._pop_complete()

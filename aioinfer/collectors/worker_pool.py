@@ -7,14 +7,12 @@ import logging
 import math
 import multiprocessing
 import os
-import pickle
 import socket
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from multiprocessing import forkserver
 from typing import Any
@@ -22,7 +20,7 @@ from typing import Any
 from aioinfer.collectors import worker as worker_process
 from aioinfer.collectors.worker import HostFactory, Kind
 from aioinfer.errors import describe
-from aioinfer.ipc.pickling import dumps, loads
+from aioinfer.ipc.pickling import dumps, loads, pickler
 from aioinfer.ipc.selector import Selector
 from aioinfer.ipc.sockets import FramedSocket, frame, header, unix_socket
 from aioinfer.process_server.parent import ChildProcess, describe_exit
@@ -418,24 +416,15 @@ def _preload(module: str) -> None:
 
 
 def _pickle_config(host: HostFactory, config: Any, stop: Any) -> bytes:
-    dump, _ = _pickler()
+    dump, _ = pickler()
     try:
         return dump((host, config, stop))
     except BaseException as error:
         raise _pickling_error(config, error) from error
 
 
-def _pickler() -> tuple[Callable[[Any], bytes], bool]:
-    """The function that pickles a configuration, and whether it takes functions that have no name of their own."""
-    with suppress(ImportError):
-        import cloudpickle
-
-        return partial(cloudpickle.dumps, protocol=pickle.HIGHEST_PROTOCOL), True
-    return partial(pickle.dumps, protocol=pickle.HIGHEST_PROTOCOL), False
-
-
 def _pickling_error(config: Any, error: BaseException) -> TypeError:
-    dump, any_function = _pickler()
+    dump, any_function = pickler()
     what = "the configuration of environments"
     factories: Mapping[int, Any] = getattr(config, "factories", {})
     for number, factory in factories.items():

@@ -6,6 +6,8 @@ import io
 import pickle
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 from aioinfer.errors import ModelError
 from aioinfer.tensors import build
 
-__all__ = ["dump_exception", "dumps", "load_exception", "loads", "loads_or"]
+__all__ = ["dump_exception", "dumps", "load_exception", "loads", "loads_or", "pickler"]
 
 
 class _Pickler(pickle.Pickler):
@@ -54,6 +56,19 @@ def dumps(message: Any) -> bytes:
 
 
 loads: Callable[[bytes], Any] = pickle.loads
+
+
+def pickler() -> tuple[Callable[[Any], bytes], bool]:
+    """What pickles code of the user's: ``cloudpickle`` where that is installed.
+
+    Returns:
+        The function, and whether it takes functions and classes that have no name of their own in a module.
+    """
+    with suppress(ImportError):
+        import cloudpickle
+
+        return partial(cloudpickle.dumps, protocol=pickle.HIGHEST_PROTOCOL), True
+    return partial(pickle.dumps, protocol=pickle.HIGHEST_PROTOCOL), False
 
 
 def loads_or(data: bytes, instead: Callable[[BaseException], Any]) -> Any:

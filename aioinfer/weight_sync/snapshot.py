@@ -67,6 +67,11 @@ class Layout:
         return cls.unpickle(pickle.dumps((entries, starts[-1], secrets.token_bytes(8))))
 
     @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor]) -> Layout:
+        """Lay out tensors."""
+        return cls.of(_describe(tensors))
+
+    @classmethod
     def unpickle(cls, pickled: bytes) -> Layout:
         """Make the layout that another process has pickled."""
         entries, nbytes, layout_id = pickle.loads(pickled)

@@ -203,7 +203,7 @@ def test_a_pause_within_a_pause_does_not_end_it() -> None:
 def test_a_pause_after_one_that_was_given_up_waits_for_every_group() -> None:
     gates = Gate(), Gate()
     envs = [Counting(gate) for gate in gates]
-    with make_collector(envs, frames_per_batch=16) as collector:
+    with make_collector(envs, frames_per_batch=16, groups_per_worker=2) as collector:
         try:
             for gate in gates:
                 assert gate.reached.wait(HANG)
