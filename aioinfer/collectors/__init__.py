@@ -1,4 +1,4 @@
-"""Collect experience: many environments, each at its own pace, ask one served policy, and become batches of fragments.
+"""Collect experience: many environments, each at its own pace, ask one policy, and become batches of fragments.
 
 From an environment to a batch, file by file::
 
@@ -6,11 +6,15 @@ From an environment to a batch, file by file::
     a stepper: rows    --> a thread, or a task: ask  --> into rows of    --> which rows are --> a TensorDict [B, T],
     that step as one       the policy, step, again       fragments.py's      the next batch     a view of the ring
                            policy_caller.py              ring
+                           local_policy.py
 
     host.py            all groups of one process: this one, or a worker's (worker.py)
     coordinator.py     hands out rows, has what fails made again, notices what hangs (watch.py, restarts.py)
     worker_pool.py     starts and ends the processes of workers
     messages.py        what the coordinator and the hosts say to each other
+
+A group asks a server, or it runs a copy of the policy itself, with weights that are published through shared memory:
+``policy_caller.py`` has the requests, ``local_policy.py`` the copies.
 
 ``spaces.py`` says how observations and actions become arrays, ``policy_layout.py`` what is asked and what is kept of
 the replies, ``episodes.py`` joins fragments to whole episodes, ``stats.py`` has the figures.

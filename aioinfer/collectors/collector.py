@@ -1,4 +1,4 @@
-"""The collector: environments at their own pace, one served policy, and batches of fragments."""
+"""The collector: environments at their own pace, one policy, and batches of fragments."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ _STEPS_PER_FINAL = 8
 
 
 class AsyncBatchedCollector:
-    """Steps environments with the actions of one served policy, and yields batches of what they have experienced.
+    """Steps environments with the actions of one policy, and yields batches of what they have experienced.
 
     Iterate over it with ``for`` or ``async for``. It starts with the first batch, or as a context manager, and ends
     with ``total_frames``, with :meth:`shutdown`, or with the context. A batch is a TensorDict ``[B, T]`` of ``B``
@@ -79,8 +79,8 @@ class AsyncBatchedCollector:
         create_env_fn: makes an environment; or a sequence of such functions, one for each environment; or of
             asynchronous environments. An environment is one of Gymnasium, vectorised or not; of torchrl; a parallel one
             of PettingZoo; or an object whose ``reset`` and ``step`` are coroutine functions.
-        policy: what is served: a TensorDict module, or a function of a TensorDict, from observations ``[B]`` to actions
-            ``[B]``. It is a copy that is served, so that weights are in use only once they are published:
+        policy: what acts: a TensorDict module, or a function of a TensorDict, from observations ``[B]`` to actions
+            ``[B]``. It is a copy that acts, so that weights are in use only once they are published:
             :meth:`update_policy_weights_`.
         policy_factory: makes the policy.
         server: a running server instead, which is left alone; with ``num_workers`` it needs a transport between

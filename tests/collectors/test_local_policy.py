@@ -1,0 +1,325 @@
+"""Groups that run copies of the policy themselves: which do, with which weights, and what becomes of a torn read."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torch import Tensor, nn
+
+import aioinfer.collectors.local_policy as module
+from aioinfer import InferenceServer, ThreadingTransport
+from aioinfer.collectors import AsyncBatchedCollector
+from aioinfer.collectors.local_policy import LocalPolicy, PublishedWeights, pickle_policy
+from aioinfer.weight_sync.snapshot import clone_tensors
+from tests.collectors.worlds import World, assert_plain, make_policy, steps_by_env
+from tests.effort import Effort
+from tests.limits import HANG
+
+
+def make_collector(makes: Any = World, **options: Any) -> AsyncBatchedCollector:
+    settings: dict[str, Any] = {"num_envs": 6, "seed": 3, "frames_per_batch": 64, "fragment_length": 8}
+    return AsyncBatchedCollector(makes, **{**settings, **options})
+
+
+# -- who runs the policy -----------------------------------------------------------------------------------
+
+
+class Where(nn.Module):
+    """Tells which process and which thread computes each action."""
+
+    def forward(self, observation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        ones = torch.ones(len(observation), dtype=torch.int64)
+        return ones, ones * os.getpid(), ones * threading.get_ident()
+
+
+def where(of: nn.Module) -> TensorDictModule:
+    return TensorDictModule(of, ["observation"], ["action", "process", "thread"])
+
+
+def places(policy: Any, count: int = 8, **options: Any) -> tuple[set[int], set[int]]:
+    """The processes and threads that have computed the actions of some batches."""
+    processes, threads = set[int](), set[int]()
+    with make_collector(policy=policy, **options) as collector:
+        for batch in itertools.islice(collector, count):
+            processes |= set(batch["process"].flatten().tolist())
+            threads |= set(batch["thread"].flatten().tolist())
+    return processes, threads
+
+
+def test_each_worker_runs_a_copy_of_a_policy_that_it_can_run() -> None:
+    processes, _ = places(where(Where()), num_workers=2)
+    assert len(processes) == 2
+    assert os.getpid() not in processes
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_each_group_of_this_process_runs_a_copy_too(groups: int) -> None:
+    processes, threads = places(where(Where()), local_inference=True, groups_per_worker=groups)
+    assert processes == {os.getpid()}
+    assert len(threads) == groups
+
+
+@pytest.mark.parametrize("options", [{"local_inference": False}, {"groups_per_worker": 2}, {"max_batch_size": 64}])
+def test_a_server_computes_what_is_asked_for_in_its_terms(options: Any) -> None:
+    assert places(where(Where()), num_workers=1, **options)[0] == {os.getpid()}
+
+
+class Locked(Where):
+    """Does not pickle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+
+    def __deepcopy__(self, memo: Any) -> Locked:
+        return self
+
+
+class OfOneProcess(Where):
+    """Can be made in the process that has pickled it, and in no other."""
+
+    def __reduce__(self) -> Any:
+        return of_process, (os.getpid(),)
+
+
+def of_process(pid: int) -> OfOneProcess:
+    if pid != os.getpid():
+        raise ImportError("this process has never heard of it")
+    return OfOneProcess()
+
+
+@pytest.mark.parametrize("inner", [Locked, OfOneProcess])
+def test_a_server_computes_where_a_worker_can_not_run_the_policy(inner: type[nn.Module]) -> None:
+    assert places(where(inner()), num_workers=1)[0] == {os.getpid()}
+
+
+class Stateful(Where):
+    def get_extra_state(self) -> Any:
+        return {}
+
+    def set_extra_state(self, state: Any) -> None:
+        pass
+
+
+class Large(Where):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("much", torch.zeros(17, 2**20))
+
+
+@pytest.mark.parametrize(
+    ("policy", "options", "why"),
+    [
+        (lambda td: td.set("action", torch.ones(len(td))), {}, "no nn.Module"),
+        (where(Locked()), {}, "does not pickle"),
+        (where(Stateful()), {}, "extra states"),
+        (where(Large()), {}, "MiB of"),
+        (where(Where()), {"in_lockstep": True}, "in_lockstep and max_batch_size"),
+        (where(Where()), {"max_batch_size": 8}, "in_lockstep and max_batch_size"),
+    ],
+)
+def test_where_it_can_not_be_local_and_must_that_is_said_at_the_start(policy: Any, options: Any, why: str) -> None:
+    with pytest.raises(ValueError, match=f"local_inference=True is not for this policy: .*{why}"):
+        make_collector(policy=policy, local_inference=True, **options).start()
+
+
+def test_a_server_that_was_given_is_asked() -> None:
+    with (
+        InferenceServer(make_policy(), ThreadingTransport()) as server,
+        pytest.raises(ValueError, match="a server was given"),
+    ):
+        make_collector(server=server, local_inference=True).start()
+
+
+# -- what it computes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_several_groups_with_copies_live_through_a_plain_loop(num_workers: int) -> None:
+    options = {"num_workers": num_workers, "groups_per_worker": 3, "local_inference": True}
+    with make_collector(policy=make_policy(), num_envs=7, **options) as collector:
+        assert_plain(steps_by_env([batch.clone() for batch in itertools.islice(collector, 10)]), seed=3)
+
+
+class Writing(nn.Module):
+    """Writes over what it is asked with."""
+
+    def forward(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+        scores = observation.sum(-1) * 1000
+        observation.fill_(-1.0)
+        return scores.long() % 4, scores
+
+
+def test_a_policy_that_writes_over_its_input_changes_no_observation() -> None:
+    policy = TensorDictModule(Writing(), ["observation"], ["action", "score"])
+    with make_collector(policy=policy) as collector:
+        assert_plain(steps_by_env([batch.clone() for batch in itertools.islice(collector, 5)]), seed=3)
+
+
+class Tied(nn.Module):
+    """Its two layers have the same weights, and its buffers count for as much."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.other.weight = self.one.weight
+        self.register_buffer("offset", torch.zeros(3), persistent=False)
+
+    def forward(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+        scores = self.other(self.one(observation)) + self.offset
+        return scores.argmax(-1), scores
+
+
+def test_what_was_published_last_is_what_a_copy_computes_with() -> None:
+    policy = TensorDictModule(Tied(), ["observation"], ["action", "score"])
+    pickled = pickle_policy(policy)
+    weights = PublishedWeights(pickled.layout, shared=False)
+    local = LocalPolicy(pickled, weights, "version", None, threading.Lock())
+    request = TensorDict({"observation": torch.rand(5, 3)}, batch_size=[5])
+    for version in (4, 9):
+        with torch.no_grad():
+            for tensor in (*policy.parameters(), *policy.buffers()):
+                tensor.normal_()
+        weights.publish(policy, version)
+        for _ in range(2):
+            reply = local(request)
+            expected = policy(request.clone())
+            assert torch.equal(reply["score"], expected["score"])
+            assert reply["version"].tolist() == [version] * 5
+    assert set(request.keys()) == {"observation"}
+
+
+class KilledOnce(World):
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at = at
+
+    def step(self, action: Any) -> Any:
+        self.at -= 1
+        if not self.at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().step(action)
+
+
+def test_a_worker_that_is_started_again_has_the_weights_of_the_others() -> None:
+    policy = make_policy()
+    shift = policy.get_parameter("module.shift")
+    seen = set[int]()
+    with make_collector([lambda: KilledOnce(150), *[World] * 3], num_envs=None, policy=policy, num_workers=2) as made:
+        for number, batch in enumerate(made):
+            versions = batch["policy_version"]
+            marks = ((batch["score"] - batch["observation"].sum(-1) * 1000) / 4e6).round().long()
+            mask = batch["collector", "mask"]
+            assert torch.equal(marks[mask], versions[mask])
+            seen |= set(versions[mask].tolist())
+            shift.fill_((number + 1) * 4e6)
+            made.update_policy_weights_()
+            if len(made.stats().restarts) and number > 40:
+                break
+    assert len(seen) > 10
+
+
+# -- weights that are published ----------------------------------------------------------------------------
+
+
+class Numbers(nn.Module):
+    """Weights that all have one value."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.register_buffer("first", torch.full((3,), value))
+        self.register_buffer("middle", torch.full((70_000,), value))
+        self.register_buffer("last", torch.full((), value))
+
+
+def values(tensors: dict[str, Tensor]) -> set[float]:
+    return {value for tensor in tensors.values() for value in np.unique(tensor.numpy()).tolist()}
+
+
+@pytest.fixture
+def weights() -> PublishedWeights:
+    published = PublishedWeights(pickle_policy(Numbers(0.0)).layout)
+    published.publish(Numbers(0.0), 0)
+    return published
+
+
+@pytest.mark.parametrize("overtaken", [1, 2, 3, 4])
+def test_a_reader_that_is_overtaken_reads_again(
+    overtaken: int, weights: PublishedWeights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    newest = itertools.count(1)
+
+    def overtake(tensors: Any) -> dict[str, Tensor]:
+        copies = clone_tensors({"first": tensors["first"]})
+        if (now := next(newest)) <= 3:
+            for number in range(overtaken):
+                weights.publish(Numbers(10.0 * now + number), 10 * now + number)
+        return copies | clone_tensors({name: tensors[name] for name in ("middle", "last")})
+
+    monkeypatch.setattr(module, "clone_tensors", overtake)
+    found = weights.read()
+    assert values(found.tensors) == {float(found.version)}
+    assert found.number <= weights.number
+
+
+def publish_on(layout: bytes, descriptor: int, count: int) -> None:
+    weights = PublishedWeights(layout, descriptor=os.dup(descriptor))
+    for number in range(1, count):
+        weights.publish(Numbers(float(number)), number)
+
+
+def reading(weights: PublishedWeights) -> Iterator[int]:
+    """The versions that are read, each of which is whole."""
+    while True:
+        found = weights.read()
+        assert values(found.tensors) == {float(found.version)}
+        yield found.version
+
+
+def test_weights_are_whole_whoever_writes_them_meanwhile(weights: PublishedWeights, effort: Effort) -> None:
+    count = effort.times(300, stress=20_000)
+    layout = pickle_policy(Numbers(0.0)).layout
+    assert weights.memory is not None
+    fork = multiprocessing.get_context("fork")
+    publisher = fork.Process(target=publish_on, args=(layout, weights.memory.fd, count))
+    publisher.start()
+    try:
+        last = 0
+        for version in reading(weights):
+            assert version >= last
+            last = version
+            if version == count - 1:
+                break
+            assert publisher.exitcode in (None, 0)
+    finally:
+        publisher.kill()
+        publisher.join(HANG)
+
+
+def test_a_publisher_that_is_stopped_as_it_writes_keeps_nobody_from_reading(
+    weights: PublishedWeights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    weights.publish(Numbers(1.0), 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "copy_tensors", stop)
+        with pytest.raises(KeyboardInterrupt):
+            weights.publish(Numbers(2.0), 2)
+    found = weights.read()
+    assert (found.version, values(found.tensors)) == (1, {1.0})
+    weights.publish(Numbers(3.0), 3)
+    found = weights.read()
+    assert (found.version, values(found.tensors)) == (3, {3.0})
