@@ -109,11 +109,16 @@ def follow_always(scheme: WeightSyncScheme, worker_idx: int, orders: Connection[
     torch.set_num_threads(1)
     module = policy(-1.0)
     scheme.init_on_receiver(model_id="policy", worker_idx=worker_idx, model=module)
-    orders.send("ready")
     try:
-        scheme.connect()
-    except TimeoutError:
-        return
+        scheme.connect(timeout=0.0)
+    except TimeoutError:  # it has offered a connection: from now on the trainer notices when it dies
+        orders.send("ready")
+        try:
+            scheme.connect()
+        except TimeoutError:
+            return
+    else:
+        orders.send("ready")
     orders.send("connected")
     while not orders.poll():
         scheme.receive(0.01)
