@@ -690,7 +690,11 @@ class Coordinator:
         try:
             stuck = self._wait_for_calls(min(timeout, _CALL_GRACE + 2 * self._stats.longest_step()))
             if self._local is not None:
-                self._local.join(max(0.0, min(deadline - time.monotonic(), _CALL_GRACE if stuck else timeout)))
+                host = self._hosts[0]
+                hung = {number for number, index in enumerate(host.indices) if stuck and self._is_in_call(index)}
+                self._local.join(
+                    max(0.0, min(deadline - time.monotonic(), _CALL_GRACE if stuck else timeout)), hung=hung
+                )
         finally:
             for index in stuck:
                 self._pool.kill(index)
@@ -708,8 +712,11 @@ class Coordinator:
     def _is_calling(self, host: _Host) -> bool:
         if any(self.members[number].making_since is not None for number in host.members):
             return True
-        phases = [int(self.block.watches[index].phase[0]) for index in host.indices] if host.begun else []
-        return any(phase in (Phase.STEP, Phase.RESET) for phase in phases)
+        return host.begun and any(map(self._is_in_call, host.indices))
+
+    def _is_in_call(self, index: int) -> bool:
+        """Whether a group waits for an environment to return from its step or reset."""
+        return int(self.block.watches[index].phase[0]) in (Phase.STEP, Phase.RESET)
 
 
 @dataclass(frozen=True)

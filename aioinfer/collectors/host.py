@@ -8,7 +8,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence, Set
 from contextlib import suppress
 from functools import partial
 from itertools import pairwise
@@ -404,16 +404,17 @@ class EnvHost:
         except BaseException:  # code of the user's may raise anything
             _log.warning("close() of an environment raised", exc_info=True)
 
-    def join(self, timeout: float | None) -> bool:
-        """After :class:`Stop`: wait until all groups have ended; returns whether they have."""
+    def join(self, timeout: float | None, *, hung: Set[int] = frozenset()) -> bool:
+        """After :class:`Stop`: wait until all groups have ended, but for those that hang; returns whether all have."""
         deadline = None if timeout is None else time.monotonic() + timeout
         if self._has_made.wait(timeout) and self._unused:
             closed = run_in_thread(self._close_unused, "aioinfer-close")
             with suppress(TimeoutError):
                 closed.result(None if deadline is None else max(0.0, deadline - time.monotonic()))
-        ended = [
-            group.join(None if deadline is None else max(0.0, deadline - time.monotonic())) for group in self._groups
-        ]
+        ended = []
+        for number, group in enumerate(self._groups):
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            ended.append(group.join(0.0 if number in hung else left))
         for client in self._clients:
             client.close()
         if self._own_loop is not None:
