@@ -692,9 +692,8 @@ class Coordinator:
             if self._local is not None:
                 host = self._hosts[0]
                 hung = {number for number, index in enumerate(host.indices) if stuck and self._is_in_call(index)}
-                self._local.join(
-                    max(0.0, min(deadline - time.monotonic(), _CALL_GRACE if stuck else timeout)), hung=hung
-                )
+                left = deadline - time.monotonic()
+                self._local.join(max(0.0, min(left, _CALL_GRACE) if stuck else left), hung=hung)
         finally:
             for index in stuck:
                 self._pool.kill(index)
