@@ -78,6 +78,7 @@ class Collection:
         frames_per_batch: steps in a batch.
         fragment_length: consecutive steps of one environment.
         order: which fragments are a batch.
+        local_inference: whether groups run the policy themselves; ``None``: where they can.
         course: what happens meanwhile.
     """
 
@@ -87,6 +88,7 @@ class Collection:
     frames_per_batch: int = 2048
     fragment_length: int = 64
     order: Literal["fair", "first"] = "fair"
+    local_inference: bool | None = None
     course: Course = Course.FRAMES
 
 
@@ -591,6 +593,12 @@ WORKLOADS: tuple[Workload, ...] = (
         "CartPole, 64 environments in the collector's process",
         _rate(0.75, 0.95, System.SYNC_VECTOR),
         Collection(num_workers=0),
+    ),
+    _collect(
+        "collect-cartpole-served",
+        "CartPole, 64 environments in 2 workers, which ask a server",
+        _rate(0.6, 0.95, System.SYNC_VECTOR),
+        Collection(local_inference=False),
     ),
     _collect(
         "collect-envpool",

@@ -49,6 +49,7 @@ def _collecting(
         fragment_length=collection.fragment_length,
         num_workers=collection.num_workers,
         order=collection.order,
+        local_inference=collection.local_inference,
         seed=job.seed,
         **options,
     )
