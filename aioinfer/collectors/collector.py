@@ -54,6 +54,8 @@ EnvFactory = Callable[..., Any]
 _log = logging.getLogger("aioinfer")
 
 _VERSION_KEY = "policy_version"
+# Bytes of weights. To run a larger policy takes so long that a request to a server, which has all cores, matters less.
+_SMALL_POLICY = 4 * 2**20
 # Groups of a worker that waits for a server.
 _WAITING_GROUPS = 2
 # Without next observations, a fragment has places for as many ends of episodes as it has so many steps, two at least.
@@ -125,10 +127,10 @@ class AsyncBatchedCollector:
         weight_sync_model_id: the name under which they are published.
         device: where the policy runs.
         local_inference: each group of environments runs a copy of the policy itself, in its own thread, instead of
-            asking a server that runs it for all of them. ``None``: wherever it can, which is where the policy is an
-            ``nn.Module`` on the CPU that pickles, with at most 64 MiB of weights, and none of ``in_lockstep``,
-            ``max_batch_size`` and several ``groups_per_worker`` is asked for. Asynchronous environments always ask the
-            server.
+            asking a server that runs it for all of them. It can where the policy is an ``nn.Module`` on the CPU that
+            pickles, and neither ``in_lockstep`` nor ``max_batch_size`` is asked for. ``None``: it does so where it can,
+            the policy has at most 4 MiB of weights, and several ``groups_per_worker`` are not asked for. Asynchronous
+            environments always ask the server.
         max_batch_size: most rows in one forward pass of the server; by default, as many as there are environments, and
             at least 64.
         create_env_kwargs: arguments for ``create_env_fn``, or a sequence of them.
@@ -366,7 +368,7 @@ class AsyncBatchedCollector:
                 raise ValueError("in_lockstep and max_batch_size are for a server")
             if self._local_inference is None and (self._groups or 1) > 1:
                 raise ValueError("several groups_per_worker are for a server, one of which waits for it")
-            return pickle_policy(policy)
+            return pickle_policy(policy, most_bytes=_SMALL_POLICY if self._local_inference is None else None)
         except ValueError as error:
             if self._local_inference:
                 raise ValueError(f"local_inference=True is not for this policy: {error}") from error

@@ -24,10 +24,6 @@ from aioinfer.weight_sync.weights import Weights, extract_tensors, extract_weigh
 
 __all__ = ["LocalPolicy", "PickledPolicy", "PublishedWeights", "pickle_policy"]
 
-# Bytes of weights: copies of a larger policy would take more memory than they save time.
-_MOST_WEIGHTS = 64 * 2**20
-
-
 # -- the policy --------------------------------------------------------------------------------------------
 
 
@@ -39,8 +35,12 @@ class PickledPolicy(NamedTuple):
     """Of its published weights."""
 
 
-def pickle_policy(policy: Any) -> PickledPolicy:
+def pickle_policy(policy: Any, *, most_bytes: int | None = None) -> PickledPolicy:
     """Pickle a policy, by ``cloudpickle`` where that is installed.
+
+    Args:
+        policy: the policy.
+        most_bytes: how many its weights may have; ``None``: any number.
 
     Raises:
         ValueError: it can't be run elsewhere, or its weights can't be published; the message says why.
@@ -56,8 +56,8 @@ def pickle_policy(policy: Any) -> PickledPolicy:
     if any(not tensor.is_cpu for tensor in weights.tensors.values()):
         raise ValueError("it is not on the CPU")
     layout = Layout.of_tensors(weights.tensors)
-    if layout.nbytes > _MOST_WEIGHTS:
-        raise ValueError(f"it has {layout.nbytes / 2**20:.0f} MiB of weights, more than {_MOST_WEIGHTS >> 20}")
+    if most_bytes is not None and layout.nbytes > most_bytes:
+        raise ValueError(f"it has {layout.nbytes} bytes of weights, which are more than {most_bytes}")
     try:
         pickled = pickler()[0](policy)
         pickle.loads(pickled)

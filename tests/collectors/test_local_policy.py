@@ -99,8 +99,18 @@ def of_process(pid: int) -> OfOneProcess:
     return OfOneProcess()
 
 
-@pytest.mark.parametrize("inner", [Locked, OfOneProcess])
-def test_a_server_computes_where_a_worker_can_not_run_the_policy(inner: type[nn.Module]) -> None:
+class Large(Where):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("much", torch.zeros(2**20 + 1))
+
+
+def test_a_worker_runs_a_large_policy_where_that_is_asked_for() -> None:
+    assert os.getpid() not in places(where(Large()), num_workers=1, local_inference=True)[0]
+
+
+@pytest.mark.parametrize("inner", [Locked, OfOneProcess, Large])
+def test_a_server_computes_where_a_worker_can_not_run_the_policy_or_should_not(inner: type[nn.Module]) -> None:
     assert places(where(inner()), num_workers=1)[0] == {os.getpid()}
 
 
@@ -112,19 +122,12 @@ class Stateful(Where):
         pass
 
 
-class Large(Where):
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("much", torch.zeros(17, 2**20))
-
-
 @pytest.mark.parametrize(
     ("policy", "options", "why"),
     [
         (lambda td: td.set("action", torch.ones(len(td))), {}, "no nn.Module"),
         (where(Locked()), {}, "does not pickle"),
         (where(Stateful()), {}, "extra states"),
-        (where(Large()), {}, "MiB of"),
         (where(Where()), {"in_lockstep": True}, "in_lockstep and max_batch_size"),
         (where(Where()), {"max_batch_size": 8}, "in_lockstep and max_batch_size"),
     ],
