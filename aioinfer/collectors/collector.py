@@ -621,9 +621,8 @@ class AsyncBatchedCollector:
         version = self.policy_version
         while (taken := coordinator.scheduler.take(version)) is not None:
             rows, lengths = [row for row, _, _ in taken], [length for _, _, length in taken]
-            oldest = [coordinator.oldest_version(row) for row in rows]
+            lags = [version - oldest for oldest in coordinator.oldest_versions(rows, lengths)]
             batch: TensorDictBase = coordinator.ring.batch(rows, lengths)
-            lags = [version - old for old in oldest if old is not None]
             if self._assembler is None:
                 self._lent = rows
                 self._count(batch, sum(lengths), lags)

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from aioinfer.collectors.fragments import FragmentLayout, FragmentRing
 from aioinfer.collectors.host import EnvHost
@@ -58,6 +59,9 @@ _log = logging.getLogger("aioinfer")
 # Seconds that an environment has to return from a call when the collector ends, and how often that is looked at.
 _CALL_GRACE = 1.0
 _CALL_INTERVAL = 0.005
+
+_NEVER = int(np.iinfo(np.int64).max)
+"""Newer than any version."""
 
 
 @dataclass
@@ -182,7 +186,6 @@ class Coordinator:
         self._member_of_env: list[int] = []
         self._row_env: dict[int, int] = {}  # the rows that were granted and are not finished
         self._frames: list[int] = []  # of each environment
-        self._oldest: dict[int, int | None] = {}  # by row
         self._waiters: deque[Callable[[], None]] = deque()
         self._late: dict[int, float] = {}  # by group: when its latest call began that took too long
         self._setup: _Setup | None = None
@@ -384,18 +387,21 @@ class Coordinator:
         self._row_env.pop(row, None)
         length = int(self.ring.lengths[row])
         self._frames[env] += length
-        self._oldest[row] = oldest = self._oldest_version(row, length)
-        self.scheduler.finish(env, row, length, oldest)
+        oldest = self.oldest_versions([row], [length]) if self.scheduler.drops_by_lag else []
+        self.scheduler.finish(env, row, length, oldest[0] if oldest else None)
 
-    def oldest_version(self, row: int) -> int | None:
-        """The oldest version of the weights in a finished fragment; ``None`` if all of its actions are random."""
-        return self._oldest[row]
+    def oldest_versions(self, rows: Sequence[int], lengths: Sequence[int]) -> list[int]:
+        """The oldest version of the weights in each of these fragments, but for those all of whose actions are random.
 
-    def _oldest_version(self, row: int, length: int) -> int | None:
-        """The oldest version of the weights among the steps of a row; ``None`` if all of them are random."""
-        versions = self.ring.columns[("policy_version",)][row, :length]
-        asked = versions[~self.ring.columns["collector", "random"][row, :length]]
-        return int(asked.min()) if len(asked) else None
+        Args:
+            rows: of the fragments, which are finished.
+            lengths: how many of their steps count.
+        """
+        versions = self.ring.columns[("policy_version",)][rows]
+        asked = np.arange(self.ring.layout.length) < np.array(lengths)[:, None]
+        asked &= ~self.ring.columns["collector", "random"][rows]
+        oldest: NDArray[np.int64] = versions.min(1, where=asked, initial=_NEVER)
+        return [version for version in oldest.tolist() if version < _NEVER]
 
     def _note_made(self, index: int, message: Made) -> None:
         host = self._hosts[index]

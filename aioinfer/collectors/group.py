@@ -90,7 +90,6 @@ class ReportingGroup:
 
     def _ask(self) -> None:
         self._progress.asking.extend(self._writer.asking(self._present))
-        self._writer.rest()
         self._send()
 
     def _send(self) -> None:

@@ -90,7 +90,7 @@ class LocalPolicy:
         self._number = 0
         self._version = 0
         self._version_key = version_key
-        self._versions = torch.empty(0, dtype=torch.int64)  # as many as the last reply had rows
+        self._versions = torch.empty(0, dtype=torch.int64)  # as many as the largest reply had rows
         self._mode = INHERIT if mode is None else InteractionType(mode)
         self._lock = lock
 
@@ -99,11 +99,12 @@ class LocalPolicy:
         if self._weights.number != self._number:
             self._load()
         batch = build({key: value.clone() for key, value in entries(request).items()}, request.batch_size, None)
+        rows = request.batch_size[0]
         with self._lock, torch.no_grad(), use_mode(self._mode):
-            reply = check_output(self._run(batch), len(request))
-        if len(self._versions) != len(request):
-            self._versions = torch.full((len(request),), self._version, dtype=torch.int64, device="cpu")
-        entries(reply)[self._version_key] = self._versions
+            reply = check_output(self._run(batch), rows)
+        if len(self._versions) < rows:
+            self._versions = torch.full((rows,), self._version, dtype=torch.int64, device="cpu")
+        entries(reply)[self._version_key] = self._versions[:rows]
         return reply
 
     def _load(self) -> None:

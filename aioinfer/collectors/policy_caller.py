@@ -75,7 +75,7 @@ class PolicyCaller:
                 state[...] = following
                 state[self._is_init] = initial
         if rows is not None:
-            return _request(self._sent, [source[rows] for source in self._sources])
+            return _request(self._sent, [source.take(rows, 0) for source in self._sources])
         return _request(self._sent, self._sources) if self._all is None else self._all
 
     def read(self, reply: TensorDictBase, rows: Array | None) -> tuple[list[Array], Array]:

@@ -135,6 +135,11 @@ class FragmentScheduler:
         self._requested = False
 
     @property
+    def drops_by_lag(self) -> bool:
+        """Whether :meth:`finish` needs the versions of fragments."""
+        return self._max_policy_lag is not None
+
+    @property
     def finished(self) -> bool:
         """Whether all of ``total_frames`` are delivered."""
         return self._total_frames is not None and self.frames >= self._total_frames
@@ -180,7 +185,8 @@ class FragmentScheduler:
             env: the environment.
             row: where the fragment is.
             length: its steps: of a complete one ``T``, of one that was cut fewer. An empty one never reaches a batch.
-            oldest_version: of the policy, among its steps; ``None`` if all actions were random.
+            oldest_version: of the policy, among its steps; ``None`` if all actions were random, or unless
+                ``drops_by_lag``.
 
         Raises:
             ValueError: ``env`` has no such row.

