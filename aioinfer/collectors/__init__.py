@@ -14,7 +14,8 @@ From an environment to a batch, file by file::
     messages.py        what the coordinator and the hosts say to each other
 
 A group asks a server, or it runs a copy of the policy itself, with weights that are published through shared memory:
-``policy_caller.py`` has the requests, ``local_policy.py`` the copies.
+``policy_caller.py`` has the requests, ``local_policy.py`` the copies, ``task_policy.py`` what does so for tasks.
+``row_writer.py`` writes what a task collects.
 
 ``spaces.py`` says how observations and actions become arrays, ``policy_layout.py`` what is asked and what is kept of
 the replies, ``episodes.py`` joins fragments to whole episodes, ``stats.py`` has the figures.

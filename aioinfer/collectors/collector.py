@@ -130,7 +130,8 @@ class AsyncBatchedCollector:
             asking a server that runs it for all of them. It can where the policy is an ``nn.Module`` on the CPU that
             pickles, and neither ``in_lockstep`` nor ``max_batch_size`` is asked for. ``None``: it does so where it can,
             the policy has at most 4 MiB of weights, and several ``groups_per_worker`` are not asked for. Asynchronous
-            environments always ask the server.
+            environments share a copy that runs in their event loop, one pass for all that wait; where a pass takes 1 ms
+            or more, for which the loop would be blocked, they ask the server in any case.
         max_batch_size: most rows in one forward pass of the server; by default, as many as there are environments, and
             at least 64.
         create_env_kwargs: arguments for ``create_env_fn``, or a sequence of them.

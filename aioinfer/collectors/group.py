@@ -40,16 +40,14 @@ class Episodes:
 
     def __init__(self, envs: Sequence[int], block: ControlBlock) -> None:
         self._envs = np.array(envs, np.int64)
-        self._begun = block.episodes
+        self._block = block
         self.number = np.zeros(len(envs), np.int64)
         self.steps = np.zeros(len(envs), np.int64)
         self._returns = np.zeros(len(envs), np.float64)
 
     def begin(self, rows: Array) -> None:
         """Begin an episode in each of these environments of the group."""
-        envs = self._envs[rows]
-        self.number[rows] = self._begun[envs] * len(self._begun) + envs
-        self._begun[envs] += 1
+        self.number[rows] = self._block.begin_episodes(self._envs[rows])
         self.steps[rows] = 0
         self._returns[rows] = 0.0
 

@@ -8,11 +8,11 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Awaitable, Callable, Sequence, Set
+from collections.abc import Awaitable, Callable, Iterator, Sequence, Set
 from contextlib import suppress
 from functools import partial
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from aioinfer.client import AsyncInferenceClient, ClientMaker, InferenceClient
 from aioinfer.collectors.environments import Stepper, is_async, is_several, make_stepper
@@ -38,8 +38,10 @@ from aioinfer.collectors.messages import (
     ThreadLeft,
 )
 from aioinfer.collectors.policy_caller import Policy, PolicyCaller, ServedPolicy
+from aioinfer.collectors.row_writer import RowWriter
 from aioinfer.collectors.spaces import EnvLayout
-from aioinfer.collectors.tasks import EnvTask, TaskStepper
+from aioinfer.collectors.task_policy import ServedTaskPolicy, TaskPolicy, TickPolicy, is_short
+from aioinfer.collectors.tasks import EnvTask, Episode, TaskRows, TaskStepper
 from aioinfer.collectors.watch import ControlBlock, Watch
 from aioinfer.collectors.writer import FragmentWriter
 from aioinfer.errors import describe
@@ -65,6 +67,14 @@ class _Group(Protocol):
     def resume(self) -> None: ...
     def replace(self, member: int, env: Any, seeds: Sequence[int]) -> None: ...
     def abandon(self, seconds: float) -> bool: ...
+
+
+class _SharedPolicy(NamedTuple):
+    """The policy of all asynchronous environments, their rows, and those that no task has yet."""
+
+    policy: TickPolicy
+    rows: TaskRows
+    free: Iterator[int]
 
 
 class EnvHost:
@@ -232,9 +242,10 @@ class EnvHost:
     ) -> None:
         """Start all groups."""
         groups: list[_Group] = []
+        shared = self._share_policy(message, weights)
         for setup, (members, envs) in zip(message.groups, self._divided, strict=True):
             group = self._make_group(
-                message, setup, members, envs, ring=ring, block=block, server=server, weights=weights
+                message, setup, members, envs, ring=ring, block=block, server=server, weights=weights, shared=shared
             )
             groups.append(group)
             self._by_member.update(dict.fromkeys(members.members, group))
@@ -256,28 +267,73 @@ class EnvHost:
         block: ControlBlock,
         server: ClientMaker,
         weights: PublishedWeights | None,
+        shared: _SharedPolicy | None,
     ) -> _Group:
         watch: Watch = block.watches[setup.number]
         stepper = self._stepper(envs, watch)
+        layout, policy = stepper.layout, message.policy
         parts: dict[str, Any] = {
             "members": members.members,
             "envs": setup.envs,
             "seeds": setup.seeds,
-            "caller": PolicyCaller(message.policy, stepper.observations, stepper.is_init, setup.number),
-            "writer": FragmentWriter(ring, setup.envs, stepper.layout, message.policy),
-            "episodes": Episodes(setup.envs, block),
-            "random_steps": [message.random_frames[env] for env in setup.envs],
-            "mode": message.policy.interaction_type,
             "report": self._report,
         }
+        random_steps = [message.random_frames[env] for env in setup.envs]
         if isinstance(stepper, TaskStepper):
-            client = server.async_client()
-            self._clients.append(client)
-            return EnvTask(stepper, client=client, loop=self._event_loop(), **parts)
-        policy = self._local_policy(message, weights) or self._served_policy(server, stepper.size)
-        return EnvGroup(stepper, watch=watch, policy=policy, **parts)
+            env = setup.envs[0]
+            of_task = self._task_policy(stepper, message, setup.number, server, shared)
+            return EnvTask(
+                stepper,
+                loop=self._event_loop(),
+                policy=of_task,
+                writer=RowWriter(ring, env, stepper.row, layout, policy),
+                episode=Episode(env, block),
+                random_steps=random_steps[0],
+                **parts,
+            )
+        return EnvGroup(
+            stepper,
+            watch=watch,
+            caller=PolicyCaller(policy, stepper.observations, stepper.is_init, setup.number),
+            policy=self._local_policy(message, weights) or self._served_policy(server, stepper.size),
+            writer=FragmentWriter(ring, setup.envs, layout, policy),
+            episodes=Episodes(setup.envs, block),
+            random_steps=random_steps,
+            mode=policy.interaction_type,
+            **parts,
+        )
 
-    def _local_policy(self, message: Begin, weights: PublishedWeights | None) -> Policy | None:
+    def _share_policy(self, message: Begin, weights: PublishedWeights | None) -> _SharedPolicy | None:
+        """A copy of the policy for all asynchronous environments, where it does not block their event loop for long."""
+        envs = [envs[0] for _, envs in self._divided if is_async(envs[0])]
+        policy = self._local_policy(message, weights) if envs else None
+        if policy is None:
+            return None
+        rows = TaskRows(self._stepper(envs[:1], Watch()).layout, len(envs))
+        caller = PolicyCaller(message.policy, rows.observations, rows.is_init)
+        try:
+            if is_short(policy, caller):
+                policy = self._local_policy(message, weights)  # another one, which has counted nothing yet
+                assert policy is not None
+                return _SharedPolicy(TickPolicy(policy.compute, caller), rows, iter(range(len(envs))))
+            reason = "a forward pass would block their event loop for too long"
+        except Exception as error:  # of the user's policy, which may not take so many rows
+            reason = describe(error)
+        _log.info("a server computes the actions of asynchronous environments: %s", reason)
+        return None
+
+    def _task_policy(
+        self, stepper: TaskStepper, message: Begin, group: int, server: ClientMaker, shared: _SharedPolicy | None
+    ) -> TaskPolicy:
+        if shared is not None:
+            stepper.share(shared.rows, next(shared.free))
+            return shared.policy
+        client = server.async_client()
+        self._clients.append(client)
+        caller = PolicyCaller(message.policy, stepper.rows.observations, stepper.rows.is_init, group)
+        return ServedTaskPolicy(client, caller, message.policy.interaction_type)
+
+    def _local_policy(self, message: Begin, weights: PublishedWeights | None) -> LocalPolicy | None:
         """A copy of the policy, where groups are to run it themselves, and this process can."""
         if message.local is None or weights is None:
             return None

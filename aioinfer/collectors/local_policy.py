@@ -96,10 +96,14 @@ class LocalPolicy:
 
     def __call__(self, request: TensorDictBase) -> TensorDictBase:
         """Compute the reply to a request ``[B]``, which stays as it is."""
+        batch = build({key: value.clone() for key, value in entries(request).items()}, request.batch_size, None)
+        return self.compute(batch)
+
+    def compute(self, batch: TensorDictBase) -> TensorDictBase:
+        """Do so to a request that nobody needs any more, which the policy may change."""
         if self._weights.number != self._number:
             self._load()
-        batch = build({key: value.clone() for key, value in entries(request).items()}, request.batch_size, None)
-        rows = request.batch_size[0]
+        rows = batch.batch_size[0]
         with self._lock, torch.no_grad(), use_mode(self._mode):
             reply = check_output(self._run(batch), rows)
         if len(self._versions) < rows:

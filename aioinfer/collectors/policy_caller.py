@@ -31,6 +31,7 @@ class PolicyCaller:
         group: the number of the group, for requests that say who asks.
 
     Attributes:
+        size: how many rows there are.
         states: ``[size, *shape]`` for each state: what the policy was asked with last, or is to be asked with.
     """
 
@@ -43,7 +44,7 @@ class PolicyCaller:
     ) -> None:
         self._layout = layout
         self._is_init = is_init
-        size = len(is_init)
+        self.size = size = len(is_init)
         self._initial = [_initial(state) for state in layout.states]
         self.states = [np.broadcast_to(initial, (size, *initial.shape)).copy() for initial in self._initial]
         self._next_states = [state.copy() for state in self.states]
@@ -67,7 +68,10 @@ class PolicyCaller:
         self._all = None if any(source.dtype == object for source in self._sources) else _request(sent, self._sources)
 
     def request(self, rows: Array | None) -> TensorDict:
-        """Make the request of some rows, or of all; it is theirs until the reply is there."""
+        """Make the request of some rows, or of all.
+
+        One of all rows is theirs until the reply is there, one of some rows is a copy.
+        """
         if self._layout.sends_turn:
             self._turn[:, 1] += 1
         if self.states:
@@ -77,6 +81,11 @@ class PolicyCaller:
         if rows is not None:
             return _request(self._sent, [source.take(rows, 0) for source in self._sources])
         return _request(self._sent, self._sources) if self._all is None else self._all
+
+    def advance(self, row: int) -> None:
+        """Let the states of a row be those of its next request, which may be made later."""
+        for state, following, initial in zip(self.states, self._next_states, self._initial, strict=True):
+            state[row] = initial if self._is_init[row] else following[row]
 
     def read(self, reply: TensorDictBase, rows: Array | None) -> tuple[list[Array], Array]:
         """Take a reply apart: its actions and outputs, and the version of each row."""

@@ -25,6 +25,7 @@ __all__ = [
     "info_specs",
     "observation_columns",
     "row_action_writer",
+    "single_action_writer",
 ]
 
 InfoKeys: TypeAlias = Sequence[str] | Mapping[str, Any]
@@ -337,6 +338,29 @@ def _row_writer(space: Any, path: tuple[str, ...]) -> Callable[[Iterator[NDArray
     if not space.shape:  # a row of an array of numbers is no array, which spaces warn of
         return lambda leaves: [np.array(value, dtype) for value in next(leaves)]
     return lambda leaves: list(next(leaves).astype(dtype))
+
+
+def single_action_writer(space: Any) -> ActionWriter:
+    """Make the action of one environment, a value of ``space``, of leaves ``[*shape]``; it shares no memory."""
+    write = _single_writer(space, ("action",))
+    return lambda leaves: write(iter(leaves))
+
+
+def _single_writer(space: Any, path: tuple[str, ...]) -> Callable[[Iterator[Any]], Any]:
+    kind = _kind(space, path)
+    if kind in ("Dict", "Tuple"):
+        entries = _entries(space, kind, path)
+        writers = [_single_writer(entry, (*path, name)) for _, name, entry in entries]
+        if kind == "Tuple":
+            return lambda leaves: tuple(write(leaves) for write in writers)
+        keys = [key for key, _, _ in entries]
+        return lambda leaves: {key: write(leaves) for key, write in zip(keys, writers, strict=True)}
+    if kind == "Discrete":
+        return lambda leaves: np.int64(next(leaves))
+    if kind == "Text":
+        return next
+    dtype = np.dtype(space.dtype)
+    return lambda leaves: np.array(next(leaves), dtype)
 
 
 def batched_action_writer(space: Any) -> ActionWriter:

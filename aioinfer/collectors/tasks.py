@@ -7,37 +7,54 @@ import inspect
 import threading
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from functools import partial
 from time import monotonic
 from typing import Any
 
 import numpy as np
-from tensordict import TensorDict, TensorDictBase
 
-from aioinfer.client import AsyncInferenceClient
 from aioinfer.collectors.environments.random_actions import RandomActions
-from aioinfer.collectors.group import Episodes, ReportingGroup, as_failure, as_message
+from aioinfer.collectors.group import ReportingGroup, as_failure, as_message
 from aioinfer.collectors.messages import Failed, MemberReady
-from aioinfer.collectors.policy_caller import PolicyCaller
+from aioinfer.collectors.row_writer import RowWriter
 from aioinfer.collectors.spaces import (
+    Column,
+    EnvLayout,
     InfoKeys,
     action_columns,
     env_layout,
     info_columns,
     observation_columns,
-    row_action_writer,
+    single_action_writer,
 )
-from aioinfer.collectors.watch import Phase, Watch
-from aioinfer.collectors.writer import FragmentWriter
-from aioinfer.errors import ServerOverloadedError
-from aioinfer.interaction_type import InteractionType, requests_carry
+from aioinfer.collectors.task_policy import TaskPolicy
+from aioinfer.collectors.watch import ControlBlock, Phase, Watch
 
-__all__ = ["EnvTask", "TaskStepper"]
+__all__ = ["EnvTask", "Episode", "TaskRows", "TaskStepper"]
+
+
+class TaskRows:
+    """The latest observations of asynchronous environments, a row of each.
+
+    Args:
+        layout: of the environments.
+        size: how many there are.
+
+    Attributes:
+        observations: ``[size, *shape]`` for each leaf.
+        is_init: ``[size]``: whether each is the first of an episode.
+    """
+
+    def __init__(self, layout: EnvLayout, size: int) -> None:
+        self.observations = [Column(spec).empty(size) for spec in layout.observation]
+        for observation, example in zip(self.observations, layout.example, strict=True):
+            observation[:] = example  # which the policy can be tried with
+        self.is_init = np.ones(size, np.bool_)
 
 
 class TaskStepper:
-    """One asynchronous environment, and what it returns as arrays of one row.
+    """One asynchronous environment, and what it returns.
 
     Args:
         env: has ``observation_space``, ``action_space``, ``async def reset(*, seed)`` and ``async def step(action)``,
@@ -56,15 +73,16 @@ class TaskStepper:
         self._columns = observation_columns(env.observation_space)
         self._info_columns = info_columns(self.layout.info)
         self._info_keys = info_keys
-        self._actions = row_action_writer(env.action_space)
+        self._actions = single_action_writer(env.action_space)
         self._random = RandomActions(action_columns(env.action_space), [env.action_space])
-        self.member_of_row = np.zeros(1, np.int64)
-        self.observations = [column.empty(1) for column in self._columns]
-        self.next_observations = [column.empty(1) for column in self._columns]
+        self.rows, self.row = TaskRows(self.layout, 1), 0
         self.info = [column.empty(1) for column in self._info_columns]
-        self.is_init = np.ones(1, np.bool_)
-        self.reward = np.zeros(1, np.float32)
-        self.terminated, self.truncated = np.zeros(1, np.bool_), np.zeros(1, np.bool_)
+        self._reward = np.zeros(1, np.float32)
+        self.reward, self.terminated, self.truncated = 0.0, False, False
+
+    def share(self, rows: TaskRows, row: int) -> None:
+        """Let the observations be in a row of others."""
+        self.rows, self.row = rows, row
 
     def replace(self, env: Any) -> None:
         """Put another environment in the place of this one.
@@ -85,28 +103,59 @@ class TaskStepper:
         return self._random.draw(np.zeros(1, np.int64))
 
     def action(self, leaves: Sequence[Any]) -> Any:
-        """What the environment takes."""
-        return self._actions(leaves)[0]
+        """What the environment takes, of leaves ``[*shape]``."""
+        return self._actions(leaves)
 
     def observe(self, observation: Any) -> None:
         """Take the first observation of an episode."""
-        for column, out in zip(self._columns, self.observations, strict=True):
-            column.put(observation, out, 0)
-        self.is_init[0] = True
+        for column, out in zip(self._columns, self.rows.observations, strict=True):
+            column.put(observation, out, self.row)
+        self.rows.is_init[self.row] = True
 
-    def read(self, result: Any) -> bool:
-        """Take what a step has returned; returns whether the episode has ended."""
+    def read(self, result: Any) -> None:
+        """Take what a step has returned."""
         observation, reward, terminated, truncated, info = result
-        for column, out in zip(self._columns, self.next_observations, strict=True):
-            column.put(observation, out, 0)
+        for column, out in zip(self._columns, self.rows.observations, strict=True):
+            column.put(observation, out, self.row)
         for column, out in zip(self._info_columns, self.info, strict=True):
             column.put(info, out, 0)
-        self.reward[0] = reward
-        self.terminated[0], self.truncated[0] = bool(terminated), bool(truncated) and not terminated
-        self.is_init[0] = False
-        for out, value in zip(self.observations, self.next_observations, strict=True):
-            out[0] = value[0]
-        return bool(terminated or truncated)
+        self._reward[0] = reward
+        self.reward = self._reward.item()
+        self.terminated, self.truncated = bool(terminated), bool(truncated) and not terminated
+        self.rows.is_init[self.row] = False
+
+
+class Episode:
+    """Counts the episodes of one environment, and adds up their returns.
+
+    Args:
+        env: its number.
+        block: has the number of episodes that it has begun.
+
+    Attributes:
+        number: of the current episode, which no other episode of the collector has.
+        steps: how many steps of it were made.
+    """
+
+    def __init__(self, env: int, block: ControlBlock) -> None:
+        self._env = env
+        self._block = block
+        self.number, self.steps, self._return = 0, 0, 0.0
+
+    def begin(self) -> None:
+        """Begin an episode."""
+        self.number = int(self._block.begin_episodes(self._env))
+        self.steps, self._return = 0, 0.0
+
+    def step(self, reward: float, ended: bool) -> list[tuple[int, float, int]]:
+        """Count a step; returns the episode that it has ended: environment, return, steps."""
+        self.steps += 1
+        self._return += reward
+        if not ended:
+            return []
+        found = (self._env, self._return, self.steps)
+        self.begin()
+        return [found]
 
 
 class EnvTask(ReportingGroup):
@@ -117,15 +166,13 @@ class EnvTask(ReportingGroup):
     Args:
         stepper: the environment.
         loop: where the task runs.
-        client: reaches the policy.
+        policy: computes its actions.
         members: its number as a member, alone in a list; so are the following.
         envs: its number.
         seeds: of its first episode.
-        caller: makes its requests.
         writer: writes into the ring.
-        episodes: counts them.
+        episode: counts them.
         random_steps: how many steps it makes at random first.
-        mode: the exploration mode of requests.
         report: called with messages for the collector.
     """
 
@@ -134,35 +181,39 @@ class EnvTask(ReportingGroup):
         stepper: TaskStepper,
         *,
         loop: asyncio.AbstractEventLoop,
-        client: AsyncInferenceClient,
+        policy: TaskPolicy,
         members: Sequence[int],
         envs: Sequence[int],
         seeds: Sequence[int],
-        caller: PolicyCaller,
-        writer: FragmentWriter,
-        episodes: Episodes,
-        random_steps: Sequence[int],
-        mode: str | None,
+        writer: RowWriter,
+        episode: Episode,
+        random_steps: int,
         report: Callable[[Any], None],
     ) -> None:
         super().__init__(envs, writer, report)
         self.stepper = stepper
         self.members = list(members)
         self._loop = loop
-        self._client = client
+        self._policy = policy
         self._seed = seeds[0]
-        self._caller = caller
-        self._episodes = episodes
+        self._steps = writer
+        self._episode = episode
         self._watch = stepper.watch
-        self._random_left = random_steps[0]
-        self._mode = mode
-        self._rows = np.zeros(1, np.int64)
+        self._random_left = random_steps
+        self._num_actions = len(stepper.layout.action)
         self._inbox: deque[Callable[[], Any]] = deque()
         self._wake = asyncio.Event()
         self._paused = self._timed_out = self._stopping = False
         self._task: asyncio.Task[None] | None = None
         self._running: asyncio.Task[None] | None = None  # cancelled before it has begun, it would close nothing
         self._ended = threading.Event()
+        # Elements of arrays, which numpy reads and adds to in four times as long.
+        self._is_present, self._has_row = self._present.data, writer.has_row.data
+        watch = stepper.watch
+        self._since: Any = watch.since.data
+        self._phase: Any = watch.phase.data
+        self._seconds: Any = watch.seconds.data
+        self._frames: Any = watch.frames.data
 
     # -- any thread ------------------------------------------------------------------------------------
 
@@ -206,7 +257,12 @@ class EnvTask(ReportingGroup):
 
     def _call_soon(self, job: Callable[..., None], *arguments: Any) -> bool:
         try:
-            self._loop.call_soon_threadsafe(job, *arguments)
+            is_here = asyncio.get_running_loop() is self._loop
+        except RuntimeError:  # none runs
+            is_here = False
+        try:
+            # On the loop's own thread there is nobody to wake, which takes a tenth of the time of a step.
+            (self._loop.call_soon if is_here else self._loop.call_soon_threadsafe)(job, *arguments)
         except RuntimeError:  # the loop is closed
             return False
         return True
@@ -266,7 +322,7 @@ class EnvTask(ReportingGroup):
                 result = self._inbox.popleft()()
                 if inspect.isawaitable(result):
                     await result
-            if self._paused or not (self._present[0] and self._writer.has_row[0]):
+            if self._paused or not (self._is_present[0] and self._has_row[0]):
                 self._watch.begin_wait()
                 self._wake.clear()
                 await self._wake.wait()
@@ -282,7 +338,7 @@ class EnvTask(ReportingGroup):
             await self._fail(error)
             return
         self._present[0] = True
-        self._episodes.begin(self._rows)
+        self._episode.begin()
         self._ask()
 
     async def _reset(self, seed: int | None) -> None:
@@ -296,7 +352,8 @@ class EnvTask(ReportingGroup):
             TimeoutError: it took too long, and was cancelled.
         """
         task = self._task
-        self._watch.begin(0, phase)
+        self._since[0] = monotonic()
+        self._phase[0] = phase  # of member 0, the only one
         result, error = None, None
         try:
             result = await call
@@ -305,7 +362,7 @@ class EnvTask(ReportingGroup):
         if task is None or self._task is not task:  # it was left behind, another one has taken its place
             raise asyncio.CancelledError
         timed_out, self._timed_out = self._timed_out, False
-        self._watch.end()
+        self._phase[0] = Phase.IDLE
         if timed_out:
             task.uncancel()
             if isinstance(error, asyncio.CancelledError) and not self._stopping:
@@ -320,44 +377,38 @@ class EnvTask(ReportingGroup):
         return TimeoutError(f"environment {self.envs[0]} did not return in time")
 
     async def _step(self) -> None:
-        stepper, writer, watch = self.stepper, self._writer, self._watch
+        stepper, writer, episode = self.stepper, self._steps, self._episode
         began = monotonic()
-        request = self._caller.request(None)
-        writer.write_request(
-            None,
-            stepper.observations,
-            self._caller.states,
-            stepper.is_init,
-            self._episodes.number,
-            self._episodes.steps,
-        )
+        states = self._policy.begin(stepper.row)
+        observations, is_init = stepper.rows.observations, bool(stepper.rows.is_init[stepper.row])
+        writer.begin_step(observations, states, is_init, episode.number, episode.steps)
+        received: Sequence[Any]
         if self._random_left:
             self._random_left -= 1
-            actions = stepper.random_action()
-            writer.write_reply(None, actions, -1, True)
+            received, index, version = stepper.random_action(), 0, -1
+            writer.write_actions(received, index, version, True)
         else:
-            received, versions = self._caller.read(await self._act(request), None)
-            writer.write_reply(None, received, versions, False)
-            actions = received[: len(stepper.layout.action)]
+            received, index, version = await self._policy(stepper.row)
+            writer.write_actions(received, index, version, False)
+        actions = [leaf[index] for leaf in received[: self._num_actions]]
         acted = monotonic()
         try:
-            ended = stepper.read(await self._call(Phase.STEP, stepper.env.step(stepper.action(actions))))
+            stepper.read(await self._call(Phase.STEP, stepper.env.step(stepper.action(actions))))
         except Exception as error:
             await self._fail(error)
             return
         stepped = monotonic()
-        watch.seconds[1] += acted - began
-        watch.seconds[0] += stepped - acted
-        watch.frames[0] += 1
+        seconds, frames = self._seconds, self._frames[0] + 1
+        seconds[1] += acted - began
+        seconds[0] += stepped - acted
+        self._frames[0] = frames
         progress = self._progress
+        ended = stepper.terminated or stepper.truncated
         progress.finished.extend(
-            writer.write_step(
-                None, stepper.next_observations, stepper.info, stepper.reward, stepper.terminated, stepper.truncated
-            )
+            writer.end_step(observations, stepper.info, stepper.reward, stepper.terminated, stepper.truncated)
         )
-        over = stepper.terminated | stepper.truncated
-        progress.episodes.extend(self._episodes.step(self._rows, stepper.reward, over))
-        if watch.frames[0] % _STEPS_PER_SAMPLE == 0:
+        progress.episodes.extend(episode.step(stepper.reward, ended))
+        if frames % _STEPS_PER_SAMPLE == 0:
             progress.step_seconds.append((self.envs[0], stepped - acted))
         if ended:
             try:
@@ -367,17 +418,6 @@ class EnvTask(ReportingGroup):
                 return
         if writer.may_ask:
             self._ask()
-
-    async def _act(self, request: TensorDict) -> TensorDictBase:
-        """Ask the policy; where the queue of the server is full, again in a moment."""
-        while True:
-            # Not in force while this is suspended: a mode belongs to the thread, and so to all tasks of its event loop.
-            with nullcontext() if self._mode is None else requests_carry(InteractionType(self._mode)):
-                reply = self._client.submit(request)
-            try:
-                return await reply
-            except ServerOverloadedError:
-                await asyncio.sleep(_RETRY_SECONDS)
 
     async def _fail(self, error: BaseException) -> None:
         self._present[0] = False
@@ -407,7 +447,7 @@ class EnvTask(ReportingGroup):
             await self._fail(error)
             return
         self._present[0] = True
-        self._episodes.begin(self._rows)
+        self._episode.begin()
         self._report(MemberReady(self.members[0]))
         self._ask()
 
@@ -420,4 +460,3 @@ class EnvTask(ReportingGroup):
 
 
 _STEPS_PER_SAMPLE = 16
-_RETRY_SECONDS = 0.002

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import IntEnum
 from time import monotonic
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -114,6 +114,12 @@ class ControlBlock:
         records = data[: num_groups * _RECORD].reshape(num_groups, _RECORD)
         self.watches = [Watch(record) for record in records]
         self.episodes: NDArray[np.int64] = data[num_groups * _RECORD :].view(np.int64)
+
+    def begin_episodes(self, envs: Any) -> Any:
+        """Count a new episode of an environment, or of each of several; returns numbers that no others have."""
+        numbers = self.episodes[envs] * len(self.episodes) + envs
+        self.episodes[envs] += 1
+        return numbers
 
 
 class Overdue(NamedTuple):

@@ -231,7 +231,7 @@ def test_recurrent_states_are_carried_from_step_to_step(num_workers: int, out_ke
     policy = TensorDictModule(Recurrent(), in_keys=["observation", "total"], out_keys=["action", out_key])
     start = torch.tensor([1.0, 2.0, 3.0])
     batches = collect(
-        [World, World, lambda: SyncVectorEnv([Relaxed] * 2)],
+        [World, AsyncWorld, World, lambda: SyncVectorEnv([Relaxed] * 2), AsyncWorld],
         num_workers=num_workers,
         policy=policy,
         state_keys={"total": start},
@@ -245,7 +245,7 @@ def test_recurrent_states_are_carried_from_step_to_step(num_workers: int, out_ke
                 torch.testing.assert_close(step["total"], total, atol=0, rtol=0)
                 action, totals[env] = Recurrent()(step["observation"], step["total"])
                 assert step["action"] == action
-    assert len(totals) == 4
+    assert len(totals) == 6
 
 
 class Relaxed(World):
@@ -259,7 +259,7 @@ def test_a_policy_that_reads_is_init_is_told() -> None:
         in_keys=["observation", "is_init"],
         out_keys=["action", "was_init"],
     )
-    for batch in collect(policy=policy, num_envs=3):
+    for batch in collect([World, AsyncWorld] * 2, policy=policy):
         assert torch.equal(batch["was_init"], batch["is_init"])
         assert torch.equal(batch["is_init"][..., 0], batch["collector", "step"] == 0)
 

@@ -21,6 +21,7 @@ from aioinfer.collectors.spaces import (
     info_specs,
     observation_columns,
     row_action_writer,
+    single_action_writer,
 )
 
 PLAIN = st.sampled_from(
@@ -66,6 +67,10 @@ def test_what_is_gathered_is_written_back_as_it_was(space: Any, size: int) -> No
     back = row_action_writer(space)(together)
     assert all(space.contains(value) for value in back)
     assert all(map(equal, back, values))
+    for row, value in enumerate(values):
+        single = single_action_writer(space)([leaf[row] for leaf in together])
+        assert space.contains(single)
+        assert equal(single, value)
     batched = batched_action_writer(space)(together)
     assert batch_space(space, size).contains(batched)
 
@@ -167,6 +172,7 @@ def test_infos_are_nan_or_zero_where_they_are_missing() -> None:
 
 def test_actions_share_no_memory_with_the_leaves() -> None:
     leaf = np.zeros((2, 3), np.float32)
-    actions = row_action_writer(spaces.Box(-1, 1, (3,), np.float32))([leaf])
+    space = spaces.Box(-1, 1, (3,), np.float32)
+    actions = [*row_action_writer(space)([leaf]), single_action_writer(space)([leaf[0]])]
     leaf[:] = 1
     assert not np.array(actions).any()
