@@ -43,7 +43,7 @@ class FragmentWriter:
         self._ring = ring
         self._length = ring.layout.length
         self._early = max(1, min(_EARLY_STEPS, self._length // 4))
-        self._envs = list(envs)
+        self._envs = np.array(envs, np.int64)
         size = len(envs)
         self.has_row = np.zeros(size, np.bool_)
         self._row = np.full(size, -1, np.int64)
@@ -88,7 +88,7 @@ class FragmentWriter:
         else:
             self._begin(index, row)
 
-    def _begin(self, index: int, row: int) -> None:
+    def _begin(self, index: int | Array, row: int | Array) -> None:
         self._row[index] = row
         self._steps[index] = 0
         self._cell[index] = row * self._length
@@ -111,14 +111,15 @@ class FragmentWriter:
         self._until_asking = int((most - self._steps[~self._asked]).min(initial=most))
         if np.count_nonzero(told) < np.count_nonzero(soon):  # some are to be told as soon as they are there
             self._until_asking = 0
-        return [self._envs[index] for index in told.nonzero()[0].tolist()]
+        asking: list[int] = self._envs[told].tolist()
+        return asking
 
     def cut(self, index: int) -> list[tuple[int, int]]:
         """End the fragment of an environment that is gone; returns the rows that it had, with its number.
 
         Its last complete step becomes the last of its episode: truncated, unless it was that anyway.
         """
-        env, rows = self._envs[index], []
+        env, rows = int(self._envs[index]), []
         if self.has_row[index]:
             self._ring.truncate(int(self._row[index]))
             rows.append((env, int(self._row[index])))
@@ -130,7 +131,7 @@ class FragmentWriter:
         self._until_asking = 0
         return rows
 
-    def _end(self, index: int) -> None:
+    def _end(self, index: int | Array) -> None:
         self._steps[index] = 0
         self.has_row[index] = self._is_full[index] = False
 
@@ -250,18 +251,17 @@ class FragmentWriter:
         return self._has_ended or self._until_asking <= 0
 
     def _settle(self) -> list[tuple[int, int]]:
-        finished: list[tuple[int, int]] = []
-        for index in ((self._steps == self._length) | self._is_full).nonzero()[0].tolist():
-            finished.append((self._envs[index], int(self._row[index])))
-            self._end(index)
-            following, self._next_row[index] = int(self._next_row[index]), -1
-            if following >= 0:
-                self._begin(index, following)
-            elif not self._asked[index]:
-                self._until_asking = 0
-            # Otherwise it has asked, and gets a row when there is one.
-        self._until_end = self._length - int(self._steps[self._steps.argmax()])
+        ended = ((self._steps == self._length) | self._is_full).nonzero()[0]
+        finished = list(zip(self._envs[ended].tolist(), self._row[ended].tolist(), strict=True))
         self._has_ended = self._has_ended or bool(finished)
+        self._end(ended)
+        following, self._next_row[ended] = self._next_row[ended], -1
+        goes_on = following >= 0
+        self._begin(ended[goes_on], following[goes_on])
+        # Others have asked, and get a row when there is one, or ask now.
+        if np.count_nonzero(goes_on | self._asked[ended]) < len(ended):
+            self._until_asking = 0
+        self._until_end = self._length - int(self._steps[self._steps.argmax()])
         return finished
 
 

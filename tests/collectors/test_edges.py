@@ -21,13 +21,14 @@ from tensordict.nn import (
     TensorDictModule,
     TensorDictModuleBase,
 )
+from torch import nn
 from torch.nn import functional
 
 from aioinfer import InferenceServer, ServerNotRunningError, ThreadingTransport
 from aioinfer.collectors import AsyncBatchedCollector
 from aioinfer.collectors.stats import shares_of_time
 from aioinfer.collectors.watch import Watch
-from tests.collectors.worlds import World, make_policy
+from tests.collectors.worlds import World, assert_plain, make_policy, steps_by_env
 from tests.limits import HANG
 
 
@@ -212,6 +213,26 @@ def test_a_policy_is_asked_only_with_observations_of_the_space_and_with_the_late
         batch = next(iter(collector))
         assert torch.equal(batch["read"], batch["observation", "number"])
         assert set(batch["read"].unique().tolist()) == {5, 6}
+
+
+class Overwriting(nn.Module):
+    """Acts, and then writes to what it was asked with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = make_policy().module
+
+    def forward(self, observation: torch.Tensor) -> Any:
+        action = self.act(observation.clone())
+        observation.fill_(7)
+        return action
+
+
+@pytest.mark.parametrize("local_inference", [False, True])
+def test_a_policy_may_write_to_what_it_is_asked_with(local_inference: bool) -> None:
+    policy = TensorDictModule(Overwriting(), make_policy().in_keys, make_policy().out_keys)
+    with make_collector(policy=policy, num_envs=3, local_inference=local_inference, seed=5) as collector:
+        assert_plain(steps_by_env(list(itertools.islice(collector, 3))), seed=5)
 
 
 def test_a_server_whose_replies_have_no_version_is_refused() -> None:
