@@ -21,6 +21,7 @@ from tensordict.nn.probabilistic import InteractionType, interaction_type, set_i
 __all__ = [
     "INHERIT",
     "MODES",
+    "MODES_ARE_OF_THREADS",
     "InteractionType",
     "Mode",
     "attach_mode",
@@ -55,14 +56,15 @@ def _naming(mode: Mode) -> Iterator[None]:
         _named.reset(token)
 
 
-if "thread_local" in inspect.signature(set_interaction_type).parameters:
+MODES_ARE_OF_THREADS = "thread_local" in inspect.signature(set_interaction_type).parameters
+"""Whether a mode may be in force for one thread alone; else it is one for the whole process."""
+
+if MODES_ARE_OF_THREADS:
     caller_mode = interaction_type
 
     def use_mode(mode: Mode) -> AbstractContextManager[None]:
-        """Put ``mode`` in force for this thread inside a ``with`` block, unless it is so already."""
-        if mode is INHERIT or mode is interaction_type():
-            return nullcontext()
-        return set_interaction_type(mode, thread_local=True)
+        """Put ``mode`` in force for this thread inside a ``with`` block."""
+        return nullcontext() if mode is INHERIT else set_interaction_type(mode, thread_local=True)
 
     def requests_carry(mode: InteractionType | None) -> AbstractContextManager[None]:
         """Make the requests inside a ``with`` block carry ``mode``."""

@@ -6,7 +6,7 @@ import asyncio
 import copy
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
@@ -53,7 +53,8 @@ class WeightUpdates:
 
     Attributes:
         version: of the weights in use.
-        on_version: called on the model thread with each new version; it must neither block nor raise.
+        on_update: called on the model thread with each new version, and the names of the tensors that came with it; it
+            must neither block nor raise.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class WeightUpdates:
         stats: StatsRecorder,
     ) -> None:
         self.version = version
-        self.on_version: Callable[[int], None] = lambda version: None
+        self.on_update: Callable[[int, Collection[str]], None] = lambda version, names: None
         self._placement = placement
         self._scheme = scheme
         self._model_id = model_id
@@ -118,7 +119,7 @@ class WeightUpdates:
             lambda: loader.load(weights, swap=self._swap, cast=cast), tensors_only=not weights.extra_states
         )
         self.version = version
-        self.on_version(version)
+        self.on_update(version, weights.tensors.keys())
         self._stats.update(applied=True)
 
     @contextmanager

@@ -23,7 +23,7 @@ from aioinfer.client import ClientMaker
 from aioinfer.collectors.coordinator import LOOK_AGAIN, Coordinator
 from aioinfer.collectors.episodes import EpisodeAssembler
 from aioinfer.collectors.fragments import FragmentLayout
-from aioinfer.collectors.local_policy import PickledPolicy, PublishedWeights, pickle_policy
+from aioinfer.collectors.local_policy import PolicySource, make_source
 from aioinfer.collectors.lockstep import TURN_KEY, LockstepPolicy, lockstep_weights
 from aioinfer.collectors.policy_layout import (
     PolicyLayout,
@@ -54,8 +54,6 @@ EnvFactory = Callable[..., Any]
 _log = logging.getLogger("aioinfer")
 
 _VERSION_KEY = "policy_version"
-# Bytes of weights. To run a larger policy takes so long that a request to a server, which has all cores, matters less.
-_SMALL_POLICY = 4 * 2**20
 # Groups of a worker that waits for a server.
 _WAITING_GROUPS = 2
 # Without next observations, a fragment has places for as many ends of episodes as it has so many steps, two at least.
@@ -128,10 +126,11 @@ class AsyncBatchedCollector:
         device: where the policy runs.
         local_inference: each group of environments runs a copy of the policy itself, in its own thread, instead of
             asking a server that runs it for all of them. It can where the policy is an ``nn.Module`` on the CPU that
-            pickles, and neither ``in_lockstep`` nor ``max_batch_size`` is asked for. ``None``: it does so where it can,
-            the policy has at most 4 MiB of weights, and several ``groups_per_worker`` are not asked for. Asynchronous
-            environments share a copy that runs in their event loop, one pass for all that wait; where a pass takes 1 ms
-            or more, for which the loop would be blocked, they ask the server in any case.
+            can be copied, for workers pickled, and neither ``in_lockstep`` nor ``max_batch_size`` is asked for.
+            ``None``: it does so where it can, the policy is small (at most 4 MiB of weights) and nothing about it is
+            unusual, and several ``groups_per_worker`` are not asked for. Asynchronous environments share a copy that
+            runs in their event loop, one pass for all that wait; where a pass takes 1 ms or more, for which the loop
+            would be blocked, they ask the server in any case.
         max_batch_size: most rows in one forward pass of the server; by default, as many as there are environments, and
             at least 64.
         create_env_kwargs: arguments for ``create_env_fn``, or a sequence of them.
@@ -226,6 +225,10 @@ class AsyncBatchedCollector:
             if function is not None and not callable(function):
                 raise TypeError(f"{name} must be callable, got {type(function).__qualname__}")
         info_specs(info_keys)
+        if not isinstance(local_inference, bool | None):
+            raise TypeError(f"local_inference must be True, False or None, got {local_inference!r}")
+        if local_inference and (server is not None or in_lockstep or max_batch_size is not None):
+            raise ValueError("server, in_lockstep and max_batch_size are not for local_inference=True")
         if in_lockstep and order != "fair":
             raise ValueError('in_lockstep=True needs order="fair"')
         if frames_per_batch % fragment_length and not yield_completed_trajectories:
@@ -315,7 +318,7 @@ class AsyncBatchedCollector:
                 return
             with ExitStack() as opened:
                 policy = self._make_policy()
-                local = self._pickle_policy(policy)
+                local = self._make_local(policy)
                 self._coordinator = coordinator = Coordinator(
                     self._factories,
                     num_workers=self._num_workers,
@@ -336,10 +339,9 @@ class AsyncBatchedCollector:
                 layout, uneven = coordinator.make()
                 if self._num_workers:
                     _check_shareable(layout)
-                weights = None if local is None else PublishedWeights(local.layout, shared=self._num_workers > 0)
-                policy_layout = self._open_policy(policy, layout, coordinator, weights, opened)
+                policy_layout = self._open_policy(policy, layout, coordinator, local, opened)
                 self._recorder.start()
-                self._begin(coordinator, layout, policy_layout, uneven, local, weights)
+                self._begin(coordinator, layout, policy_layout, uneven, local)
                 self._progress = opened.enter_context(show_progress(self)) if self._shows_progress else None
                 if self._closed:
                     raise _was_shut_down()
@@ -358,18 +360,20 @@ class AsyncBatchedCollector:
             policy.to(self._device)
         return policy
 
-    def _pickle_policy(self, policy: Any) -> PickledPolicy | None:
-        """The policy, for groups to run it themselves; ``None`` if they ask a server."""
+    def _make_local(self, policy: Any) -> PolicySource | None:
+        """Let groups run copies of the policy; ``None`` if they ask a server."""
         if self._local_inference is False:
             return None
         try:
-            if self._given_server is not None:
-                raise ValueError("a server was given")
-            if self._in_lockstep or self._max_batch_size is not None:
-                raise ValueError("in_lockstep and max_batch_size are for a server")
+            if self._given_server is not None or self._in_lockstep or self._max_batch_size is not None:
+                raise ValueError("server, in_lockstep and max_batch_size are not for it")
+            if self._device is not None and torch.device(self._device).type != "cpu":
+                raise ValueError("it has a device of its own")
             if self._local_inference is None and (self._groups or 1) > 1:
                 raise ValueError("several groups_per_worker are for a server, one of which waits for it")
-            return pickle_policy(policy, most_bytes=_SMALL_POLICY if self._local_inference is None else None)
+            return make_source(
+                policy, for_workers=self._num_workers > 0, only_if_sensible=self._local_inference is None
+            )
         except ValueError as error:
             if self._local_inference:
                 raise ValueError(f"local_inference=True is not for this policy: {error}") from error
@@ -381,7 +385,7 @@ class AsyncBatchedCollector:
         policy: Any,
         layout: EnvLayout,
         coordinator: Coordinator,
-        weights: PublishedWeights | None,
+        local: PolicySource | None,
         opened: ExitStack,
     ) -> PolicyLayout:
         """Find out what the policy returns, and serve it."""
@@ -425,9 +429,8 @@ class AsyncBatchedCollector:
             weight_sync=self._weight_sync,
             weight_sync_model_id=self._model_id,
         )
-        if weights is not None:
-            weights.publish(policy, server.policy_version)
-            server._updates.on_version = partial(weights.publish, policy)
+        if local is not None:
+            server._updates.on_update = partial(local.weights.publish, policy)
         opened.callback(server.shutdown)
         server.start()
         return found
@@ -475,8 +478,7 @@ class AsyncBatchedCollector:
         layout: EnvLayout,
         policy: PolicyLayout,
         uneven: bool,
-        local: PickledPolicy | None,
-        weights: PublishedWeights | None,
+        local: PolicySource | None,
     ) -> None:
         if self._in_lockstep and uneven:
             raise ValueError(
@@ -510,7 +512,6 @@ class AsyncBatchedCollector:
             server=self._server,
             address=None if self._num_workers == 0 else self._server.address,
             local=local,
-            weights=weights,
         )
 
     def _fragment_layout(self, layout: EnvLayout, policy: PolicyLayout) -> FragmentLayout:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from aioinfer.collectors.fragments import FragmentLayout, FragmentRing
 from aioinfer.collectors.host import EnvHost
-from aioinfer.collectors.local_policy import PickledPolicy, PublishedWeights
+from aioinfer.collectors.local_policy import PolicySource
 from aioinfer.collectors.messages import (
     Begin,
     Cancelled,
@@ -263,8 +263,7 @@ class Coordinator:
         episodes: Sequence[int],
         server: Any,
         address: str | None,
-        local: PickledPolicy | None,
-        weights: PublishedWeights | None,
+        local: PolicySource | None,
     ) -> None:
         """Have all hosts step their environments from now on.
 
@@ -276,8 +275,7 @@ class Coordinator:
             episodes: how many each environment has begun before, if it has.
             server: makes clients of the policy in this process.
             address: where workers find the policy.
-            local: the policy, where groups run it themselves.
-            weights: of that.
+            local: of the policy, where groups run it themselves.
         """
         with self.lock:
             num_groups = sum(len(host.groups) for host in self._hosts)
@@ -287,7 +285,7 @@ class Coordinator:
             self.block = ControlBlock(num_groups, self.num_envs, shared=shared)
             if len(episodes) == self.num_envs:
                 self.block.episodes[:] = episodes
-            self._setup = _Setup(policy, layout, tuple(random_frames), server, address, local, weights)
+            self._setup = _Setup(policy, layout, tuple(random_frames), server, address, local)
             start = 0
             for host in self._hosts:
                 host.indices = list(range(start, start + len(host.groups)))
@@ -321,16 +319,20 @@ class Coordinator:
             self.num_envs,
             random_left,
             setup.address,
-            setup.local,
+            None if setup.local is None else setup.local.pickled,
         )
         host.begun = True
         for group in host.groups:
             for number in group.members:
                 self.members[number].present = True
         if self._local is not None:
-            self._local.begin(message, self.ring, self.block, setup.server, setup.weights)
+            self._local.begin(message, self.ring, self.block, setup.server, setup.local)
         else:
-            memories = [self.ring.memory, self.block.memory, None if setup.weights is None else setup.weights.memory]
+            memories = [
+                self.ring.memory,
+                self.block.memory,
+                None if setup.local is None else setup.local.weights.memory,
+            ]
             self._pool.send(index, message, [memory.fd for memory in memories if memory is not None])
         if self._paused:
             self._send(index, Pause(self._pause))
@@ -733,8 +735,7 @@ class _Setup:
     random_frames: tuple[int, ...]
     server: Any
     address: str | None
-    local: PickledPolicy | None
-    weights: PublishedWeights | None
+    local: PolicySource | None
 
 
 def _look_again() -> None:

@@ -18,7 +18,7 @@ from aioinfer.client import AsyncInferenceClient, ClientMaker, InferenceClient
 from aioinfer.collectors.environments import Stepper, is_async, is_several, make_stepper
 from aioinfer.collectors.fragments import FragmentRing
 from aioinfer.collectors.group import EnvGroup, Episodes, as_failure, as_message
-from aioinfer.collectors.local_policy import LocalPolicy, PublishedWeights
+from aioinfer.collectors.local_policy import LocalPolicy, PolicySource
 from aioinfer.collectors.messages import (
     Begin,
     Cancelled,
@@ -113,7 +113,6 @@ class EnvHost:
         self._making: set[int] = set()  # members that are being made
         self._cancelled: set[int] = set()  # and those whose making has taken too long
         self._parked: set[_Group] = set()  # in the latest pause
-        self._pass_lock = threading.Lock()  # held while a group runs a policy of its own
         self._pause = 0
 
     # -- make ------------------------------------------------------------------------------------------
@@ -224,11 +223,9 @@ class EnvHost:
         try:
             ring = FragmentRing(message.layout, message.num_rows, descriptor=descriptors[0])
             block = ControlBlock(message.num_groups, message.num_envs, descriptor=descriptors[1])
-            weights = None
-            if message.local is not None:
-                weights = PublishedWeights(message.local.layout, descriptor=descriptors[2])
+            local = None if message.local is None else PolicySource.of_worker(message.local, descriptors[2])
             assert message.address is not None
-            self.begin(message, ring, block, connect(message.address), weights)
+            self.begin(message, ring, block, connect(message.address), local)
         except BaseException as error:
             self._report(Failed(as_message(error)))
 
@@ -238,14 +235,14 @@ class EnvHost:
         ring: FragmentRing,
         block: ControlBlock,
         server: ClientMaker,
-        weights: PublishedWeights | None,
+        local: PolicySource | None,
     ) -> None:
-        """Start all groups."""
+        """Start all groups, which get copies of the policy where there is a source of them."""
         groups: list[_Group] = []
-        shared = self._share_policy(message, weights)
+        shared = self._share_policy(message, local)
         for setup, (members, envs) in zip(message.groups, self._divided, strict=True):
             group = self._make_group(
-                message, setup, members, envs, ring=ring, block=block, server=server, weights=weights, shared=shared
+                message, setup, members, envs, ring=ring, block=block, server=server, local=local, shared=shared
             )
             groups.append(group)
             self._by_member.update(dict.fromkeys(members.members, group))
@@ -266,7 +263,7 @@ class EnvHost:
         ring: FragmentRing,
         block: ControlBlock,
         server: ClientMaker,
-        weights: PublishedWeights | None,
+        local: PolicySource | None,
         shared: _SharedPolicy | None,
     ) -> _Group:
         watch: Watch = block.watches[setup.number]
@@ -295,7 +292,7 @@ class EnvHost:
             stepper,
             watch=watch,
             caller=PolicyCaller(policy, stepper.observations, stepper.is_init, setup.number),
-            policy=self._local_policy(message, weights) or self._served_policy(server, stepper.size),
+            policy=self._local_policy(message, local) or self._served_policy(server, stepper.size),
             writer=FragmentWriter(ring, setup.envs, layout, policy),
             episodes=Episodes(setup.envs, block),
             random_steps=random_steps,
@@ -303,17 +300,17 @@ class EnvHost:
             **parts,
         )
 
-    def _share_policy(self, message: Begin, weights: PublishedWeights | None) -> _SharedPolicy | None:
+    def _share_policy(self, message: Begin, local: PolicySource | None) -> _SharedPolicy | None:
         """A copy of the policy for all asynchronous environments, where it does not block their event loop for long."""
         envs = [envs[0] for _, envs in self._divided if is_async(envs[0])]
-        policy = self._local_policy(message, weights) if envs else None
+        policy = self._local_policy(message, local) if envs else None
         if policy is None:
             return None
         rows = TaskRows(self._stepper(envs[:1], Watch()).layout, len(envs))
         caller = PolicyCaller(message.policy, rows.observations, rows.is_init)
         try:
             if is_short(policy, caller):
-                policy = self._local_policy(message, weights)  # another one, which has counted nothing yet
+                policy = self._local_policy(message, local)  # another one, which has counted nothing yet
                 assert policy is not None
                 return _SharedPolicy(TickPolicy(policy.compute, caller), rows, iter(range(len(envs))))
             reason = "a forward pass would block their event loop for too long"
@@ -333,13 +330,12 @@ class EnvHost:
         caller = PolicyCaller(message.policy, stepper.rows.observations, stepper.rows.is_init, group)
         return ServedTaskPolicy(client, caller, message.policy.interaction_type)
 
-    def _local_policy(self, message: Begin, weights: PublishedWeights | None) -> LocalPolicy | None:
+    def _local_policy(self, message: Begin, local: PolicySource | None) -> LocalPolicy | None:
         """A copy of the policy, where groups are to run it themselves, and this process can."""
-        if message.local is None or weights is None:
+        if local is None:
             return None
-        layout = message.policy
         try:
-            return LocalPolicy(message.local, weights, layout.version_key, layout.interaction_type, self._pass_lock)
+            return LocalPolicy(local, message.policy.version_key, message.policy.interaction_type)
         except Exception as error:  # of unpickling: its class may be unknown here
             _log.warning("the server computes the actions of a group, which can't run the policy: %s", describe(error))
             return None

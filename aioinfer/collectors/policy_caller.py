@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
 
 from aioinfer.client import InferenceClient
 from aioinfer.collectors.lockstep import TURN_KEY
@@ -91,11 +92,15 @@ class PolicyCaller:
         """Take a reply apart: its actions and outputs, and the version of each row."""
         chosen = slice(None) if rows is None else rows
         for state, following in zip(self._layout.states, self._next_states, strict=True):
-            following[chosen] = reply.get(state.reply_path).numpy()
+            following[chosen] = _array(reply.get(state.reply_path))
         if self._is_flat and type(reply) is TensorDict:  # a fifth of the time
             found = entries(reply)
-            return [found[name].numpy() for (name,) in self._received], found[self._version].numpy()
-        return [reply.get(path).numpy() for path in self._received], reply.get(self._version).numpy()
+            return [_array(found[name]) for (name,) in self._received], found[self._version].numpy()
+        return [_array(reply.get(path)) for path in self._received], reply.get(self._version).numpy()
+
+
+def _array(value: Tensor) -> Array:
+    return (value.detach() if value.requires_grad else value).numpy()  # as a view of a parameter does
 
 
 def _initial(state: StateSpec) -> Array:

@@ -130,7 +130,7 @@ class CommandLoop:
         self._reader = SnapshotReader()
         self._tasks: set[asyncio.Task[None]] = set()
         self._pauses: dict[int, asyncio.Task[None]] = {}  # by the number of the command
-        server._updates.on_version = version.write
+        server._updates.on_update = lambda number, _: version.write(number)
 
     async def run(self) -> None:
         """Serve until the parent sends ``SHUTDOWN``, or is gone."""

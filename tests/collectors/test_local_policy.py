@@ -7,20 +7,27 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tensordict import TensorDict
-from tensordict.nn import TensorDictModule
+from tensordict import LazyStackedTensorDict, TensorDict, TensorDictBase
+from tensordict.nn import (
+    InteractionType,
+    ProbabilisticTensorDictModule,
+    ProbabilisticTensorDictSequential,
+    TensorDictModule,
+    set_interaction_type,
+)
 from torch import Tensor, nn
 
 import aioinfer.collectors.local_policy as module
-from aioinfer import InferenceServer, ThreadingTransport
+from aioinfer import InferenceServer, ThreadingTransport, WeightSyncError
 from aioinfer.collectors import AsyncBatchedCollector
-from aioinfer.collectors.local_policy import LocalPolicy, PublishedWeights, pickle_policy
+from aioinfer.collectors.local_policy import LocalPolicy, PolicySource, PublishedWeights, make_source
 from aioinfer.weight_sync.snapshot import clone_tensors
 from tests.collectors.worlds import World, assert_plain, make_policy, steps_by_env
 from tests.effort import Effort
@@ -126,10 +133,8 @@ class Stateful(Where):
     ("policy", "options", "why"),
     [
         (lambda td: td.set("action", torch.ones(len(td))), {}, "no nn.Module"),
-        (where(Locked()), {}, "does not pickle"),
+        (where(Locked()), {"num_workers": 1}, "does not pickle"),
         (where(Stateful()), {}, "extra states"),
-        (where(Where()), {"in_lockstep": True}, "in_lockstep and max_batch_size"),
-        (where(Where()), {"max_batch_size": 8}, "in_lockstep and max_batch_size"),
     ],
 )
 def test_where_it_can_not_be_local_and_must_that_is_said_at_the_start(policy: Any, options: Any, why: str) -> None:
@@ -137,12 +142,53 @@ def test_where_it_can_not_be_local_and_must_that_is_said_at_the_start(policy: An
         make_collector(policy=policy, local_inference=True, **options).start()
 
 
+@pytest.mark.parametrize("options", [{"in_lockstep": True}, {"max_batch_size": 8}])
+def test_options_of_a_server_are_not_for_those_who_run_the_policy_themselves(options: Any) -> None:
+    with pytest.raises(ValueError, match="server, in_lockstep and max_batch_size are not for local_inference=True"):
+        make_collector(policy=make_policy(), local_inference=True, **options)
+    with pytest.raises(TypeError, match="True, False or None"):
+        make_collector(policy=make_policy(), local_inference="yes")
+
+
 def test_a_server_that_was_given_is_asked() -> None:
-    with (
-        InferenceServer(make_policy(), ThreadingTransport()) as server,
-        pytest.raises(ValueError, match="a server was given"),
-    ):
-        make_collector(server=server, local_inference=True).start()
+    server = InferenceServer(where(Where()), ThreadingTransport())
+    with pytest.raises(ValueError, match="are not for local_inference=True"):
+        make_collector(server=server, local_inference=True)
+    with server:
+        assert len(places(None, server=server)[1]) == 1
+
+
+class WithNoise(Where):
+    def __init__(self) -> None:
+        super().__init__()
+        self.noise = np.random.default_rng(3)
+
+
+def compiled() -> nn.Module:
+    inner = Where()
+    inner.compile(backend="eager")
+    return inner
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (Large, "bytes of weights"),
+        (WithNoise, "random numbers of its own"),
+        (compiled, "is compiled"),
+    ],
+)
+def test_what_may_surprise_is_done_only_where_it_is_asked_for(make: Callable[[], nn.Module], why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        make_source(make(), for_workers=False, only_if_sensible=True)
+    make_source(make(), for_workers=False, only_if_sensible=False)
+
+
+def test_functions_that_are_pickled_by_value_are_left_in_this_process() -> None:
+    class Local(Where):
+        pass
+
+    assert places(where(Local()), num_workers=1)[0] == {os.getpid()}
 
 
 # -- what it computes --------------------------------------------------------------------------------------
@@ -186,21 +232,128 @@ class Tied(nn.Module):
 
 def test_what_was_published_last_is_what_a_copy_computes_with() -> None:
     policy = TensorDictModule(Tied(), ["observation"], ["action", "score"])
-    pickled = pickle_policy(policy)
-    weights = PublishedWeights(pickled.layout, shared=False)
-    local = LocalPolicy(pickled, weights, "version", None, threading.Lock())
+    source = source_of(policy)
+    local = LocalPolicy(source, "version", None)
     request = TensorDict({"observation": torch.rand(5, 3)}, batch_size=[5])
     for version in (4, 9):
         with torch.no_grad():
             for tensor in (*policy.parameters(), *policy.buffers()):
                 tensor.normal_()
-        weights.publish(policy, version)
+        source.weights.publish(policy, version)
         for _ in range(2):
             reply = local(request)
             expected = policy(request.clone())
             assert torch.equal(reply["score"], expected["score"])
             assert reply["version"].tolist() == [version] * 5
     assert set(request.keys()) == {"observation"}
+
+
+class Learned(nn.Module):
+    """Returns a view of a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((), 0.5))
+
+    def forward(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            scores = observation.sum(-1) * 1000 * (self.scale + 0.5)
+        return scores.long() % 4, self.scale.expand(len(observation))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_policy_may_return_what_requires_a_gradient(num_workers: int) -> None:
+    policy = TensorDictModule(Learned(), ["observation"], ["action", "scale"])
+    with make_collector(policy=policy, num_workers=num_workers) as collector:
+        batch = next(iter(collector))
+    assert (batch["scale"] == 0.5).all()
+
+
+class Lazy(nn.Module):
+    def forward(self, td: TensorDictBase) -> TensorDictBase:
+        scores = td["observation"].sum(-1) * 1000
+        reply = TensorDict({"action": scores.long() % 4, "score": scores}, td.batch_size)
+        return LazyStackedTensorDict(*reply, stack_dim=0)
+
+
+def test_a_policy_may_return_any_kind_of_tensordict() -> None:
+    with make_collector(policy=Lazy(), local_inference=True) as collector:
+        assert_plain(steps_by_env([batch.clone() for batch in itertools.islice(collector, 5)]), seed=3)
+
+
+class Counting(nn.Module):
+    """Counts its passes, and keeps its last input."""
+
+    count: Tensor
+    last: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.register_buffer("last", torch.zeros(1, 3), persistent=False)
+
+    def forward(self, observation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        self.count += 1
+        self.last = observation
+        ones = torch.ones(len(observation), dtype=torch.int64)
+        return ones, ones * self.count, ones * self.weight
+
+
+def counting() -> TensorDictModule:
+    return TensorDictModule(Counting(), ["observation"], ["action", "count", "weight"])
+
+
+def test_updates_leave_buffers_alone_that_they_do_not_have() -> None:
+    policy = counting()
+    source = source_of(policy)
+    local = LocalPolicy(source, "version", None)
+    request = TensorDict({"observation": torch.rand(5, 3)}, batch_size=[5])
+    for number in range(1, 6):
+        policy.get_parameter("module.weight").data.fill_(number)
+        source.weights.publish(policy, number, policy.state_dict().keys())
+        for again in range(3):
+            reply = local(request)
+            assert reply["weight"].tolist() == [number] * 5
+            assert reply["count"].tolist() == [3 * (number - 1) + again + 1] * 5
+
+
+def test_a_reader_that_has_missed_an_update_gets_what_it_had() -> None:
+    policy = counting()
+    weights = source_of(policy).weights
+    policy.get_buffer("module.count").fill_(7)
+    weights.publish(policy, 1)
+    policy.get_buffer("module.count").fill_(8)
+    weights.publish(policy, 2, {"module.weight"})
+    assert int(weights.read(1).tensors["module.count"]) == 7
+    assert weights.read(2).tensors.keys() == {"module.weight"}
+    assert not weights.read(3).tensors
+
+
+def test_weights_that_do_not_fit_a_copy_any_more_end_the_iteration() -> None:
+    policy = counting()
+    with make_collector(policy=policy, local_inference=True) as collector:
+        collector.update_policy_weights_()
+        with pytest.raises(WeightSyncError, match=r'"module\.last" does not fit'):
+            list(collector)
+
+
+def test_a_mode_of_the_program_is_not_that_of_a_collector() -> None:
+    """It is in force as the groups start, and ends then."""
+    policy = ProbabilisticTensorDictSequential(
+        TensorDictModule(nn.Linear(3, 4), ["observation"], ["logits"]),
+        ProbabilisticTensorDictModule(["logits"], ["action"], distribution_class=torch.distributions.Categorical),
+    )
+    for local in (True, False):
+        with ExitStack() as stack:
+            with set_interaction_type(InteractionType.RANDOM):
+                collector = stack.enter_context(make_collector(policy=policy, local_inference=local))
+                batches = iter(collector)
+                next(batches)
+            with set_interaction_type(InteractionType.DETERMINISTIC):
+                for _ in range(4):
+                    batch = next(batches)
+                assert (batch["action"] != batch["logits"].argmax(-1)).any()
 
 
 class KilledOnce(World):
@@ -250,11 +403,18 @@ def values(tensors: dict[str, Tensor]) -> set[float]:
     return {value for tensor in tensors.values() for value in np.unique(tensor.numpy()).tolist()}
 
 
+def source_of(policy: nn.Module, *, for_workers: bool = False) -> PolicySource:
+    return make_source(policy, for_workers=for_workers, only_if_sensible=True)
+
+
 @pytest.fixture
-def weights() -> PublishedWeights:
-    published = PublishedWeights(pickle_policy(Numbers(0.0)).layout)
-    published.publish(Numbers(0.0), 0)
-    return published
+def source() -> PolicySource:
+    return source_of(Numbers(0.0), for_workers=True)
+
+
+@pytest.fixture
+def weights(source: PolicySource) -> PublishedWeights:
+    return source.weights
 
 
 @pytest.mark.parametrize("overtaken", [1, 2, 3, 4])
@@ -290,12 +450,13 @@ def reading(weights: PublishedWeights) -> Iterator[int]:
         yield found.version
 
 
-def test_weights_are_whole_whoever_writes_them_meanwhile(weights: PublishedWeights, effort: Effort) -> None:
+def test_weights_are_whole_whoever_writes_them_meanwhile(source: PolicySource, effort: Effort) -> None:
     count = effort.times(300, stress=20_000)
-    layout = pickle_policy(Numbers(0.0)).layout
+    weights = source.weights
     assert weights.memory is not None
+    assert source.pickled is not None
     fork = multiprocessing.get_context("fork")
-    publisher = fork.Process(target=publish_on, args=(layout, weights.memory.fd, count))
+    publisher = fork.Process(target=publish_on, args=(source.pickled.layout, weights.memory.fd, count))
     publisher.start()
     try:
         last = 0
