@@ -330,12 +330,17 @@ def test_a_reader_that_has_missed_an_update_gets_what_it_had() -> None:
     assert not weights.read(3).tensors
 
 
-def test_weights_that_do_not_fit_a_copy_any_more_end_the_iteration() -> None:
-    policy = counting()
-    with make_collector(policy=policy, local_inference=True) as collector:
+def update_again_and_again(collector: AsyncBatchedCollector) -> None:
+    for _ in collector:
         collector.update_policy_weights_()
-        with pytest.raises(WeightSyncError, match=r'"module\.last" does not fit'):
-            list(collector)
+
+
+def test_weights_that_do_not_fit_a_copy_any_more_end_the_iteration() -> None:
+    with (
+        make_collector(policy=counting(), local_inference=True) as collector,
+        pytest.raises(WeightSyncError, match=r'"module\.last" does not fit'),
+    ):
+        update_again_and_again(collector)
 
 
 def test_a_mode_of_the_program_is_not_that_of_a_collector() -> None:
