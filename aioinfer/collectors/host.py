@@ -288,11 +288,12 @@ class EnvHost:
                 random_steps=random_steps[0],
                 **parts,
             )
+        own = self._local_policy(message, local)
         return EnvGroup(
             stepper,
             watch=watch,
-            caller=PolicyCaller(policy, stepper.observations, stepper.is_init, setup.number),
-            policy=self._local_policy(message, local) or self._served_policy(server, stepper.size),
+            caller=PolicyCaller(policy, stepper.observations, stepper.is_init, setup.number, owned=own is not None),
+            policy=own or self._served_policy(server, stepper.size),
             writer=FragmentWriter(ring, setup.envs, layout, policy),
             episodes=Episodes(setup.envs, block),
             random_steps=random_steps,
@@ -312,7 +313,7 @@ class EnvHost:
             if is_short(policy, caller):
                 policy = self._local_policy(message, local)  # another one, which has counted nothing yet
                 assert policy is not None
-                return _SharedPolicy(TickPolicy(policy.compute, caller), rows, iter(range(len(envs))))
+                return _SharedPolicy(TickPolicy(policy, caller), rows, iter(range(len(envs))))
             reason = "a forward pass would block their event loop for too long"
         except Exception as error:  # of the user's policy, which may not take so many rows
             reason = describe(error)

@@ -143,32 +143,27 @@ class LocalPolicy:
         self._number = 0
         self._version = 0
         self._version_key = version_key
-        self._versions = torch.empty(0, dtype=torch.int64)  # as many as the largest reply had rows
+        self._versions: dict[int, Tensor] = {}  # by the number of rows of replies
         self._mode = INHERIT if mode is None else InteractionType(mode)
 
     def __call__(self, request: TensorDictBase) -> TensorDict:
-        """Compute the reply to a request ``[B]``, which stays as it is.
+        """Compute the reply to a request ``[B]``, which is the policy's own: it may write to it.
 
         Raises:
             WeightSyncError: the published weights don't fit this copy, which has changed since it was made.
         """
-        batch = build({key: value.clone() for key, value in entries(request).items()}, request.batch_size, None)
-        return self.compute(batch)
-
-    def compute(self, batch: TensorDictBase) -> TensorDict:
-        """Do so to a request that nobody needs any more, which the policy may change."""
-        rows = batch.batch_size[0]
+        rows = request.batch_size[0]
         with _alone(), torch.no_grad(), use_mode(self._mode):
             if self._weights.number != self._number:
                 self._load()
-            reply = check_output(self._run(batch), rows)
-        if len(self._versions) < rows:
-            self._versions = torch.full((rows,), self._version, dtype=torch.int64, device="cpu")
+            reply = check_output(self._run(request), rows)
+        versions = self._versions.get(rows)
+        if versions is None:
+            versions = torch.full((rows,), self._version, dtype=torch.int64, device="cpu")
+            self._versions[rows] = versions
         if type(reply) is not TensorDict:
             reply = reply.to_tensordict()
-        found = entries(reply).copy()
-        found[self._version_key] = self._versions[:rows]
-        return build(found, reply.batch_size, None)
+        return build({**entries(reply), self._version_key: versions}, reply.batch_size, None)
 
     def _load(self) -> None:
         published = self._weights.read(self._number)
@@ -182,7 +177,7 @@ class LocalPolicy:
                 )
         copy_tensors({name: targets[name] for name in published.tensors}, published.tensors)
         self._number, self._version = published.number, published.version
-        self._versions = self._versions[:0]
+        self._versions.clear()
 
     def close(self) -> None:
         """Nothing is held."""

@@ -30,6 +30,7 @@ class PolicyCaller:
             that the policy is to be asked with.
         is_init: ``[size]``: whether each is the first of an episode.
         group: the number of the group, for requests that say who asks.
+        owned: whether the policy may write to requests, so that none may share the memory of the observations.
 
     Attributes:
         size: how many rows there are.
@@ -42,6 +43,8 @@ class PolicyCaller:
         observations: Sequence[Array],
         is_init: Array,
         group: int = 0,
+        *,
+        owned: bool = False,
     ) -> None:
         self._layout = layout
         self._is_init = is_init
@@ -66,7 +69,8 @@ class PolicyCaller:
         self._is_flat = all(len(path) == 1 for path in self._received)
         self._version = layout.version_key
         # Requests of all rows share the memory of the observations, but for texts.
-        self._all = None if any(source.dtype == object for source in self._sources) else _request(sent, self._sources)
+        shares = not owned and all(source.dtype != object for source in self._sources)
+        self._all = _request(sent, self._sources) if shares else None
 
     def request(self, rows: Array | None) -> TensorDict:
         """Make the request of some rows, or of all.
@@ -79,9 +83,10 @@ class PolicyCaller:
             for state, following, initial in zip(self.states, self._next_states, self._initial, strict=True):
                 state[...] = following
                 state[self._is_init] = initial
-        if rows is not None:
-            return _request(self._sent, [source.take(rows, 0) for source in self._sources])
-        return _request(self._sent, self._sources) if self._all is None else self._all
+        if self._all is not None and rows is None:
+            return self._all
+        sources = [source.copy() if rows is None else source.take(rows, 0) for source in self._sources]
+        return _request(self._sent, sources)
 
     def advance(self, row: int) -> None:
         """Let the states of a row be those of its next request, which may be made later."""
