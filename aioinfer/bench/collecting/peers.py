@@ -37,7 +37,10 @@ _TORCHRL_WAYS: dict[str, tuple[int, dict[str, Any]]] = {
 
 def measure_rate(job: Job, collection: Collection) -> float:
     """Steps per second of a peer."""
-    with closing(_FRAMES[System(job.system)](job, collection)) as frames, torch.inference_mode():
+    system = System(job.system)
+    # torchrl's collectors have threads, which write to tensors that were made here: not to those of an inference mode.
+    is_loop = system not in (System.TORCHRL, System.TORCHRL_SERIAL)
+    with closing(_FRAMES[system](job, collection)) as frames, torch.inference_mode(is_loop):
         return frame_rate(frames, job.warm_up, job.seconds)
 
 
