@@ -113,7 +113,7 @@ def where() -> TensorDictModule:
 @pytest.fixture
 def any_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pass may take as long as it takes on a machine with much else to do."""
-    monkeypatch.setattr(module, "_LONGEST_PASS", HANG)
+    monkeypatch.setattr(module, "LONGEST_PASS", HANG)
 
 
 async def threads(**options: Any) -> set[int]:
@@ -136,7 +136,7 @@ async def test_a_server_computes_what_is_asked_for_in_its_terms(options: Any) ->
 async def test_a_server_computes_where_a_pass_would_block_the_loop(
     local_inference: bool | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_LONGEST_PASS", 0.0)
+    monkeypatch.setattr(module, "LONGEST_PASS", 0.0)
     assert threading.get_ident() not in await threads(local_inference=local_inference)
 
 
