@@ -44,9 +44,10 @@ class ReceivedUpdate:
         """Report that the worker uses newer weights."""
         self._send(Ack(AckKind.SKIP, self.ref.number))
 
-    def resend_ack(self, connection: AckConnection) -> None:
-        """Send the same answer again, to a trainer that has sent the snapshot again."""
-        if self._sent is not None:
+    def use_connection(self, connection: AckConnection) -> None:
+        """Answer by another connection: also once more what was answered, which the trainer may not have got."""
+        self._connection = connection
+        if self._sent is not None:  # which another thread sets before it sends
             connection.send_ack(self._sent)
 
     def _send(self, ack: Ack) -> None:
@@ -143,7 +144,7 @@ class Receiver:
         if not isinstance(ref, SnapshotRef):
             raise ValueError(f"expected a publication on a scheme's weight queue, got {type(ref).__qualname__}")
         if self._last is not None and ref.number == self._last.ref.number:
-            self._last.resend_ack(connection)  # the buffer may contain another snapshot by now
+            self._last.use_connection(connection)  # the buffer may contain another snapshot by now
             return None
         if model_id != self._model_id:
             reason = f'these are weights of "{model_id}", this worker serves "{self._model_id}"'
@@ -168,7 +169,10 @@ class Receiver:
                 self._connection.receive(self._handle)
             except EOFError:
                 self.connected = False
-                self._connection = connect(self._channel.handshakes, thread=self._thread)
+                connection = self._connection = connect(self._channel.handshakes, thread=self._thread)
+                for update in (self._last, self._newest):  # the next trainer's, perhaps, before the last one was gone
+                    if update is not None:
+                        update.use_connection(connection)
 
     def _handle(self, _: Ack) -> None:
         self.connected = True

@@ -218,6 +218,32 @@ def test_a_trainer_that_begins_anew_can_publish_again(scheme: Scheme) -> None:
             assert value_of(target) == value
 
 
+def test_an_answer_reaches_the_next_trainer_where_the_last_one_ends_meanwhile(scheme: Scheme) -> None:
+    scheme.init_on_sender(model=linear(1))
+    following_trainer = type(scheme).__new__(type(scheme))
+    following_trainer.__setstate__(scheme.__getstate__())  # the same queues
+    worker = scheme.for_worker(0).open_receiver("policy", thread=0)
+    assert worker is not None
+    try:
+        scheme.connect()
+        first = worker.receive(HANG)
+        assert first is not None
+        first.ack()
+        following_trainer.init_on_sender(model=linear(2))
+        with ThreadPoolExecutor(1) as pool:
+            connecting = pool.submit(following_trainer.connect, timeout=HANG)
+            second = worker.receive(HANG)  # it is connected to the last trainer
+            assert second is not None
+            second.ack()
+            scheme.shutdown()
+            while not connecting.done():
+                assert worker.receive(0.01) is None
+            connecting.result()
+    finally:
+        worker.close()
+        following_trainer.shutdown()
+
+
 def test_the_first_weights_wait_for_a_worker_that_comes_late(scheme: Scheme) -> None:
     scheme.init_on_sender(model=linear(5))
     scheme.connect()
