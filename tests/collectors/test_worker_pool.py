@@ -320,17 +320,24 @@ if __name__ == "__main__":
 def test_no_worker_outlives_its_parent_and_one_that_can_closes_its_environments(ending: str, tmp_path: Path) -> None:
     program, note = tmp_path / "program.py", tmp_path / "note"
     program.write_text(PROGRAM)
-    with running(program, str(note)) as process:
-        pids = process.stdout.readline().split()
-        assert len(pids) == 3, process.errors
-        if ending == "killed":
-            process.kill()
-        else:
-            process.stdin.close()
-        process.wait(HANG)
-        eventually(lambda: not any(is_there(int(pid)) for pid in pids))
-    if ending == "killed":  # else its parent has killed it
+    for _ in range(_ATTEMPTS):
+        with running(program, str(note)) as process:
+            pids = process.stdout.readline().split()
+            assert len(pids) == 3, process.errors
+            if ending == "killed":
+                process.kill()
+            else:
+                process.stdin.close()
+            process.wait(HANG)
+            eventually(lambda pids=pids: not any(is_there(int(pid)) for pid in pids))  # type: ignore[misc]
+        if ending == "ended" or note.exists():  # its parent has killed it; or it was told to end in time
+            break
+    if ending == "killed":
         assert note.read_text() == "told to end"
+
+
+# An orphan has a second to close its environments; on a busy machine it may not run for as long.
+_ATTEMPTS = 3
 
 
 # -- the fork server ---------------------------------------------------------------------------------------
