@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -66,7 +67,7 @@ class Episodes:
         return found
 
 
-class ReportingGroup:
+class ReportingGroup(ABC):
     """What groups of both kinds tell the collector, and what they do with the rows that it grants.
 
     Args:
@@ -85,6 +86,30 @@ class ReportingGroup:
         self._report = report
         self._present = np.zeros(len(self.envs), np.bool_)
         self._progress = Progress([], [], [], [])
+        self._paused = False
+
+    @abstractmethod
+    def _tell(self, job: Callable[[], Any]) -> None:
+        """Have the thread or task of the group do something between two steps. Any thread."""
+
+    def grant(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Let environments write their next fragments to rows of the ring. Those that wait step on together."""
+        self._tell(lambda: self._take_grants(pairs))
+
+    def pause(self, on_parked: Callable[[], None]) -> None:
+        """Stop between two steps; ``on_parked`` is called then."""
+        self._tell(lambda: self._set_paused(on_parked))
+
+    def resume(self) -> None:
+        """Go on."""
+        self._tell(self._set_resumed)
+
+    def _set_paused(self, on_parked: Callable[[], None]) -> None:
+        self._paused = True
+        on_parked()
+
+    def _set_resumed(self) -> None:
+        self._paused = False
 
     def _ask(self) -> None:
         self._progress.asking.extend(self._writer.asking(self._present))
@@ -160,7 +185,6 @@ class EnvGroup(ReportingGroup):
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._stopping = False
-        self._paused = False
         self._thread = self._new_thread(self._begin)
 
     # -- any thread ------------------------------------------------------------------------------------
@@ -180,18 +204,6 @@ class EnvGroup(ReportingGroup):
             return True
         self._thread.join(timeout)
         return not self._thread.is_alive()
-
-    def grant(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Let environments write their next fragments to rows of the ring. Those that wait step on together."""
-        self._tell(lambda: self._take_grants(pairs))
-
-    def pause(self, on_parked: Callable[[], None]) -> None:
-        """Stop between two steps; ``on_parked`` is called by the thread, or now if it waits for rows."""
-        self._tell(lambda: self._set_paused(on_parked))
-
-    def resume(self) -> None:
-        """Go on."""
-        self._tell(self._set_resumed)
 
     def replace(self, member: int, env: Any, seeds: Sequence[int]) -> None:
         """Put a new environment in the place of a member that has failed."""
@@ -390,13 +402,6 @@ class EnvGroup(ReportingGroup):
 
     def _set_stopping(self) -> None:
         self._stopping = True
-
-    def _set_paused(self, on_parked: Callable[[], None]) -> None:
-        self._paused = True
-        on_parked()
-
-    def _set_resumed(self) -> None:
-        self._paused = False
 
 
 def as_failure(member: int, error: BaseException) -> MemberFailed:

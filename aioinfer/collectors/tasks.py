@@ -203,7 +203,7 @@ class EnvTask(ReportingGroup):
         self._num_actions = len(stepper.layout.action)
         self._inbox: deque[Callable[[], Any]] = deque()
         self._wake = asyncio.Event()
-        self._paused = self._timed_out = self._stopping = False
+        self._timed_out = self._stopping = False
         self._task: asyncio.Task[None] | None = None
         self._running: asyncio.Task[None] | None = None  # cancelled before it has begun, it would close nothing
         self._ended = threading.Event()
@@ -230,18 +230,6 @@ class EnvTask(ReportingGroup):
     def join(self, timeout: float | None) -> bool:
         """Wait for the task to end; returns whether it has."""
         return self._ended.wait(timeout)
-
-    def grant(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Let the environment write its next fragments to rows of the ring."""
-        self._tell(lambda: self._take_grants(pairs))
-
-    def pause(self, on_parked: Callable[[], None]) -> None:
-        """Stop between two steps; ``on_parked`` is called by the task."""
-        self._tell(lambda: self._set_paused(on_parked))
-
-    def resume(self) -> None:
-        """Go on."""
-        self._tell(self._set_resumed)
 
     def replace(self, member: int, env: Any, seeds: Sequence[int]) -> None:
         """Put a new environment in the place of the one that has failed."""
@@ -450,13 +438,6 @@ class EnvTask(ReportingGroup):
         self._episode.begin()
         self._report(MemberReady(self.members[0]))
         self._ask()
-
-    def _set_paused(self, on_parked: Callable[[], None]) -> None:
-        self._paused = True
-        on_parked()
-
-    def _set_resumed(self) -> None:
-        self._paused = False
 
 
 _STEPS_PER_SAMPLE = 16
