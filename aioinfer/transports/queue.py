@@ -428,8 +428,15 @@ class RequestQueue:
 
     def __len__(self) -> int:
         """How many rows wait, those of cancelled requests left out."""
-        held = sum([transport.held() for transport in self.transports])
-        return held + sum([request.rows for request in tuple(self._requests) if not request.receiver.done()])
+        while True:
+            held = self._held()
+            queued = sum([request.rows for request in tuple(self._requests) if not request.receiver.done()])
+            if held == self._held():  # else some may have moved into the queue meanwhile, and count twice or never
+                return held + queued
+
+    def _held(self) -> int:
+        """How many rows of pending requests are still in their transports."""
+        return sum([transport.held() for transport in self.transports])
 
     def pending(self) -> int:
         """How many rows wait now; what other processes have sent is read first."""
@@ -609,8 +616,12 @@ class RequestQueue:
         if request.rows == 1:
             self._requests.append(request)
         else:
-            count = partial(self._more_rows.extend, bytes(request.rows - 1))
-            _call_uninterrupted(count, partial(self._requests.append, request))
+            _call_uninterrupted(*self._appending(request))
+
+    def _appending(self, request: Request) -> list[Callable[[], object]]:
+        """The calls that append a request with rows."""
+        append = partial(self._requests.append, request)
+        return [append] if request.rows == 1 else [partial(self._more_rows.extend, bytes(request.rows - 1)), append]
 
     def _remove(self, request: Request) -> bool:
         """Take one pending request out; return whether it was there, and not taken by another thread."""
@@ -636,12 +647,13 @@ class RequestQueue:
         return reserved
 
     def put_reserved(self, requests: Sequence[Request], note: Callable[[], object]) -> None:
-        """Append requests that their transport has counted as pending, and ``note`` that it need not do so any more."""
+        """Append requests that their transport has counted as pending, and ``note`` that it need not do so any more.
+
+        Both are one step, so that whoever counts what is pending counts them once: ``note`` is a function of C.
+        """
+        append = [call for request in requests if request.rows for call in self._appending(request)]
         with self._lock:
-            note()
-            for request in requests:
-                if request.rows:
-                    self._append(request)
+            _call_uninterrupted(note, *append)
         for request in requests:
             if not request.rows:
                 self._append(request)
@@ -680,8 +692,7 @@ class RequestQueue:
         limit = admission.max_pending
         if limit is None or admission.closed is not None or self.released:
             return False
-        held = sum([transport.held() for transport in self.transports])
-        pending = len(self._requests) + len(self._more_rows) + held
+        pending = len(self._requests) + len(self._more_rows) + self._held()
         if self.reserved:
             pending += sum(self.reserved.values())
         return pending > 0 and pending + rows > limit

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import queue
+import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -141,6 +144,33 @@ def test_cancelled_requests_of_a_custom_transport_leave_room_in_a_bounded_queue(
         for value, future in enumerate(late, 2):
             assert is_double(future.result(HANG), value)
         assert server.stats().cancelled == 2
+
+
+def test_a_request_counts_once_while_it_moves_into_the_queue() -> None:
+    custom, count = Watched(), 100
+    with (
+        InferenceServer(double, custom, max_batch_size=count + 1, min_batch_size=count + 1, timeout=HANG) as server,
+        ThreadPoolExecutor(1) as pool,
+        frequent_thread_switches(),
+    ):
+        client = server.client()
+        for before in range(count):
+            asked = pool.submit(client.submit, request(before))
+            seen = {before, before + 1}
+            while custom.handed_over == before:
+                seen.add(server.stats().pending)
+            assert seen == {before, before + 1}
+            assert not asked.result(HANG).done()
+
+
+@contextmanager
+def frequent_thread_switches() -> Iterator[None]:
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(interval)
 
 
 class Reluctant(Watched):
