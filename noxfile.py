@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import nox
 
@@ -18,39 +19,45 @@ PYPROJECT = nox.project.load_toml("pyproject.toml")
 IN_PARALLEL = (f"--numprocesses={(os.cpu_count() or 1) + 1}", "--maxprocesses=8", "--dist=worksteal")
 
 
-def install(session: nox.Session, *groups: str, package: str = ".") -> None:
+def install(session: nox.Session, *groups: str, package: str = ".", options: Sequence[str] = ()) -> None:
     """Install the package with dependency groups, and the torch build that the project is developed with."""
     requirements = nox.project.dependency_groups(PYPROJECT, *groups)
-    session.install("--constraint", "constraints.txt", package, *requirements)
+    session.install(*options, "--constraint", "constraints.txt", package, *requirements)
+
+
+def run_tests(session: nox.Session, *arguments: str) -> None:
+    """Run pytest; its arguments after ``--`` come last, and count."""
+    # An environment may say that compiled files are not kept: then each process would compile all tests anew.
+    session.run("pytest", *IN_PARALLEL, *arguments, *session.posargs, env={"PYTHONDONTWRITEBYTECODE": ""})
 
 
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run the tests; arguments after ``--`` go to pytest."""
     install(session, "test", package=".[demo,web]")
-    session.run("pytest", *IN_PARALLEL, *session.posargs)
+    run_tests(session)
 
 
 @nox.session
 def examples(session: nox.Session) -> None:
     """Run every example of the documentation as a program, and the code of the README."""
     install(session, "test", package=".[demo,web]")
-    session.run("pytest", *IN_PARALLEL, "-m", "examples", *session.posargs)
+    run_tests(session, "-m", "examples")
 
 
 @nox.session
 def stress(session: nox.Session) -> None:
     """Try hundreds of times what goes wrong at random moments; all of it 20 times with ``-- --stress-count 20``."""
     install(session, "test", package=".[demo,web]")
-    session.run("pytest", *IN_PARALLEL, "-m", "stress", *session.posargs)
+    run_tests(session, "-m", "stress")
 
 
 @nox.session
 def oldest(session: nox.Session) -> None:
     """Run the tests beside torchrl, which brings the oldest tensordict that is supported.
 
-    What ends processes, or fills their sockets, has nothing to do with tensordict, and takes minutes. The `tests`
-    session has it, and the examples.
+    What ends processes, fills their sockets, or runs whole programs has little to do with tensordict, and takes
+    minutes. The `tests` session has it, and the examples.
     """
     install(session, "test", "bench", package=".[demo,web]")
     left_out = (
@@ -59,7 +66,11 @@ def oldest(session: nox.Session) -> None:
         "process_server/test_signals",
         "process_server/test_start",
         "contract/test_exit",
-        "demo/test_examples",
+        "demo/test_[!l]*",
+        "bench/test_processes",
+        "unit/test_cli",
+        "unit/test_package",
+        "unit/test_architecture",
         "weights/test_processes",
         "collectors/test_worker_pool",
         "collectors/test_trouble",
@@ -68,7 +79,7 @@ def oldest(session: nox.Session) -> None:
         "collectors/test_steppers",
         "collectors/test_steppers_[!t]*",
     )
-    session.run("pytest", *IN_PARALLEL, *[f"--ignore-glob=tests/{name}.py" for name in left_out], *session.posargs)
+    run_tests(session, *[f"--ignore-glob=tests/{name}.py" for name in left_out])
 
 
 @nox.session
@@ -82,14 +93,14 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Check types, strictly."""
-    install(session, "test", "types", package=".[demo,web]")
+    install(session, "test", "types", package=".[demo,web]", options=["--no-compile"])  # nothing of it is imported
     session.run("mypy")
 
 
 @nox.session
 def docs(session: nox.Session) -> None:
     """Build the documentation into ``site/``; every warning is an error, and so is code that is not the examples'."""
-    install(session, "docs")
+    session.install(*nox.project.dependency_groups(PYPROJECT, "docs"))
     session.run("python", "docs/update_code.py", "--check")
     session.run("mkdocs", "build", "--strict", *session.posargs, env={"NO_MKDOCS_2_WARNING": "1"})
 

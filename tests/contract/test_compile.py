@@ -82,7 +82,7 @@ def together(server: InferenceServer, *values: float) -> list[float]:
 
 
 @pytest.mark.parametrize(("kind", "sizes"), [(TensorDictModule, range(1, 13)), (Shifted, (4, 12))])
-@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize("swap", [False, pytest.param(True, marks=pytest.mark.stress)])
 def test_nothing_is_compiled_while_the_server_serves(
     kind: type[TensorDictModule], sizes: Sequence[int], swap: bool
 ) -> None:

@@ -60,8 +60,11 @@ TELLING = [
 ]
 
 
+# One that is polled takes seconds, and hands over tensors as the others do.
 @pytest.mark.parametrize("callers", [BlockingCallers, AwaitingCallers])
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize(
+    "transport", [pytest.param(name, marks=pytest.mark.stress if name == "five-verbs" else []) for name in TRANSPORTS]
+)
 @pytest.mark.parametrize("mode", MODES)
 def test_the_contract_holds_inside_a_mode(mode: str, transport: str, callers: type[Callers]) -> None:
     def make(*layouts: Any) -> Any:

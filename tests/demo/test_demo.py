@@ -262,6 +262,7 @@ def test_ctrl_c_ends_it_cleanly_on_a_pipe(tmp_path: Path) -> None:
     assert "Traceback" not in rest
 
 
+@pytest.mark.stress
 def test_ctrl_c_ends_the_live_view_cleanly_on_a_terminal(tmp_path: Path) -> None:
     keyboard, terminal = os.openpty()
     termios.tcsetwinsize(terminal, (24, 80))

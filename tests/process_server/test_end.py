@@ -199,9 +199,14 @@ ENDS = {
 }
 
 
-@pytest.mark.parametrize(
-    "end", [pytest.param(end, marks=pytest.mark.stress if "spawned" in end else []) for end in ENDS]
-)
+OFTEN = {
+    "it is killed while the server is idle",
+    "it is interrupted, with all of its processes",
+    "it forgets the server",
+}
+
+
+@pytest.mark.parametrize("end", [pytest.param(end, marks=[] if end in OFTEN else pytest.mark.stress) for end in ENDS])
 def test_a_program_that_ends_leaves_no_process_and_no_memory(end: str, tmp_path: Path) -> None:
     method, state, ending = ENDS[end]
     program, note = tmp_path / "program.py", tmp_path / "note"

@@ -64,6 +64,7 @@ def test_help_for_nobody_ends_quietly() -> None:
     assert process.returncode == 141
 
 
+@pytest.mark.stress
 def test_a_demo_whose_output_nobody_reads_any_more_ends_quietly(tmp_path: Path) -> None:
     with _aioinfer("demo", "--plain", "--seconds", "40", "--out", str(tmp_path)) as process:
         assert process.stdout is not None

@@ -290,7 +290,10 @@ ENDS = {
 }
 
 
-@pytest.mark.parametrize("end", ENDS)
+OFTEN = {"it returns", "it is killed", "its trainer is killed"}
+
+
+@pytest.mark.parametrize("end", [pytest.param(end, marks=[] if end in OFTEN else pytest.mark.stress) for end in ENDS])
 @pytest.mark.parametrize("method", ["fork", SPAWN])
 def test_a_program_that_ends_leaves_no_process_and_no_memory(end: str, method: str, tmp_path: Path) -> None:
     program = tmp_path / "program.py"
