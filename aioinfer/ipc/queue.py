@@ -8,6 +8,7 @@ import os
 import pickle
 import queue
 import socket
+import weakref
 from array import array
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
@@ -48,6 +49,8 @@ class DescriptorQueue:
         for end in (self._reader, self._writer):
             end.setblocking(False)
             end.set_inheritable(False)  # one that came from another process may be
+            # In a reference cycle the sockets may be finalized before this is, and complain that they are open.
+            weakref.finalize(self, end.close).atexit = False
         self._datagrams: list[tuple[bytes, list[tuple[int, int, bytes]], int, Any]] = []
         self._first: tuple[Any] | None = None  # the message of the first datagram
 

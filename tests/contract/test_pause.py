@@ -47,8 +47,10 @@ def test_pending_requests_are_kept_until_the_server_goes_on(make: Callable[[], I
 def test_pending_requests_are_served_first_where_that_is_asked_for(make: Callable[[], InferenceTransport]) -> None:
     gate = GatedModel()
     with InferenceServer(gate, make(), max_batch_size=2) as server, ThreadPoolExecutor(1) as pool:
-        asked = [server.client().submit(request(value)) for value in range(7)]
+        asked = [server.client().submit(request(0))]
         assert gate.entered.wait(HANG)
+        asked += [server.client().submit(request(value)) for value in range(1, 7)]
+        eventually(lambda: server.stats().pending == 6)  # a client of another process sends when it is accepted
         inside, leave = threading.Event(), threading.Event()
 
         def pause() -> list[bool]:

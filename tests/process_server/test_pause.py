@@ -58,9 +58,10 @@ def test_pending_requests_are_kept_until_the_server_goes_on(transport: ProcessTr
 def test_pending_requests_are_served_first_where_that_is_asked_for(tmp_path: Path) -> None:
     model = Gated(tmp_path)
     with forked(model, max_batch_size=2) as server, ThreadPoolExecutor(1) as pool:
-        asked = [server.client().submit(request(value)) for value in range(5)]
+        asked = [server.client().submit(request(0))]
         eventually(model.entered.exists)
-        eventually(lambda: server.stats().pending >= 3)
+        asked += [server.client().submit(request(value)) for value in range(1, 5)]
+        eventually(lambda: server.stats().pending == 4)
         inside, leave = threading.Event(), threading.Event()
 
         def pause() -> list[bool]:

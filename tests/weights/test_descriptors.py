@@ -348,3 +348,16 @@ def test_what_was_looked_at_and_is_dropped_leaves_no_descriptor() -> None:
     queue.peek()
     queue.close()
     assert descriptors() == before - 2
+
+
+def test_a_queue_in_a_reference_cycle_is_closed_before_its_sockets_can_complain() -> None:
+    queue = DescriptorQueue.__new__(DescriptorQueue)
+    gc.collect(0)  # from now on it is of an older generation than its sockets, which are finalized first then
+    DescriptorQueue.__init__(queue)
+    cycle: list[Any] = [queue]
+    cycle.append(cycle)
+    reader = queue.fileno()
+    del queue, cycle
+    gc.collect()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(reader)
