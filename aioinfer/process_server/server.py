@@ -173,10 +173,7 @@ class ProcessInferenceServer(BaseServer):
     def _begin(self, starter: object) -> None:
         self._connection.check_process()
         if not self._starters:
-            if self._connection.close_error is not None:
-                raise ServerClosedError("the server was shut down before it started; make another server")
-            for transport in self.transports:
-                transport.check_unused()
+            self._check_unused()
         self._starters.append(starter)
         if not self._is_started_by(starter):
             raise RuntimeError(
@@ -185,6 +182,14 @@ class ProcessInferenceServer(BaseServer):
             )
         atexit.register(self.shutdown, 1.0)
         self._connection.start()
+
+    def _check_unused(self) -> None:
+        try:
+            for transport in self.transports:
+                transport.check_unused()
+        finally:  # a shutdown uses them, also that of a signal handler that has just interrupted this
+            if self._connection.close_error is not None:
+                raise ServerClosedError("the server was shut down before it started; make another server") from None
 
     async def _astart(self) -> Self:
         return await self.astart()

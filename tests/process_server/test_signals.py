@@ -11,7 +11,7 @@ from types import FrameType
 
 import pytest
 
-from aioinfer import ProcessInferenceServer, ServerClosedError, ServerNotRunningError, ServerPausedError
+from aioinfer import MPTransport, ProcessInferenceServer, ServerClosedError, ServerNotRunningError, ServerPausedError
 from aioinfer.testing import eventually, request
 from aioinfer.testing.inspection import has_pending_command, weight_sender_of
 from tests.effort import Effort
@@ -138,6 +138,21 @@ def test_a_signal_handler_may_shut_down_a_server_that_starts_or_shuts_down(effor
         assert not server.is_alive
         assert time.monotonic() - began < HANG
         reply.exception(HANG)  # it has ended, one way or the other
+
+
+def test_a_start_that_finds_its_transport_used_by_a_shutdown_meanwhile_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = forked(make_policy)
+    reply = server.client().submit(request(0))
+    check_unused = MPTransport.check_unused
+
+    def shut_down_and_check(transport: MPTransport) -> None:
+        server.shutdown()
+        check_unused(transport)
+
+    monkeypatch.setattr(MPTransport, "check_unused", shut_down_and_check)
+    with pytest.raises(ServerClosedError, match="before it started"):
+        server.start()
+    assert isinstance(reply.exception(HANG), ServerClosedError)
 
 
 def test_a_start_that_a_signal_handler_interrupts_leaves_no_process(effort: Effort) -> None:
