@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -35,6 +34,7 @@ from aioinfer.testing.callers import is_double
 from aioinfer.transports.ipc.server import RemoteRequest
 from aioinfer.transports.queue import RequestQueue
 from tests.limits import HANG
+from tests.switching import switch_interval
 from tests.transports import FIXED_LAYOUT, REMOTE, TRANSPORTS, FiveVerbs
 
 # -- attached after everything was checked ------------------------------------------------------------------
@@ -117,9 +117,7 @@ def test_lists_of_transports_are_checked() -> None:
 
 
 def test_the_bound_is_exact_over_all_transports_of_a_server() -> None:
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
+    with switch_interval(1e-6):
         transports = [ThreadingTransport() for _ in range(4)]
         server = InferenceServer(double, transports, max_pending=5)
         taken = 0
@@ -146,8 +144,6 @@ def test_the_bound_is_exact_over_all_transports_of_a_server() -> None:
                 future.cancel()
         assert server.stats().cancelled <= taken
         server.shutdown()
-    finally:
-        sys.setswitchinterval(interval)
 
 
 class ServerConnection:
@@ -395,32 +391,27 @@ def test_clients_are_made_all_or_none() -> None:
 
 @pytest.mark.parametrize("make", [lambda: SlotTransport(4), lambda: SlotTransport(4, preallocate=True)])
 def test_two_threads_that_share_a_client_with_a_slot_are_told_or_served(make: Callable[[], InferenceTransport]) -> None:
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
     wrong: list[float] = []
     served = [0, 0, 0]
-    try:
-        with InferenceServer(double, make()) as server:
-            client = server.client()
+    with switch_interval(1e-5), InferenceServer(double, make()) as server:
+        client = server.client()
 
-            def call(thread: int) -> None:
-                for value in range(1000 * thread, 1000 * thread + 400):
-                    try:
-                        if not is_double(client(request(value), HANG), value):
-                            wrong.append(value)
-                        served[thread] += 1
-                    except ClientBusyError:
-                        pass
+        def call(thread: int) -> None:
+            for value in range(1000 * thread, 1000 * thread + 400):
+                try:
+                    if not is_double(client(request(value), HANG), value):
+                        wrong.append(value)
+                    served[thread] += 1
+                except ClientBusyError:
+                    pass
 
-            threads = [threading.Thread(target=call, args=(i,)) for i in range(3)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join(2 * HANG)
-            assert not any(thread.is_alive() for thread in threads)
-            assert is_double(client(request(5), HANG), 5)
-    finally:
-        sys.setswitchinterval(interval)
+        threads = [threading.Thread(target=call, args=(i,)) for i in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(2 * HANG)
+        assert not any(thread.is_alive() for thread in threads)
+        assert is_double(client(request(5), HANG), 5)
     assert not wrong
     assert sum(served) > 0
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import sys
 
 import pytest
 import torch
@@ -21,6 +20,7 @@ from aioinfer import (
 from aioinfer.batching import Hold, Situation
 from aioinfer.testing import double
 from tests.limits import HANG
+from tests.switching import switch_interval
 
 
 def request() -> TensorDictBase:
@@ -65,16 +65,14 @@ async def test_a_held_batch_is_served_first_when_the_server_drains() -> None:
 
 
 def test_a_pause_that_is_asked_for_as_requests_come_does_not_wait_for_the_hold() -> None:
-    interval = sys.getswitchinterval()
     transport = ThreadingTransport()
-    with InferenceServer(double, transport, batching=ForFour(), batch_timeout=2 * HANG) as server:
-        sys.setswitchinterval(HANG)  # one wake-up of the model thread for both
-        try:
-            held = transport.submit(request())
-            with server.paused():
-                assert not held.done()
-        finally:
-            sys.setswitchinterval(interval)
+    with (
+        InferenceServer(double, transport, batching=ForFour(), batch_timeout=2 * HANG) as server,
+        switch_interval(HANG),  # one wake-up of the model thread for both
+    ):
+        held = transport.submit(request())
+        with server.paused():
+            assert not held.done()
 
 
 @pytest.mark.parametrize("transport", [ThreadingTransport, MPTransport])

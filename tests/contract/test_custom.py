@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import queue
-import sys
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -19,6 +16,7 @@ from aioinfer.testing import GatedModel, double, eventually, request
 from aioinfer.testing.callers import is_double
 from tests.limits import HANG
 from tests.process_workers import Child
+from tests.switching import switch_interval
 from tests.transports import FiveVerbs
 
 
@@ -151,7 +149,7 @@ def test_a_request_counts_once_while_it_moves_into_the_queue() -> None:
     with (
         InferenceServer(double, custom, max_batch_size=count + 1, min_batch_size=count + 1, timeout=HANG) as server,
         ThreadPoolExecutor(1) as pool,
-        frequent_thread_switches(),
+        switch_interval(1e-5),
     ):
         client = server.client()
         for before in range(count):
@@ -161,16 +159,6 @@ def test_a_request_counts_once_while_it_moves_into_the_queue() -> None:
                 seen.add(server.stats().pending)
             assert seen == {before, before + 1}
             assert not asked.result(HANG).done()
-
-
-@contextmanager
-def frequent_thread_switches() -> Iterator[None]:
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(interval)
 
 
 class Reluctant(Watched):
