@@ -287,7 +287,7 @@ class PollingTransport(Transport):
             else:
                 requests.append(request)
         rows = sum(request.rows for request in requests)
-        queue.put_reserved(requests, partial(self._drained_rows.extend, bytes(rows)))
+        queue.put_reserved(requests, self._drained_rows.adding(rows))
         return rows + len(inputs) - len(requests)
 
     # -- replies ---------------------------------------------------------------------------------------

@@ -303,6 +303,10 @@ class RowCount(bytearray):
         """Count so many more."""
         self.extend(bytes(rows))
 
+    def adding(self, rows: int) -> Callable[[], None]:
+        """A function of C that counts so many more."""
+        return partial(self.extend, bytes(rows))
+
     def remove(self, rows: int) -> None:
         """Count so many less."""
         del self[:rows]
@@ -621,7 +625,7 @@ class RequestQueue:
     def _appending(self, request: Request) -> list[Callable[[], object]]:
         """The calls that append a request with rows."""
         append = partial(self._requests.append, request)
-        return [append] if request.rows == 1 else [partial(self._more_rows.extend, bytes(request.rows - 1)), append]
+        return [append] if request.rows == 1 else [self._more_rows.adding(request.rows - 1), append]
 
     def _remove(self, request: Request) -> bool:
         """Take one pending request out; return whether it was there, and not taken by another thread."""
