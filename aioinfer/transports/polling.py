@@ -134,6 +134,7 @@ class PollingTransport(Transport):
         self._drained_rows = RowCount()  # of those of them that are in the queue or in a batch
         self._error: ServerClosedError | None = None
         self._pump: Future[None] | None = None
+        self._last_drained: RequestQueue | None = None  # the closed queue into which no pump drains any more
         self._pump_is_ready = False  # it has waited for work, and does not drain yet
         self._turn = LockWaker()  # wakes the pump: the model thread waits, or a reader does
         self._readers: deque[LockWaker] = deque()
@@ -172,8 +173,9 @@ class PollingTransport(Transport):
                 queue.not_full.notify(rows)
             raise
         future.add_done_callback(partial(self._on_done, rows))
-        if self._error is not None:
-            _fail(future, self._error)
+        error = self._error or (queue.closed_error if self._last_drained is queue else None)
+        if error is not None:
+            _fail(future, error)
         return future
 
     def _on_done(self, rows: int, future: concurrent.futures.Future[TensorDictBase]) -> None:
@@ -255,11 +257,11 @@ class PollingTransport(Transport):
                     self._turn.wait(_POLL_INTERVAL)
                 self._pump_is_ready = False
                 readers = [self._readers.popleft() for _ in range(len(self._readers))]
-                left = self.held() if readers else 0  # callers may go on submitting meanwhile
-                while (count := self._drain(queue)) and (left := left - count) > 0:
-                    pass
+                self._drain_rows(queue, self.held() if readers else 0)
                 for reader in readers:
                     reader.notify()
+            self._last_drained = queue  # who submits from now on fails the request
+            self._drain_rows(queue, self.held())  # which fails them
         except BaseException as error:  # also SystemExit: it must not end the thread unnoticed
             died = ServerClosedError(f"the server's transport died of {describe(error)}")
             died.__cause__ = error
@@ -269,6 +271,11 @@ class PollingTransport(Transport):
         finally:
             for reader in (*readers, *self._readers):
                 reader.notify()
+
+    def _drain_rows(self, queue: RequestQueue, rows: int) -> None:
+        """Move a batch of requests into the queue, or so many rows, if more: callers may go on submitting meanwhile."""
+        while (count := self._drain(queue)) and (rows := rows - count) > 0:
+            pass
 
     def _drain(self, queue: RequestQueue) -> int:
         """Move pending requests into the queue; return how many rows there were."""

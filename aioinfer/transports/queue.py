@@ -739,6 +739,11 @@ class RequestQueue:
         return self._closed is not None
 
     @property
+    def closed_error(self) -> ServerClosedError | None:
+        """The error of every request once it is closed."""
+        return self._closed
+
+    @property
     def is_waited_for(self) -> bool:
         """Whether the model thread sleeps until requests come."""
         return bool(self._to_be_woken)

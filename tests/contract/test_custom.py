@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import queue
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any
 
 import pytest
 from tensordict import TensorDictBase
 
-from aioinfer import InferenceServer, InferenceTransport, ThreadingTransport
+from aioinfer import InferenceServer, InferenceTransport, ServerClosedError, ThreadingTransport
 from aioinfer.testing import GatedModel, double, eventually, request
 from aioinfer.testing.callers import is_double
 from tests.limits import HANG
@@ -159,6 +159,63 @@ def test_a_request_counts_once_while_it_moves_into_the_queue() -> None:
                 seen.add(server.stats().pending)
             assert seen == {before, before + 1}
             assert not asked.result(HANG).done()
+
+
+class Interrupted(FiveVerbs):
+    """What drains it, or what submits to it, stops in the middle until it may go on."""
+
+    def __init__(self, method: str) -> None:
+        super().__init__()
+        self.method = method
+        self.stopped, self.go_on = threading.Event(), threading.Event()
+        self.pump = threading.current_thread()
+
+    def wait_for_work(self, timeout: float) -> None:
+        self.pump = threading.current_thread()
+        super().wait_for_work(timeout)
+
+    def submit(self, td: TensorDictBase) -> Future[TensorDictBase]:
+        if self.method == "submit":
+            self._stop()
+        return super().submit(td)
+
+    def drain(self, max_items: int) -> tuple[list[TensorDictBase], list[Any]]:
+        drained = super().drain(max_items)
+        if self.method == "drain" and drained[0]:
+            self._stop()
+        return drained
+
+    def _stop(self) -> None:
+        self.stopped.set()
+        assert self.go_on.wait(HANG)
+
+
+@pytest.mark.parametrize("method", ["drain", "submit"])
+def test_a_request_that_arrives_as_the_server_closes_does_not_wait_for_the_running_pass(method: str) -> None:
+    model, custom, local = GatedModel(), Interrupted(method), ThreadingTransport()
+    server = InferenceServer(model, [custom, local]).start()
+    with ThreadPoolExecutor(3) as pool:
+        try:
+            asked = [pool.submit(custom.client(), request(0), HANG)]
+            assert custom.stopped.wait(HANG)
+            running = local.client().submit(request(1))
+            assert model.entered.wait(HANG)
+            pending = local.client().submit(request(2))
+            if method == "drain":
+                asked.append(pool.submit(custom.client(), request(3), HANG))
+                eventually(lambda: server.stats().pending == 3)  # rather than when the pump drains: it has stopped
+            ending = pool.submit(server.shutdown, HANG)
+            assert isinstance(pending.exception(HANG), ServerClosedError)
+            if method == "submit":
+                eventually(lambda: not custom.pump.is_alive())
+            custom.go_on.set()
+            for reply in asked:
+                assert isinstance(reply.exception(HANG), ServerClosedError)
+            assert not running.done()
+        finally:
+            custom.go_on.set()
+            model.open()
+        ending.result(HANG)
 
 
 class Reluctant(Watched):
