@@ -232,7 +232,7 @@ class Overwriting(nn.Module):
 def test_a_policy_may_write_to_what_it_is_asked_with(local_inference: bool) -> None:
     policy = TensorDictModule(Overwriting(), make_policy().in_keys, make_policy().out_keys)
     with make_collector(policy=policy, num_envs=3, local_inference=local_inference, seed=5) as collector:
-        assert_plain(steps_by_env(list(itertools.islice(collector, 3))), seed=5)
+        assert_plain(steps_by_env([batch.clone() for batch in itertools.islice(collector, 3)]), seed=5)
 
 
 def test_a_server_whose_replies_have_no_version_is_refused() -> None:
