@@ -64,6 +64,10 @@ class Transport:
         """How many requests the transport holds that count as pending, and are not in the queue yet."""
         return 0
 
+    def claimed(self) -> int:
+        """How many rows that take space are not in the queue: those held, and those on their way in."""
+        return self.held()
+
     def read(self, *, wait: bool = False) -> None:
         """Put into the queue what callers have sent until now; with ``wait``, also what takes a moment to be had."""
 

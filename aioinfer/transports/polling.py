@@ -130,6 +130,7 @@ class PollingTransport(Transport):
         self._verbs = verbs
         # Requests of our clients that have no answer. The queue's lock guards how many of them count as pending.
         self._futures: set[concurrent.futures.Future[TensorDictBase]] = set()
+        self._claimed_rows = RowCount()  # of their requests, and of those on their way into the transport
         self._submitted_rows = RowCount()  # of their requests
         self._drained_rows = RowCount()  # of those of them that are in the queue or in a batch
         self._error: ServerClosedError | None = None
@@ -160,19 +161,19 @@ class PollingTransport(Transport):
             empty: Future[TensorDictBase] = Future()
             empty.set_result(queue.admission.empty_reply())
             return empty
-        place = object()
+        if not queue.reserve(rows, self._claimed_rows.adding(rows)):
+            raise queue.admission.reject_overloaded()
         try:
-            if not queue.reserve(place, rows):
-                raise queue.admission.reject_overloaded()
             future = self._verbs.submit(attach_mode(td, caller_mode()))
-            self._submitted_rows.add(rows)
-            self._futures.add(future)
-            queue.reserved.pop(place, None)
         except BaseException:
-            if queue.reserved.pop(place, None) is not None:
-                queue.not_full.notify(rows)
+            self._claimed_rows.remove(rows)
+            queue.not_full.notify(rows)
             raise
+        self._submitted_rows.add(rows)
+        self._futures.add(future)
         future.add_done_callback(partial(self._on_done, rows))
+        if future.done() and self.queue.not_full:  # it counted after its pass, and nobody was told that it does no more
+            self.queue.not_full.notify(rows)
         error = self._error or (queue.closed_error if self._last_drained is queue else None)
         if error is not None:
             _fail(future, error)
@@ -180,6 +181,7 @@ class PollingTransport(Transport):
 
     def _on_done(self, rows: int, future: concurrent.futures.Future[TensorDictBase]) -> None:
         self._submitted_rows.remove(rows)
+        self._claimed_rows.remove(rows)
         self._futures.discard(future)
         if future.cancelled():
             self.queue.not_full.notify(rows)
@@ -203,6 +205,9 @@ class PollingTransport(Transport):
         # Too low by the drained requests whose callers have cancelled them since.
         return max(0, len(self._submitted_rows) - len(self._drained_rows))
 
+    def claimed(self) -> int:
+        return max(0, len(self._claimed_rows) - len(self._drained_rows))
+
     def read(self, *, wait: bool = False) -> None:
         if wait and self.held() and self._pump is not None and not self._pump.done():
             self._wait_for_pump()
@@ -222,6 +227,7 @@ class PollingTransport(Transport):
 
     def forget_parent(self) -> None:
         self._futures.clear()
+        self._claimed_rows.clear()
         self._submitted_rows.clear()
         self._drained_rows.clear()
         self._readers.clear()
@@ -261,7 +267,7 @@ class PollingTransport(Transport):
                 for reader in readers:
                     reader.notify()
             self._last_drained = queue  # who submits from now on fails the request
-            self._drain_rows(queue, self.held())  # which fails them
+            self._drain_rows(queue, len(self._submitted_rows))  # which fails them
         except BaseException as error:  # also SystemExit: it must not end the thread unnoticed
             died = ServerClosedError(f"the server's transport died of {describe(error)}")
             died.__cause__ = error

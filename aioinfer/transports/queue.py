@@ -391,8 +391,6 @@ class RequestQueue:
         """An element for each wake-up that the last batch has caused, until its tasks or its thread have run, and for
         each tick of an event loop in which there were requests, until it ends."""
         self.not_full = NotFull(self.full)
-        self.reserved: dict[object, int] = {}
-        """Space for requests on their way into a transport: rows."""
         self._requests: deque[Request] = deque()
         self._more_rows = RowCount()  # of these requests, beyond the first of each
         self._waiting_remote: deque[Request] = deque()  # requests of other processes that wait for space
@@ -412,7 +410,7 @@ class RequestQueue:
 
     def forget_parent(self) -> None:
         """In a forked child: the requests and the model thread are the parent's, and so is the news of its end."""
-        for shared in (self._requests, self._waiting_remote, self.wakeups_in_flight, self._to_be_woken, self.reserved):
+        for shared in (self._requests, self._waiting_remote, self.wakeups_in_flight, self._to_be_woken):
             shared.clear()
         self._more_rows.clear()
         self.admission.stats.forget_parent()
@@ -638,15 +636,15 @@ class RequestQueue:
             return False
         return True
 
-    def reserve(self, place: object, rows: int) -> bool:
-        """Reserve space for a request on its way into a transport, if there is any; return whether there was."""
+    def reserve(self, rows: int, note: Callable[[], object]) -> bool:
+        """``note`` that a transport claims space for a request on its way in, if there is any; return whether."""
         with self._lock:
             if not self.full(rows):
-                self.reserved[place] = rows
+                note()
                 return True
             cancelled = self._remove_cancelled()
             if reserved := not self.full(rows):
-                self.reserved[place] = rows
+                note()
         self._drop(cancelled)
         return reserved
 
@@ -696,9 +694,8 @@ class RequestQueue:
         limit = admission.max_pending
         if limit is None or admission.closed is not None or self.released:
             return False
-        pending = len(self._requests) + len(self._more_rows) + self._held()
-        if self.reserved:
-            pending += sum(self.reserved.values())
+        pending = len(self._requests) + len(self._more_rows)
+        pending += sum([transport.claimed() for transport in self.transports])
         return pending > 0 and pending + rows > limit
 
     def notify(self) -> None:

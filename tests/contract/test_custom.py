@@ -14,6 +14,7 @@ from tensordict import TensorDictBase
 from aioinfer import InferenceServer, InferenceTransport, ServerClosedError, ThreadingTransport
 from aioinfer.testing import GatedModel, double, eventually, request
 from aioinfer.testing.callers import is_double
+from aioinfer.testing.inspection import has_waiting_callers
 from tests.limits import HANG
 from tests.process_workers import Child
 from tests.switching import switch_interval
@@ -214,6 +215,71 @@ def test_a_request_that_arrives_as_the_server_closes_does_not_wait_for_the_runni
             assert not running.done()
         finally:
             custom.go_on.set()
+            model.open()
+        ending.result(HANG)
+
+
+class Submitting(FiveVerbs):
+    """Who submits a request of the value 0 stops when it is there already, until it may go on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go_on = threading.Event()
+
+    def submit(self, td: TensorDictBase) -> Future[TensorDictBase]:
+        future = super().submit(td)
+        if td["observation"][0] == 0:
+            assert self.go_on.wait(HANG)
+        return future
+
+
+def test_a_request_that_a_pass_has_taken_leaves_room_even_if_its_caller_is_still_submitting_it() -> None:
+    model, custom = GatedModel(), Submitting()
+    with InferenceServer(model, custom, max_pending=1) as server, ThreadPoolExecutor(1) as pool:
+        try:
+            first = pool.submit(custom.client(), request(0), HANG)
+            assert model.entered.wait(HANG)
+            second = server.client().submit(request(1))
+            assert not second.done()
+        finally:
+            custom.go_on.set()
+            model.open()
+        assert is_double(first.result(HANG), 0)
+        assert is_double(second.result(HANG), 1)
+
+
+def test_who_waits_for_room_is_told_when_an_answered_request_has_been_submitted() -> None:
+    model, custom = GatedModel(), Submitting()
+    with InferenceServer(model, custom, max_pending=1) as server, ThreadPoolExecutor(2) as pool:
+        try:
+            first = pool.submit(custom.client(), request(0), HANG)
+            assert model.entered.wait(HANG)
+            model.open()
+            eventually(lambda: server.stats().ok == 1)
+            second = pool.submit(custom.client(), request(1), HANG / 2, wait=True)
+            eventually(lambda: has_waiting_callers(server))
+        finally:
+            custom.go_on.set()
+            model.open()
+        assert is_double(first.result(HANG), 0)
+        assert is_double(second.result(HANG), 1)
+
+
+def test_requests_do_not_wait_for_the_running_pass_as_the_server_closes_if_one_in_it_is_cancelled() -> None:
+    model, custom = GatedModel(), FiveVerbs()
+    server = InferenceServer(model, custom, max_batch_size=1).start()
+    client = server.client()
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            running = client.submit(request(0))
+            assert model.entered.wait(HANG)
+            asked = [client.submit(request(value)) for value in range(1, 4)]
+            assert running.cancel()
+            ending = pool.submit(server.shutdown, HANG)
+            for future in asked:
+                assert isinstance(future.exception(HANG / 4), ServerClosedError)
+            assert not ending.done()
+        finally:
             model.open()
         ending.result(HANG)
 
