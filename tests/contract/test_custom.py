@@ -15,6 +15,7 @@ from aioinfer import InferenceServer, InferenceTransport, ServerClosedError, Thr
 from aioinfer.testing import GatedModel, double, eventually, request
 from aioinfer.testing.callers import is_double
 from aioinfer.testing.inspection import has_waiting_callers
+from aioinfer.transports import polling
 from tests.limits import HANG
 from tests.process_workers import Child
 from tests.switching import switch_interval
@@ -22,31 +23,29 @@ from tests.transports import FiveVerbs
 
 
 class Late(FiveVerbs):
-    """Its requests take a while to arrive, and it counts how often it was asked to wait for them."""
+    """Its requests take a while to arrive: it looks up for the first time when they have, whatever it is told."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.arrived = threading.Event()
-        self.waits = 0
+        self.waiting, self.arrived = threading.Event(), threading.Event()
 
     def wait_for_work(self, timeout: float) -> None:
-        self.waits += 1
-        if self.arrived.wait(timeout):
-            super().wait_for_work(timeout)
-
-    def drain(self, max_items: int) -> tuple[list[TensorDictBase], list[Any]]:
-        return super().drain(max_items) if self.arrived.is_set() else ([], [])
+        self.waiting.set()
+        assert self.arrived.wait(2 * HANG)
+        super().wait_for_work(timeout)
 
 
-def test_a_request_that_takes_a_while_to_arrive_holds_no_other_transport_up() -> None:
+def test_a_request_that_takes_a_while_to_arrive_holds_no_other_transport_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(polling, "_PUMP_LIMIT", 2 * HANG)  # a call that waits for the transport does not end
     custom, local = Late(), ThreadingTransport()
     with InferenceServer(double, [custom, local]):
-        late, client = custom.client().submit(request(100)), local.client()
-        before, calls = custom.waits, 20
-        for value in range(calls):
-            assert is_double(client(request(value), HANG), value)
-        assert custom.waits - before < calls / 2  # a call that waits for the transport waits until it looks up
-        custom.arrived.set()
+        try:
+            assert custom.waiting.wait(HANG)
+            late, client = custom.client().submit(request(100)), local.client()
+            for value in range(20):
+                assert is_double(client(request(value), HANG), value)
+        finally:
+            custom.arrived.set()
         assert is_double(late.result(HANG), 100)
 
 
