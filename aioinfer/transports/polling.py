@@ -130,13 +130,14 @@ class PollingTransport(Transport):
         self._verbs = verbs
         # Requests of our clients that have no answer. The queue's lock guards how many of them count as pending.
         self._futures: set[concurrent.futures.Future[TensorDictBase]] = set()
-        self._claimed_rows = RowCount()  # of their requests, and of those on their way into the transport
+        self._claims: dict[object, int] = {}  # rows of these requests, and of those on their way into the transport
         self._submitted_rows = RowCount()  # of their requests
         self._drained_rows = RowCount()  # of those of them that are in the queue or in a batch
         self._error: ServerClosedError | None = None
         self._pump: Future[None] | None = None
         self._last_drained: RequestQueue | None = None  # the closed queue into which no pump drains any more
         self._pump_is_ready = False  # it has waited for work, and does not drain yet
+        self._pump_has_ended = [True]  # an element once it drains no more, whoever waits for that; a list for each pump
         self._turn = LockWaker()  # wakes the pump: the model thread waits, or a reader does
         self._readers: deque[LockWaker] = deque()
 
@@ -161,17 +162,18 @@ class PollingTransport(Transport):
             empty: Future[TensorDictBase] = Future()
             empty.set_result(queue.admission.empty_reply())
             return empty
-        if not queue.reserve(rows, self._claimed_rows.adding(rows)):
-            raise queue.admission.reject_overloaded()
+        claim = object()
         try:
+            if not queue.reserve(rows, partial(self._claims.__setitem__, claim, rows)):
+                raise queue.admission.reject_overloaded()
             future = self._verbs.submit(attach_mode(td, caller_mode()))
+            self._submitted_rows.add(rows)
+            self._futures.add(future)
         except BaseException:
-            self._claimed_rows.remove(rows)
-            queue.not_full.notify(rows)
+            if self._claims.pop(claim, None) is not None:
+                queue.not_full.notify(rows)
             raise
-        self._submitted_rows.add(rows)
-        self._futures.add(future)
-        future.add_done_callback(partial(self._on_done, rows))
+        future.add_done_callback(partial(self._on_done, claim, rows))
         if future.done() and self.queue.not_full:  # it counted after its pass, and nobody was told that it does no more
             self.queue.not_full.notify(rows)
         error = self._error or (queue.closed_error if self._last_drained is queue else None)
@@ -179,9 +181,9 @@ class PollingTransport(Transport):
             _fail(future, error)
         return future
 
-    def _on_done(self, rows: int, future: concurrent.futures.Future[TensorDictBase]) -> None:
+    def _on_done(self, claim: object, rows: int, future: concurrent.futures.Future[TensorDictBase]) -> None:
         self._submitted_rows.remove(rows)
-        self._claimed_rows.remove(rows)
+        self._claims.pop(claim, None)
         self._futures.discard(future)
         if future.cancelled():
             self.queue.not_full.notify(rows)
@@ -199,17 +201,19 @@ class PollingTransport(Transport):
         super().attach(queue)
 
     def start(self) -> None:
-        self._pump = run_in_thread(partial(self._run, self.queue), "aioinfer-pump")
+        self._readers.clear()
+        self._pump_has_ended = []
+        self._pump = run_in_thread(partial(self._run, self.queue, self._pump_has_ended), "aioinfer-pump")
 
     def held(self) -> int:
         # Too low by the drained requests whose callers have cancelled them since.
         return max(0, len(self._submitted_rows) - len(self._drained_rows))
 
     def claimed(self) -> int:
-        return max(0, len(self._claimed_rows) - len(self._drained_rows))
+        return max(0, sum(self._claims.values()) - len(self._drained_rows))
 
     def read(self, *, wait: bool = False) -> None:
-        if wait and self.held() and self._pump is not None and not self._pump.done():
+        if wait and self.held() and not self._pump_has_ended:
             self._wait_for_pump()
 
     def on_wait(self) -> None:
@@ -222,16 +226,16 @@ class PollingTransport(Transport):
         late = bool(self._readers)  # then the transport blocks for longer than it was told
         self._readers.append(done := LockWaker())
         self._turn.notify()
-        if not late:
+        if not (late or self._pump_has_ended):
             done.wait(_PUMP_LIMIT)
 
     def forget_parent(self) -> None:
         self._futures.clear()
-        self._claimed_rows.clear()
+        self._claims.clear()
         self._submitted_rows.clear()
         self._drained_rows.clear()
         self._readers.clear()
-        self._pump, self._pump_is_ready, self._turn = None, False, LockWaker()
+        self._pump, self._pump_is_ready, self._pump_has_ended, self._turn = None, False, [True], LockWaker()
 
     def detach(self, error: ServerClosedError) -> None:
         if self._pump is not None:
@@ -253,7 +257,7 @@ class PollingTransport(Transport):
 
     # -- the pump --------------------------------------------------------------------------------------
 
-    def _run(self, queue: RequestQueue) -> None:
+    def _run(self, queue: RequestQueue, has_ended: list[bool]) -> None:
         readers: list[LockWaker] = []
         try:
             while not queue.closed:
@@ -275,6 +279,7 @@ class PollingTransport(Transport):
                 _log.exception("a %s is served no more", type(self._verbs).__qualname__)
                 self._fail_all(died)
         finally:
+            has_ended.append(True)  # first: a reader that comes later looks
             for reader in (*readers, *self._readers):
                 reader.notify()
 
