@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from tensordict import TensorDictBase
 from aioinfer import InferenceServer, MPTransport
 from aioinfer.testing import double, eventually, request
 from aioinfer.testing.callers import expect_error, is_double
+from aioinfer.transports.ipc import connection as connection_module
 from tests.limits import HANG
 from tests.transports import process_slots
 
@@ -95,14 +97,19 @@ def test_a_thread_gets_its_reply_though_others_wait_longer(
 
 @pytest.mark.parametrize("forever", [True, False])
 @pytest.mark.parametrize("make", MAKES)
-def test_a_deadline_is_kept_though_replies_of_other_threads_come_and_go(make: Any, forever: bool) -> None:
+def test_a_deadline_is_kept_though_replies_of_other_threads_come_and_go(
+    make: Any, forever: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0  # so that it does not pass before the next one has lined up
+    monkeypatch.setattr(connection_module, "time", SimpleNamespace(monotonic=lambda: now, sleep=time.sleep))
     with passing(make) as (callers, gates):
         first = callers.call(0, 1, HANG)
-        late = callers.call(1, 2, 3.0)  # time enough for the next one to line up, also on a loaded machine
+        late = callers.call(1, 2, 0.2)
         last = callers.call(2, 3, None if forever else HANG)
         gates[0].set()
         gates[1].set()
         assert is_double(first.result(SOON), 1)
+        now = 1.0
         expect_error(TimeoutError, late)
         assert not last.done()
         gates[2].set()
