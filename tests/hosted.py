@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -89,6 +89,14 @@ class HandsOut:
 
     def __call__(self) -> TensorDictModule:
         return self.module
+
+
+class HandsNothingOut(HandsOut):
+    """A factory that holds a module, and never makes a model."""
+
+    def __call__(self) -> NoReturn:
+        time.sleep(1000)
+        raise AssertionError("nobody has ended it")
 
 
 class BrokenTransport(MPTransport):

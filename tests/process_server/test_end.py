@@ -9,7 +9,7 @@ import select
 import signal
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -19,11 +19,14 @@ import pytest
 import torch
 
 from aioinfer import PeerDiedError, ProcessInferenceServer, ServerClosedError, ServerNotRunningError, ServerStartError
+from aioinfer.process_server import parent
 from aioinfer.process_server.parent import inherited_fds
 from aioinfer.testing import eventually, request
 from aioinfer.testing.callers import is_double
+from aioinfer.testing.inspection import connection_of, has_pending_command
+from aioinfer.transports.ipc.protocol import State
 from tests import hosted
-from tests.hosted import Stuck, forked, freeze, kill, make_double, make_policy, worker
+from tests.hosted import Gated, Stuck, forked, freeze, kill, make_double, make_policy, worker
 from tests.leftovers import (
     assert_no_descriptor_stays,
     assert_no_memory_stays,
@@ -78,18 +81,34 @@ def test_servers_leave_no_descriptor_and_no_process_behind() -> None:
 
 
 @pytest.mark.parametrize("draining", [False, True])
-def test_pending_requests_fail_or_are_served_before_the_end(draining: bool) -> None:
-    server = forked(partial(make_policy, seconds=0.2), max_batch_size=1).start()
-    replies = [client.submit(request(0)) for client in server.clients(4)]
+def test_pending_requests_fail_or_are_served_before_the_end(draining: bool, tmp_path: Path) -> None:
+    model = Gated(tmp_path)
+    server = forked(model, max_batch_size=1).start()
+    clients = server.clients(4)
+    replies = [client.submit(request(0)) for client in clients]
     eventually(lambda: server.stats().pending == 3)
-    server.shutdown(drain=draining)
+    connection = connection_of(clients[0])
+    assert connection is not None
+    status = connection.status
+    assert status is not None
+    with ThreadPoolExecutor(1) as pool:
+        ending = pool.submit(server.shutdown, HANG, drain=draining)
+        eventually(lambda: status.view[0] == State.CLOSED)
+        if not draining:
+            wait(replies[1:], HANG)  # they fail at once, while the first one is computed
+        model.gate.touch()
+        ending.result(2 * HANG)
     answered = [reply.exception(HANG) is None for reply in replies]
     assert answered == ([True] * 4 if draining else [True, False, False, False])
     assert isinstance(replies[3].exception(), (ServerClosedError, type(None)))
 
 
 @pytest.mark.parametrize("ending", ["shut down", "frozen", "killed"])
-async def test_whatever_waits_for_a_stuck_model_hears_of_the_end(ending: str, tmp_path: Path) -> None:
+async def test_whatever_waits_for_a_stuck_model_hears_of_the_end(
+    ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if ending == "shut down":  # its process ends by itself, however long that takes
+        monkeypatch.setattr(parent, "EXIT_GRACE", HANG)
     server = forked(partial(Stuck, tmp_path / "entered"), max_batch_size=1).start()
     awaited = asyncio.ensure_future(server.async_client()(request(0)))
     blocked, unused = server.client(), server.client()
@@ -97,6 +116,7 @@ async def test_whatever_waits_for_a_stuck_model_hears_of_the_end(ending: str, tm
         waiting = pool.submit(blocked, request(0), HANG)
         updating = pool.submit(server.update_weights, {"weight": torch.ones(1)})
         await asyncio.to_thread(eventually, lambda: server.stats().pending == 3)
+        await asyncio.to_thread(eventually, lambda: has_pending_command(server))  # the update
         began = time.monotonic()
         if ending == "shut down":
             await server.aclose(0.1)

@@ -25,7 +25,7 @@ from aioinfer.process_server.parent import ChildProcess
 from aioinfer.testing import eventually, request
 from aioinfer.weight_sync import NoWeightSyncScheme
 from tests import hosted
-from tests.hosted import HandsOut, forked, kill, make_double, make_policy, slots
+from tests.hosted import HandsNothingOut, HandsOut, forked, kill, make_double, make_policy, slots
 from tests.limits import HANG, IMPORTS
 from tests.methods import SPAWN
 from tests.programs import running
@@ -78,7 +78,7 @@ def test_what_keeps_a_spawned_server_from_starting_is_known_at_once(failure: str
 
 
 def test_a_process_that_dies_before_it_has_read_a_large_factory_is_no_hang() -> None:
-    server = ProcessInferenceServer(HandsOut(policy(0.0, size=10**6)), MPTransport())
+    server = ProcessInferenceServer(HandsNothingOut(policy(0.0, size=10**6)), MPTransport())
     with ThreadPoolExecutor(1) as pool:
         starting = pool.submit(server.start)
         eventually(lambda: server.pid is not None)
