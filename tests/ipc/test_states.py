@@ -81,7 +81,7 @@ def finishing(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
         return wait_for_any(wires, HANG)
 
     monkeypatch.setattr(server_module, "wait_for_any", wait_and_say_so)
-    monkeypatch.setattr(server_module, "_FLUSH_LIMIT", HANG)
+    monkeypatch.setattr(server_module, "FLUSH_LIMIT", HANG)
     return event
 
 

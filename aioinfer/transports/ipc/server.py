@@ -39,8 +39,8 @@ _READS = 64
 # Seconds until a server that was out of descriptors accepts connections again.
 _ACCEPT_AGAIN = 0.5
 # Seconds for which processes may keep their server from ending: without progress, and in any case.
-_NO_PROGRESS = 0.5
-_FLUSH_LIMIT = 2.0
+NO_PROGRESS = 0.5
+FLUSH_LIMIT = 2.0
 
 _log = logging.getLogger("aioinfer")
 
@@ -376,9 +376,9 @@ class ConnectionManager:
 
     def flush(self) -> None:
         """Send what is left to send, and read what is half read, while that gets on; disconnect the rest."""
-        give_up_at = time.monotonic() + _FLUSH_LIMIT
+        give_up_at = time.monotonic() + FLUSH_LIMIT
         while busy := [c for c in list(self.connections) if c.socket.unsent or c.socket.has_partial_frame]:
-            if time.monotonic() > give_up_at or not wait_for_any([c.socket for c in busy], _NO_PROGRESS):
+            if time.monotonic() > give_up_at or not wait_for_any([c.socket for c in busy], NO_PROGRESS):
                 break
             with self.selector.lock:
                 for connection in busy:
