@@ -17,7 +17,9 @@ from tests.effort import efforts
 
 torch.set_num_threads(1)
 # A loaded machine takes its time.
-hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("any machine")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell, as would be what we start
     signal.signal(signal.SIGINT, signal.default_int_handler)

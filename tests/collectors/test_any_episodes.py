@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule
@@ -67,7 +67,7 @@ def assert_plain(batches: list[TensorDictBase], scripts: Sequence[Script], frame
 
 
 # Each example starts threads and a server.
-few = settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
+few = settings(max_examples=15)
 
 
 @few
