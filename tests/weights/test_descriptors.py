@@ -236,7 +236,7 @@ def test_a_long_refusal_is_cut_and_blocks_nobody() -> None:
             raise ValueError("x" * 10**6)
 
     served = TensorDictModule(Wordy(0), in_keys=["x"], out_keys=["y"])
-    scheme = MultiProcessWeightSyncScheme(num_workers=1, sync=False)
+    scheme = MultiProcessWeightSyncScheme(num_workers=1, sync=False, timeout=HANG)
     scheme.init_on_sender(model=TensorDictModule(Counter(1), in_keys=["x"], out_keys=["y"]))
     with InferenceServer(served, ThreadingTransport(), weight_sync=scheme.for_worker(0)) as server:
         for count in range(4):

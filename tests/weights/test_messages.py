@@ -300,15 +300,16 @@ def test_weights_that_a_worker_took_but_did_not_apply_are_left_for_the_next(sche
 def test_weights_of_another_model_are_refused(scheme: Scheme) -> None:
     scheme.init_on_sender(model_id="critic", model=linear(1))
     own = scheme.for_worker(0)
-    own.timeout = 0.5
+    own.timeout = 0.05
     own.init_on_receiver(model_id="policy", model=linear(0))
     scheme.connect()
     with ThreadPoolExecutor(1) as pool:
-        connecting = pool.submit(own.connect)
+        sending = pool.submit(scheme.send)
+        while not sending.done():
+            with pytest.raises(TimeoutError):
+                own.connect()
         with pytest.raises(WeightSyncError, match='weights of "critic", this worker serves "policy"'):
-            scheme.send()
-        with pytest.raises(TimeoutError):
-            connecting.result(HANG)
+            sending.result()
     own.shutdown()
 
 

@@ -11,6 +11,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import nn
 
+from aioinfer.testing import eventually
 from aioinfer.testing.inspection import sender_of
 from aioinfer.weight_sync import (
     MultiProcessWeightSyncScheme,
@@ -92,7 +93,7 @@ def test_a_context_names_the_model_and_the_workers() -> None:
             self.num_workers = 2
             self.worker_idx = 1
 
-    scheme = MultiProcessWeightSyncScheme()
+    scheme = MultiProcessWeightSyncScheme(timeout=HANG)
     trainer, worker = Context(3), Context(0)
     scheme.init_on_sender(model_id="agent.policy", context=trainer)
     scheme.connect()
@@ -118,9 +119,9 @@ def test_a_context_names_the_model_and_the_workers() -> None:
 
 
 def test_each_worker_gets_its_own_weights() -> None:
-    scheme = MultiProcessWeightSyncScheme()
+    scheme = MultiProcessWeightSyncScheme(timeout=HANG)
     scheme.init_on_sender(params_map={0: linear(10), 1: linear(11)})
-    mapped = MultiProcessWeightSyncScheme()
+    mapped = MultiProcessWeightSyncScheme(timeout=HANG)
     mapped.init_on_sender(model=linear(10), device_map_fn=lambda index, td: td + index, num_workers=2)
     for sender in (scheme, mapped):
         modules = linear(0), linear(0)
@@ -133,7 +134,7 @@ def test_each_worker_gets_its_own_weights() -> None:
 
 def test_copies_are_made_for_one_worker_after_the_other_and_die_before_the_next() -> None:
     """Of what the workers' weights are made of, one exists at a time; and one snapshot of it, in shared memory."""
-    scheme = MultiProcessWeightSyncScheme()
+    scheme = MultiProcessWeightSyncScheme(timeout=HANG)
     alive: list[int] = []
     made: list[weakref.ref[Any]] = []
 
@@ -147,6 +148,7 @@ def test_copies_are_made_for_one_worker_after_the_other_and_die_before_the_next(
     with ExitStack() as stack:
         for worker in range(4):
             stack.enter_context(following(scheme, worker, linear(0)))
+        eventually(lambda: len(sender_of(scheme).connected(range(4))) == 4)  # else the snapshots wait for them
         scheme.connect()
         for _ in range(3):
             scheme.send()
@@ -171,7 +173,7 @@ def test_devices_say_where_a_worker_without_a_model_gets_the_weights(scheme: Sch
 
 def test_a_worker_without_a_model_gets_copies_in_the_form_of_the_strategy() -> None:
     for strategy, kind in (("tensordict", TensorDict), ("state_dict", dict)):
-        scheme = MultiProcessWeightSyncScheme(strategy)  # type: ignore[arg-type]
+        scheme = MultiProcessWeightSyncScheme(strategy, timeout=HANG)  # type: ignore[arg-type]
         scheme.init_on_sender(model=linear(1))
         scheme.connect()
         own = scheme.for_worker(0)

@@ -36,7 +36,7 @@ def serving(scheme: Scheme | None, **options: Any) -> Iterator[InferenceServer]:
 
 @pytest.fixture(params=SCHEMES)
 def scheme(request: pytest.FixtureRequest) -> Iterator[Scheme]:
-    made = request.param(num_workers=1)
+    made = request.param(num_workers=1, timeout=HANG)
     yield made
     made.shutdown()
 
@@ -68,7 +68,7 @@ def publisher(kind: str, server: InferenceServer, scheme: Scheme | None, module:
 def test_no_reply_mixes_two_weight_sets_and_each_says_the_right_version(
     kind: str, make: type[Scheme] | None, swap: bool, effort: Effort
 ) -> None:
-    scheme = None if make is None else make(num_workers=1)
+    scheme = None if make is None else make(num_workers=1, timeout=HANG)
     source, served, end = policy(0.0), policy(0.0, seconds=0.0005), threading.Event()
     with (
         InferenceServer(served, ThreadingTransport(), weight_sync=scheme, swap_weights=swap) as server,
@@ -100,7 +100,7 @@ def test_no_reply_mixes_two_weight_sets_and_each_says_the_right_version(
         seen: set[int] = set()
         while len(seen) <= 20:
             asking = [pool.submit(ask, server.client()) for _ in range(15)]
-            seen.update(*[asked.result(60) for asked in asking])
+            seen.update(*[asked.result(HANG) for asked in asking])
         end.set()
         published = training.result(HANG)
     assert max(seen) <= published

@@ -69,6 +69,6 @@ def following(scheme: Scheme, worker: int, module: nn.Module | None) -> Iterator
 
 @pytest.fixture(params=SCHEMES)
 def scheme(request: pytest.FixtureRequest) -> Iterator[Scheme]:
-    made = request.param(timeout=5.0)
+    made = request.param(timeout=HANG)
     yield made
     made.shutdown()
