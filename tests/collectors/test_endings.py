@@ -8,14 +8,17 @@ import itertools
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from aioinfer import CollectorError
 from aioinfer.collectors import AsyncBatchedCollector, Restarts
+from aioinfer.collectors import coordinator as coordinator_module
 from aioinfer.testing import eventually
 from tests.collectors.worlds import Gate, World, make_policy
 from tests.limits import HANG
@@ -102,14 +105,22 @@ def test_a_signal_handler_may_shut_down_a_collector_that_starts() -> None:
     assert closed.acquire(timeout=HANG)
 
 
-def test_the_time_to_make_an_environment_is_its_own() -> None:
-    pause = threading.Event()
+def test_the_time_to_make_an_environment_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count(time.monotonic(), 300.0)  # in which the machine's own seconds are few
+    now = next(clock)
+    monkeypatch.setattr(coordinator_module, "time", SimpleNamespace(monotonic=lambda: now, sleep=time.sleep))
 
     def make() -> Any:
-        pause.wait(0.3)
+        nonlocal now
+        coordinator = collector._coordinator
+        assert coordinator is not None
+        now = next(clock)
+        coordinator._tick(now)
         return World()
 
-    with make_collector([make] * 6, reset_timeout=1.5, restarts=None) as collector:
+    collector = make_collector([make] * 6, reset_timeout=1000.0, restarts=None)
+    with collector:
+        monkeypatch.undo()
         take(collector, 2)
         assert collector.stats().timeouts == 0
 

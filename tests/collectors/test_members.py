@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,9 @@ from tests.collectors.worlds import (
     collect_until_made_again,
     make_policy,
     steps_by_env,
+    time_out,
 )
+from tests.limits import HANG
 
 OFTEN = Restarts(lifetime=1000, per_minute=1000)
 
@@ -149,8 +152,9 @@ class HangingOnce(AsyncWorld):
 
     made = 0
 
-    def __init__(self, phase: str, stubborn: bool) -> None:
+    def __init__(self, phase: str, stubborn: bool, hung: Callable[[], None]) -> None:
         super().__init__()
+        self.hung = hung
         type(self).made += 1
         self.hangs = type(self).made == 1
         self.phase, self.stubborn = phase, stubborn
@@ -169,6 +173,7 @@ class HangingOnce(AsyncWorld):
         if not self.hangs or self.left or phase != self.phase:
             return
         while True:
+            self.hung()
             try:
                 await asyncio.Event().wait()
             except asyncio.CancelledError:
@@ -181,8 +186,9 @@ class HangingOnce(AsyncWorld):
 @pytest.mark.parametrize("phase", ["step", "reset"])
 def test_an_asynchronous_environment_that_hangs_is_cancelled_and_made_again(phase: str, stubborn: bool) -> None:
     HangingOnce.made = 0
-    makes = [lambda: HangingOnce(phase, stubborn), World, AsyncWorld]
-    with make_collector(makes, restarts=OFTEN, step_timeout=0.1, reset_timeout=0.1) as collector:
+    makes = [lambda: HangingOnce(phase, stubborn, lambda: time_out(collector)), World, AsyncWorld]
+    collector = make_collector(makes, restarts=OFTEN, step_timeout=HANG, reset_timeout=HANG)
+    with collector:
         batches = collect_until_made_again(collector, seed=3)
         stats = collector.stats()
     assert assert_plain_with_restarts(steps_by_env(batches), seed=3) == 1
@@ -193,7 +199,9 @@ def test_an_asynchronous_environment_that_hangs_is_cancelled_and_made_again(phas
 
 def test_the_cause_of_an_asynchronous_environment_that_is_retired_is_told() -> None:
     HangingOnce.made = 0
-    with make_collector([lambda: HangingOnce("step", False), World], restarts=None, step_timeout=0.1) as collector:
+    makes = [lambda: HangingOnce("step", False, lambda: time_out(collector)), World]
+    collector = make_collector(makes, restarts=None, step_timeout=HANG)
+    with collector:
         for _ in collector:
             if retired := collector.stats().retired:
                 break
@@ -214,6 +222,7 @@ def test_one_that_swallows_its_cancellation_and_then_steps_on_is_cancelled_again
         async def step(self, action: Any) -> Any:
             self.steps += 1
             if Twice.made == 1 and self.steps in (5, 10):
+                time_out(collector)
                 try:
                     await asyncio.Event().wait()
                 except asyncio.CancelledError:
@@ -223,7 +232,8 @@ def test_one_that_swallows_its_cancellation_and_then_steps_on_is_cancelled_again
             return await super().step(action)
 
     cancelled: list[int] = []
-    with make_collector([Twice, World], restarts=OFTEN, step_timeout=0.1) as collector:
+    collector = make_collector([Twice, World], restarts=OFTEN, step_timeout=HANG)
+    with collector:
         batches = collect_until_made_again(collector, seed=3)
     assert cancelled == [10]
     assert_plain_with_restarts(steps_by_env(batches), seed=3)

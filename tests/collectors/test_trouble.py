@@ -9,6 +9,7 @@ import random
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,17 @@ import pytest
 
 from aioinfer import CollectorError
 from aioinfer.collectors import AsyncBatchedCollector, Restarts
+from aioinfer.testing import eventually
 from tests.collectors.worlds import (
     World,
     assert_plain_with_restarts,
     collect_until_made_again,
     make_policy,
     steps_by_env,
+    time_out,
 )
 from tests.effort import Effort
+from tests.limits import HANG
 
 OFTEN = Restarts(lifetime=10_000, per_minute=10_000)
 
@@ -147,21 +151,24 @@ def test_an_environment_that_hangs_is_made_again_and_costs_the_others_nothing(ph
 class HangingOnce(World):
     """Hangs in a step, in a process of its own, the first time."""
 
-    def __init__(self, path: Path, at: int = 20) -> None:
+    def __init__(self, path: Path, hung: Path, at: int = 20) -> None:
         super().__init__()
-        self.left = 0 if path.exists() else at
+        self.left, self.hung = 0 if path.exists() else at, hung
         path.touch()
 
     def step(self, action: Any) -> Any:
         self.left -= 1
         if not self.left:
+            self.hung.touch()
             signal.pause()
         return super().step(action)
 
 
 def test_a_worker_with_an_environment_that_hangs_is_replaced(tmp_path: Path) -> None:
-    makes = [lambda: HangingOnce(tmp_path / "made"), *[World] * 5]
-    with make_collector(makes, num_workers=2, step_timeout=0.3) as collector:
+    makes = [lambda: HangingOnce(tmp_path / "made", tmp_path / "hung"), *[World] * 5]
+    with make_collector(makes, num_workers=2, step_timeout=HANG) as collector, ThreadPoolExecutor(1) as pool:
+        noticing = pool.submit(eventually, (tmp_path / "hung").exists)
+        noticing.add_done_callback(lambda _: time_out(collector))
         batches = collect_until_made_again(collector, seed=3)
         stats = collector.stats()
     assert assert_plain_with_restarts(steps_by_env(batches), seed=3) >= 1
