@@ -6,8 +6,9 @@ It may change between versions.
 from __future__ import annotations
 
 import socket
+import time
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aioinfer.ipc.queue import DescriptorQueue
 from aioinfer.ipc.selector import Selector, Source
@@ -22,6 +23,9 @@ from aioinfer.weight_sync.channel import Channel
 from aioinfer.weight_sync.schemes import QueuedWeightSyncScheme
 from aioinfer.weight_sync.sender import Sender
 
+if TYPE_CHECKING:
+    from aioinfer.collectors import AsyncBatchedCollector
+
 __all__ = [
     "channel_of",
     "connection_of",
@@ -29,7 +33,9 @@ __all__ = [
     "has_pending_job",
     "has_waiting_callers",
     "ignore_in_wait",
+    "let_call_time_out",
     "locks_of",
+    "look_for_late_calls",
     "put_bytes",
     "sender_of",
     "slot_table_of",
@@ -114,3 +120,31 @@ def sender_of(scheme: QueuedWeightSyncScheme) -> Sender:
 def put_bytes(queue: DescriptorQueue, data: bytes) -> None:
     """Append bytes to a queue as they are, whether or not they are a pickle."""
     socket.send_fds(queue._writer, [data], [])
+
+
+# -- collectors --------------------------------------------------------------------------------------------
+
+
+def let_call_time_out(collector: AsyncBatchedCollector, seconds: float, group: int = 0) -> None:
+    """Let the call that a group of environments waits for have begun so many seconds ago; no other call is late then.
+
+    A call of which that was said already stays as it is.
+    """
+    coordinator = collector._coordinator
+    assert coordinator is not None, "the collector does not run"
+    since = coordinator.block.watches[group].since
+    if since[0] > time.monotonic() - seconds:
+        since[0] -= seconds
+    coordinator._pool.call_soon(lambda: None)  # it looks again then
+
+
+def look_for_late_calls(collector: AsyncBatchedCollector, now: float) -> None:
+    """Let a collector look for calls of environments that take too long, as it does from time to time.
+
+    Args:
+        collector: that runs, or starts.
+        now: on the clock of ``time.monotonic``.
+    """
+    coordinator = collector._coordinator
+    assert coordinator is not None, "the collector does not run"
+    coordinator._tick(now)

@@ -20,6 +20,7 @@ from aioinfer import CollectorError
 from aioinfer.collectors import AsyncBatchedCollector, Restarts
 from aioinfer.collectors import coordinator as coordinator_module
 from aioinfer.testing import eventually
+from aioinfer.testing.inspection import look_for_late_calls
 from tests.collectors.worlds import Gate, World, make_policy
 from tests.limits import HANG
 
@@ -112,10 +113,8 @@ def test_the_time_to_make_an_environment_is_its_own(monkeypatch: pytest.MonkeyPa
 
     def make() -> Any:
         nonlocal now
-        coordinator = collector._coordinator
-        assert coordinator is not None
         now = next(clock)
-        coordinator._tick(now)
+        look_for_late_calls(collector, now)
         return World()
 
     collector = make_collector([make] * 6, reset_timeout=1000.0, restarts=None)

@@ -14,6 +14,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from tensordict.nn.probabilistic import interaction_type
 
 from aioinfer.collectors import AsyncBatchedCollector, Restarts
+from aioinfer.testing.inspection import let_call_time_out
 from tests.collectors.worlds import (
     AsyncWorld,
     World,
@@ -22,7 +23,6 @@ from tests.collectors.worlds import (
     collect_until_made_again,
     make_policy,
     steps_by_env,
-    time_out,
 )
 from tests.limits import HANG
 
@@ -186,7 +186,7 @@ class HangingOnce(AsyncWorld):
 @pytest.mark.parametrize("phase", ["step", "reset"])
 def test_an_asynchronous_environment_that_hangs_is_cancelled_and_made_again(phase: str, stubborn: bool) -> None:
     HangingOnce.made = 0
-    makes = [lambda: HangingOnce(phase, stubborn, lambda: time_out(collector)), World, AsyncWorld]
+    makes = [lambda: HangingOnce(phase, stubborn, lambda: let_call_time_out(collector, 2 * HANG)), World, AsyncWorld]
     collector = make_collector(makes, restarts=OFTEN, step_timeout=HANG, reset_timeout=HANG)
     with collector:
         batches = collect_until_made_again(collector, seed=3)
@@ -199,7 +199,7 @@ def test_an_asynchronous_environment_that_hangs_is_cancelled_and_made_again(phas
 
 def test_the_cause_of_an_asynchronous_environment_that_is_retired_is_told() -> None:
     HangingOnce.made = 0
-    makes = [lambda: HangingOnce("step", False, lambda: time_out(collector)), World]
+    makes = [lambda: HangingOnce("step", False, lambda: let_call_time_out(collector, 2 * HANG)), World]
     collector = make_collector(makes, restarts=None, step_timeout=HANG)
     with collector:
         for _ in collector:
@@ -222,7 +222,7 @@ def test_one_that_swallows_its_cancellation_and_then_steps_on_is_cancelled_again
         async def step(self, action: Any) -> Any:
             self.steps += 1
             if Twice.made == 1 and self.steps in (5, 10):
-                time_out(collector)
+                let_call_time_out(collector, 2 * HANG)
                 try:
                     await asyncio.Event().wait()
                 except asyncio.CancelledError:

@@ -19,13 +19,13 @@ import pytest
 from aioinfer import CollectorError
 from aioinfer.collectors import AsyncBatchedCollector, Restarts
 from aioinfer.testing import eventually
+from aioinfer.testing.inspection import let_call_time_out
 from tests.collectors.worlds import (
     World,
     assert_plain_with_restarts,
     collect_until_made_again,
     make_policy,
     steps_by_env,
-    time_out,
 )
 from tests.effort import Effort
 from tests.limits import HANG
@@ -168,7 +168,7 @@ def test_a_worker_with_an_environment_that_hangs_is_replaced(tmp_path: Path) -> 
     makes = [lambda: HangingOnce(tmp_path / "made", tmp_path / "hung"), *[World] * 5]
     with make_collector(makes, num_workers=2, step_timeout=HANG) as collector, ThreadPoolExecutor(1) as pool:
         noticing = pool.submit(eventually, (tmp_path / "hung").exists)
-        noticing.add_done_callback(lambda _: time_out(collector))
+        noticing.add_done_callback(lambda _: let_call_time_out(collector, 2 * HANG))
         batches = collect_until_made_again(collector, seed=3)
         stats = collector.stats()
     assert assert_plain_with_restarts(steps_by_env(batches), seed=3) >= 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -17,9 +16,7 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
-from aioinfer.collectors import AsyncBatchedCollector
 from aioinfer.collectors.seeds import env_seed, make_entropy
-from tests.limits import HANG
 
 
 class World(gymnasium.Env[Any, Any]):
@@ -202,16 +199,6 @@ def is_equal(found: Step, expected: Step) -> bool:
     except AssertionError:
         return False
     return True
-
-
-def time_out(collector: AsyncBatchedCollector, group: int = 0) -> None:
-    """Let the call that a group waits for have begun long ago: no other call times out then, however long it takes."""
-    coordinator = collector._coordinator
-    assert coordinator is not None
-    since = coordinator.block.watches[group].since
-    if since[0] > time.monotonic() - HANG:  # else that was said before of this call
-        since[0] -= 2 * HANG
-    coordinator._pool.call_soon(lambda: None)  # it looks again
 
 
 class Gate:
