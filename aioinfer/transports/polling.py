@@ -32,7 +32,7 @@ __all__ = ["InferenceTransport", "PollingTransport"]
 # less than 0.1 % of a core.
 _POLL_INTERVAL = 0.3
 # Seconds for which the model thread waits for the pump at most: longer than a loaded machine takes.
-_PUMP_LIMIT = 5.0
+PUMP_LIMIT = 5.0
 
 _log = logging.getLogger("aioinfer")
 
@@ -227,7 +227,7 @@ class PollingTransport(Transport):
         self._readers.append(done := LockWaker())
         self._turn.notify()
         if not (late or self._pump_has_ended):
-            done.wait(_PUMP_LIMIT)
+            done.wait(PUMP_LIMIT)
 
     def forget_parent(self) -> None:
         self._futures.clear()

@@ -36,7 +36,7 @@ class Late(FiveVerbs):
 
 
 def test_a_request_that_takes_a_while_to_arrive_holds_no_other_transport_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(polling, "_PUMP_LIMIT", 2 * HANG)  # a call that waits for the transport does not end
+    monkeypatch.setattr(polling, "PUMP_LIMIT", 2 * HANG)  # a call that waits for the transport does not end
     custom, local = Late(), ThreadingTransport()
     with InferenceServer(double, [custom, local]):
         try:
