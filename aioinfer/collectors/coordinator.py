@@ -187,7 +187,8 @@ class Coordinator:
         self._row_env: dict[int, int] = {}  # the rows that were granted and are not finished
         self._frames: list[int] = []  # of each environment
         self._waiters: deque[Callable[[], None]] = deque()
-        self._late: dict[int, float] = {}  # by group: when its latest call began that took too long
+        # By group: when its latest call began that took too long, and when it was cancelled for that.
+        self._late: dict[int, tuple[float, float]] = {}
         self._setup: _Setup | None = None
         self._stopping = False
         self._paused = 0  # how many want the environments to stop
@@ -555,21 +556,24 @@ class Coordinator:
                     self.block.watches, now, step_timeout=self._step_timeout, reset_timeout=self._reset_timeout
                 )
                 for late in found:
-                    self._cancel_late(late)
+                    self._cancel_late(late, now)
                 if left_all is not None:
                     soonest.append(left_all)
             return min(soonest, default=None)
 
-    def _cancel_late(self, late: Overdue) -> None:
+    def _cancel_late(self, late: Overdue, now: float) -> None:
         for host in self._hosts:
             if late.group in host.indices and host.begun and not host.killed_for:
                 group = host.groups[host.indices.index(late.group)]
                 doing = {Phase.STEP: "step", Phase.RESET: "reset", Phase.CLOSE: "close"}[late.phase]
                 limit = self._step_timeout if late.phase == Phase.STEP else self._reset_timeout
                 member, since = self.members[group.members[late.member]], float(self.block.watches[late.group].since[0])
-                if self._late.get(late.group) != since:  # a task that was cancelled may go on nevertheless
-                    self._late[late.group] = since
+                known, cancelled_at = self._late.get(late.group, (0.0, 0.0))
+                if known != since:
                     self._note_timeout(member, f"did not return from {doing}", limit)
+                elif limit is None or now - cancelled_at < limit:  # it may be about to end
+                    continue
+                self._late[late.group] = since, now  # a task that was cancelled may go on nevertheless
                 self._cancel(member, limit)
 
     def _note_timeout(self, member: Member, what: str, limit: float | None) -> None:

@@ -6,7 +6,6 @@ It may change between versions.
 from __future__ import annotations
 
 import socket
-import time
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -128,13 +127,17 @@ def put_bytes(queue: DescriptorQueue, data: bytes) -> None:
 def let_call_time_out(collector: AsyncBatchedCollector, seconds: float, group: int = 0) -> None:
     """Let the call that a group of environments waits for have begun so many seconds ago; no other call is late then.
 
-    A call of which that was said already stays as it is.
+    Of a call of which that was said already, the cancellation was as long ago.
     """
     coordinator = collector._coordinator
     assert coordinator is not None, "the collector does not run"
-    since = coordinator.block.watches[group].since
-    if since[0] > time.monotonic() - seconds:
-        since[0] -= seconds
+    with coordinator.lock:
+        since = coordinator.block.watches[group].since
+        known, cancelled_at = coordinator._late.get(group, (0.0, 0.0))
+        if known == since[0]:
+            coordinator._late[group] = known, cancelled_at - seconds
+        else:
+            since[0] -= seconds
     coordinator._pool.call_soon(lambda: None)  # it looks again then
 
 
