@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import logging
+import threading
 import time
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 from typing import Any
 
@@ -22,7 +23,14 @@ from aioinfer.errors import ServerClosedError, clone_exception, describe
 from aioinfer.futures import Future, run_in_thread
 from aioinfer.interaction_type import attach_mode, caller_mode, detach_mode
 from aioinfer.transports.base import Transport
-from aioinfer.transports.queue import REFUSALS, RefusableAsyncClient, RequestQueue, RowCount, seconds_left
+from aioinfer.transports.queue import (
+    REFUSALS,
+    RefusableAsyncClient,
+    RequestQueue,
+    RowCount,
+    call_uninterrupted,
+    seconds_left,
+)
 from aioinfer.transports.replies import LockWaker
 from aioinfer.transports.request import Request
 
@@ -133,6 +141,8 @@ class PollingTransport(Transport):
         self._claims: dict[object, int] = {}  # rows of these requests, and of those on their way into the transport
         self._submitted_rows = RowCount()  # of their requests
         self._drained_rows = RowCount()  # of those of them that are in the queue or in a batch
+        # For each thread that settles a request, its rows, which the request's future takes if it is done meanwhile.
+        self._settling: dict[int, list[int]] = {}
         self._error: ServerClosedError | None = None
         self._pump: Future[None] | None = None
         self._last_drained: RequestQueue | None = None  # the closed queue into which no pump drains any more
@@ -174,18 +184,22 @@ class PollingTransport(Transport):
                 queue.not_full.notify(rows)
             raise
         future.add_done_callback(partial(self._on_done, claim, rows))
-        if future.done() and self.queue.not_full:  # it counted after its pass, and nobody was told that it does no more
-            self.queue.not_full.notify(rows)
         error = self._error or (queue.closed_error if self._last_drained is queue else None)
         if error is not None:
             _fail(future, error)
         return future
 
     def _on_done(self, claim: object, rows: int, future: concurrent.futures.Future[TensorDictBase]) -> None:
-        self._submitted_rows.remove(rows)
-        self._claims.pop(claim, None)
+        settled = self._settling.get(threading.get_ident())
+        drained = settled.pop() if settled else 0
+        # One step, so that it counts until it is done, and nothing else counts less then.
+        call_uninterrupted(
+            self._submitted_rows.removing(rows),
+            partial(self._claims.pop, claim, None),
+            self._drained_rows.removing(drained),
+        )
         self._futures.discard(future)
-        if future.cancelled():
+        if not drained:  # it counted after its pass, or had none, and nobody was told that it does no more
             self.queue.not_full.notify(rows)
 
     def closed_error(self) -> Exception | None:
@@ -207,10 +221,12 @@ class PollingTransport(Transport):
 
     def held(self) -> int:
         # Too low by the drained requests whose callers have cancelled them since.
-        return max(0, len(self._submitted_rows) - len(self._drained_rows))
+        drained = len(self._drained_rows)  # first: what is done before the next look counts too little, not too much
+        return max(0, len(self._submitted_rows) - drained)
 
     def claimed(self) -> int:
-        return max(0, sum(self._claims.values()) - len(self._drained_rows))
+        drained = len(self._drained_rows)
+        return max(0, sum(self._claims.values()) - drained)
 
     def read(self, *, wait: bool = False) -> None:
         if wait and self.held() and not self._pump_has_ended:
@@ -234,6 +250,7 @@ class PollingTransport(Transport):
         self._claims.clear()
         self._submitted_rows.clear()
         self._drained_rows.clear()
+        self._settling.clear()
         self._readers.clear()
         self._pump, self._pump_is_ready, self._pump_has_ended, self._turn = None, False, [True], LockWaker()
 
@@ -311,24 +328,39 @@ class PollingTransport(Transport):
     # -- replies ---------------------------------------------------------------------------------------
 
     def set_results(self, receivers: Sequence[_Receiver], replies: Sequence[TensorDictBase]) -> None:
-        self._forget_drained(receivers)
         for receiver, reply in zip(receivers, replies, strict=True):
-            try:
-                self._verbs.resolve(receiver.callback, reply)
-            except BaseException as error:
-                self._fail_callback(receiver.callback, clone_exception(error))
+            with self._forgetting_drained(receiver):
+                try:
+                    self._verbs.resolve(receiver.callback, reply)
+                except BaseException as error:
+                    self._fail_callback(receiver.callback, clone_exception(error))
 
     def set_exceptions(self, receivers: Sequence[_Receiver], errors: Sequence[Exception]) -> None:
-        self._forget_drained(receivers)
         for receiver, error in zip(receivers, errors, strict=True):
-            self._fail_callback(receiver.callback, error)
+            with self._forgetting_drained(receiver):
+                self._fail_callback(receiver.callback, error)
 
     def discard(self, receiver: _Receiver) -> None:
-        self._forget_drained([receiver])
-        self._fail_callback(receiver.callback, CancelledError())  # the transport may keep something for it
+        with self._forgetting_drained(receiver):
+            self._fail_callback(receiver.callback, CancelledError())  # the transport may keep something for it
 
-    def _forget_drained(self, receivers: Sequence[_Receiver]) -> None:
-        self._drained_rows.remove(sum(receiver.rows for receiver in receivers))
+    @contextmanager
+    def _forgetting_drained(self, receiver: _Receiver) -> Iterator[None]:
+        """Count a request as drained until its future is done, if that is inside the block, or else until its end.
+
+        Who has a reply finds its request counted no more, though callbacks of its future are still to run.
+        """
+        thread = threading.get_ident()
+        outer = self._settling.get(thread)  # a callback of that one's future has brought us here
+        self._settling[thread] = settled = [receiver.rows]
+        try:
+            yield
+        finally:
+            if outer is None:
+                del self._settling[thread]
+            else:
+                self._settling[thread] = outer
+            self._drained_rows.remove(sum(settled))
 
     def _fail_callback(self, callback: Any, error: Exception) -> None:
         try:

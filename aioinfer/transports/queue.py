@@ -62,6 +62,7 @@ __all__ = [
     "RefusableAsyncClient",
     "RequestQueue",
     "RowCount",
+    "call_uninterrupted",
     "seconds_left",
 ]
 
@@ -310,6 +311,10 @@ class RowCount(bytearray):
     def remove(self, rows: int) -> None:
         """Count so many less."""
         del self[:rows]
+
+    def removing(self, rows: int) -> Callable[[], None]:
+        """A function of C that counts so many less."""
+        return partial(self.__delitem__, slice(rows))
 
 
 class RefusableAsyncClient(AsyncInferenceClient):
@@ -618,7 +623,7 @@ class RequestQueue:
         if request.rows == 1:
             self._requests.append(request)
         else:
-            _call_uninterrupted(*self._appending(request))
+            call_uninterrupted(*self._appending(request))
 
     def _appending(self, request: Request) -> list[Callable[[], object]]:
         """The calls that append a request with rows."""
@@ -631,7 +636,7 @@ class RequestQueue:
             return _remove(self._requests, request)
         discount = partial(self._more_rows.__delitem__, slice(request.rows - 1))
         try:
-            _call_uninterrupted(partial(self._requests.remove, request), discount)
+            call_uninterrupted(partial(self._requests.remove, request), discount)
         except ValueError:
             return False
         return True
@@ -655,7 +660,7 @@ class RequestQueue:
         """
         append = [call for request in requests if request.rows for call in self._appending(request)]
         with self._lock:
-            _call_uninterrupted(note, *append)
+            call_uninterrupted(note, *append)
         for request in requests:
             if not request.rows:
                 self._append(request)
@@ -988,7 +993,7 @@ def _uninterrupted(action: Callable[[], None], name: str) -> None:
         action()
 
 
-def _call_uninterrupted(*calls: Callable[[], object]) -> None:
+def call_uninterrupted(*calls: Callable[[], object]) -> None:
     """Call functions of C, one after the other, so that no signal handler and no other thread runs in between."""
     list(map(operator.call, calls))
 

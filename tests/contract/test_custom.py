@@ -264,6 +264,63 @@ def test_who_waits_for_room_is_told_when_an_answered_request_has_been_submitted(
         assert is_double(second.result(HANG), 1)
 
 
+class Answering(FiveVerbs):
+    """A callback of the future of the value 0 takes a while: whoever waits for the reply has it already."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go_on = threading.Event()
+
+    def submit(self, td: TensorDictBase) -> Future[TensorDictBase]:
+        future = super().submit(td)
+        if td["observation"][0] == 0:
+            future.add_done_callback(lambda _: self.go_on.wait(HANG))
+        return future
+
+
+def test_who_has_a_reply_has_left_room_for_the_next_request() -> None:
+    custom = Answering()
+    with InferenceServer(double, custom, max_pending=1) as server:
+        client = server.client()
+        try:
+            assert is_double(client.submit(request(0)).result(HANG), 0)
+            assert server.stats().pending == 0
+            second = client.submit(request(1))
+            assert not second.done()
+            assert server.stats().pending == 1
+        finally:
+            custom.go_on.set()
+        assert is_double(second.result(HANG), 1)
+
+
+class Distant(FiveVerbs):
+    """Its replies are on their way for a while."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.resolved: queue.Queue[tuple[Future[TensorDictBase], TensorDictBase]] = queue.Queue()
+
+    def resolve(self, callback: Future[TensorDictBase], result: TensorDictBase) -> None:
+        self.resolved.put((callback, result))
+
+    def deliver(self) -> None:
+        future, reply = self.resolved.get(timeout=HANG)
+        future.set_result(reply)
+
+
+def test_who_waits_for_room_is_told_when_a_reply_arrives() -> None:
+    custom = Distant()
+    with InferenceServer(double, custom, max_pending=1) as server, ThreadPoolExecutor(1) as pool:
+        first = server.client().submit(request(0))
+        eventually(lambda: custom.resolved.qsize() == 1 and server.stats().pending == 1)
+        second = pool.submit(server.client(), request(1), HANG / 2, wait=True)
+        eventually(lambda: has_waiting_callers(server))
+        custom.deliver()
+        assert is_double(first.result(HANG), 0)
+        custom.deliver()
+        assert is_double(second.result(HANG), 1)
+
+
 def test_requests_do_not_wait_for_the_running_pass_as_the_server_closes_if_one_in_it_is_cancelled() -> None:
     model, custom = GatedModel(), FiveVerbs()
     server = InferenceServer(model, custom, max_batch_size=1).start()
