@@ -30,7 +30,7 @@ _HEAT = 0.5
 IMPORT_LIMIT = 120.0
 _HANG_LIMIT = 30.0
 _COLLECTOR_LIMIT = 90.0  # more; torchrl's takes half a minute to begin with processes, and ours a million frames
-_END_LIMIT = 10.0
+_END_LIMIT = 60.0
 
 
 class MeasurementError(Exception):

@@ -25,6 +25,7 @@ from aioinfer.weight_sync import MultiProcessWeightSyncScheme
 # The messages of the trainer: a version that it has published, and the time, by the clock of this machine.
 _NOTICE = struct.Struct("<qd")
 _END_TIMEOUT = 2.0  # seconds that the trainer has to end before it is killed
+_DEATH_TIMEOUT = 20.0  # seconds for one that has died to be gone
 
 
 def _train(scheme: MultiProcessWeightSyncScheme, channel: socket.socket, seed: int) -> None:
@@ -90,7 +91,7 @@ class TrainerProcess:
                 await writer.drain()
         except (asyncio.IncompleteReadError, ConnectionError):
             # Its end of the channel closes a moment before the process is gone.
-            await asyncio.to_thread(self._process.join, _END_TIMEOUT)
+            await asyncio.to_thread(self._process.join, _DEATH_TIMEOUT)
             raise PeerDiedError(f"the trainer died with exit code {self._process.exitcode}") from None
         finally:
             writer.transport.abort()  # a trainer that ends reads no more

@@ -154,7 +154,10 @@ def test_a_measurement_that_dies_is_reported_with_its_last_words(monkeypatch: py
     assert "No module named json.nothing" in str(outcome)
 
 
-def test_a_measurement_that_hangs_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_measurement_that_hangs_is_killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "hanging.py").write_text("import threading\nthreading.Event().wait()\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(runner, "MODULE", "hanging")
     monkeypatch.setattr(runner, "IMPORT_LIMIT", 0.01)
     (outcome,) = runner.measure_in_turn([job("one-task")])
     assert str(outcome) == "hung and was killed"

@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -23,6 +22,7 @@ from aioinfer.bench.models import Policy
 from aioinfer.bench.peer_process import Pipe
 from aioinfer.bench.report import Figures
 from aioinfer.bench.workloads import RequestKind, System
+from aioinfer.testing import eventually
 from tests.bench.parts import BY_NAME, job
 
 # -- whole measurements --------------------------------------------------------------------------------
@@ -80,10 +80,7 @@ def test_a_killed_measurement_leaves_no_process_behind_although_its_callers_hang
     killed = subprocess.run([sys.executable, "-c", _KILLED], stdout=subprocess.PIPE, text=True, check=False)
     pids = [int(pid) for pid in killed.stdout.split()]
     assert len(pids) == 3
-    deadline = time.monotonic() + 10
-    while any(map(runs, pids)):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    eventually(lambda: not any(map(runs, pids)))
 
 
 def runs(pid: int) -> bool:
@@ -93,7 +90,7 @@ def runs(pid: int) -> bool:
     except ProcessLookupError:
         return False
     status = Path(f"/proc/{pid}/stat")
-    with suppress(FileNotFoundError):
+    with suppress(FileNotFoundError, ProcessLookupError):  # it has ended before it could be opened, or be read
         return status.read_text().rpartition(")")[2].split()[0] != "Z"
     return not Path("/proc/self").exists()
 

@@ -22,9 +22,9 @@ from fastapi import FastAPI
 from aioinfer import InferenceServer, MPTransport, ProcessInferenceServer
 from aioinfer.testing import GatedModel, double
 from tests.hosted import make_double
+from tests.limits import HANG
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "web.py"
-DEADLINE = 20.0
 
 
 def load_example() -> ModuleType:
@@ -69,7 +69,7 @@ class Backend:
 
 async def until(condition: Callable[[], bool]) -> None:
     """Poll until something holds that no event tells of."""
-    async with asyncio.timeout(DEADLINE):
+    async with asyncio.timeout(HANG):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.001)
 
@@ -93,7 +93,7 @@ async def served(app: FastAPI) -> AsyncIterator[int]:
 
 def browser(port: int) -> httpx.AsyncClient:
     limits = httpx.Limits(max_connections=None)
-    return httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=DEADLINE, limits=limits)
+    return httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=HANG, limits=limits)
 
 
 @asynccontextmanager
@@ -235,11 +235,11 @@ async def test_a_server_in_another_process_that_is_killed_gives_503_until_the_ne
 async def test_a_websocket_gets_an_action_for_each_observation_and_is_told_what_is_wrong_with_others() -> None:
     async with backend() as at:
         at.policy.open()
-        async with websockets.connect(f"ws://127.0.0.1:{at.port}/act", open_timeout=DEADLINE, proxy=None) as socket:
+        async with websockets.connect(f"ws://127.0.0.1:{at.port}/act", open_timeout=HANG, proxy=None) as socket:
 
             async def ask(text: str) -> dict[str, Any]:
                 await socket.send(text)
-                async with asyncio.timeout(DEADLINE):
+                async with asyncio.timeout(HANG):
                     answer: dict[str, Any] = json.loads(await socket.recv())
                 return answer
 
