@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.effort import efforts
+from tests.limits import HANG
 
 torch.set_num_threads(1)
 # A loaded machine takes its time.
@@ -40,7 +41,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def _no_thread_is_left() -> Iterator[None]:
     before = set(threading.enumerate())
     yield
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + HANG
     while left := [thread for thread in threading.enumerate() if thread not in before]:
         assert time.monotonic() < deadline, f"the test left threads behind: {left}"
         time.sleep(0.001)

@@ -153,6 +153,6 @@ def a_server_serves_again_after_a_restart(harness: TransportHarness) -> None:
     with harness.serve(double) as (server, callers):
         for value in range(3):
             assert is_double(callers.call(0, request(value)).result(HANG_TIMEOUT), value)
-            server.shutdown()
+            server.shutdown(HANG_TIMEOUT)
             expect_error(ServerClosedError, callers.call(0, request(value)))
             server.start()

@@ -283,10 +283,12 @@ def test_a_collector_that_nobody_has_any_more_ends() -> None:
     collector = AsyncBatchedCollector(World, policy=make_policy(), num_envs=2, frames_per_batch=64, fragment_length=8)
     next(iter(collector))
 
-    del collector
-    gc.collect()
+    def is_over() -> bool:
+        gc.collect()  # again, since one of its threads may just have had it in hand
+        return not [thread for thread in threading.enumerate() if thread.name.startswith("aioinfer")]
 
-    eventually(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("aioinfer")])
+    del collector
+    eventually(is_over)
 
 
 def test_there_is_one_reader_at_a_time() -> None:

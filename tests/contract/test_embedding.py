@@ -31,7 +31,7 @@ async def test_leaving_the_block_ends_the_callers_that_remain() -> None:
         await until(model.entered.is_set)
         second = asyncio.ensure_future(client(request(1)))
         await until(lambda: server.stats().pending == 1)
-        closing = asyncio.ensure_future(server.aclose())
+        closing = asyncio.ensure_future(server.aclose(HANG))
         with pytest.raises(ServerClosedError):
             await second
         model.open()

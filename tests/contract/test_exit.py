@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from aioinfer import InferenceServer, ThreadingTransport
-from aioinfer.testing import double, request
+from aioinfer.testing import double, eventually, request
 from aioinfer.weight_sync import MultiProcessWeightSyncScheme, SharedMemWeightSyncScheme
 from tests.idle import use_nothing
 from tests.leftovers import assert_no_descriptor_stays, needs_descriptors
+from tests.limits import HANG
 from tests.programs import running
 from tests.transports import TRANSPORTS
 from tests.weight_models import SCHEMES, policy
@@ -77,7 +78,7 @@ def test_a_program_that_is_killed_ends_with_its_server(number: signal.Signals, t
 def test_an_idle_server_uses_no_measurable_processor_time(transport: str) -> None:
     before = set(threading.enumerate())
     with InferenceServer(double, TRANSPORTS[transport]()) as server:
-        server.client()(request(1), 20)
+        server.client()(request(1), HANG)
         asyncio.run(server.async_client()(request(1)))
         threads = set(threading.enumerate()) - before
         pumps = {"aioinfer-pump"} if transport == "five-verbs" else set()
@@ -124,7 +125,7 @@ def test_weights_leave_no_file_descriptor_and_no_memory_behind() -> None:
 
     before = mappings()
     assert_no_descriptor_stays(cycle, 3)
-    assert mappings() <= before
+    eventually(lambda: mappings() <= before)
 
 
 @needs_descriptors
@@ -132,6 +133,6 @@ def test_servers_leave_no_file_descriptor_behind() -> None:
     def cycle() -> None:
         for make in TRANSPORTS.values():
             with InferenceServer(double, make()) as server:
-                server.client()(request(1), 20)
+                server.client()(request(1), HANG)
 
     assert_no_descriptor_stays(cycle, 5)

@@ -22,6 +22,7 @@ from aioinfer.interaction_type import interaction_type, use_mode
 from aioinfer.tensors import check_output, rows, stack
 from aioinfer.testing import double, request
 from aioinfer.weight_sync import MultiProcessWeightSyncScheme
+from tests.limits import HANG
 
 
 def test_nothing_moves_without_a_device() -> None:
@@ -35,7 +36,7 @@ def test_nothing_moves_without_a_device() -> None:
 def test_the_model_and_the_batches_move_to_the_device_and_replies_to_the_output_device() -> None:
     model = TensorDictModule(nn.Linear(3, 2), in_keys=["observation"], out_keys=["action"])
     with InferenceServer(model, ThreadingTransport(), device="meta", output_device="meta") as server:
-        reply = server.client()(request(1), 20)
+        reply = server.client()(request(1), HANG)
     assert next(model.parameters()).is_meta
     assert reply["action"].is_meta
     assert reply["action"].shape == (2,)
@@ -49,7 +50,7 @@ def test_replies_go_back_to_where_their_requests_were() -> None:
         return TensorDict({"action": torch.ones(td.batch_size)}, batch_size=td.batch_size)
 
     with InferenceServer(model, ThreadingTransport(), device="meta") as server:
-        reply = server.client()(request(1), 20)
+        reply = server.client()(request(1), HANG)
     assert seen == [torch.device("meta")]
     assert reply["action"].device == torch.device("cpu")
 
@@ -278,7 +279,7 @@ def test_a_batch_that_collate_fn_makes_waits_for_its_requests(cuda: FakeCuda, mo
     monkeypatch.setattr(devices, "CudaPlacement", lambda *_: placement)
     with InferenceServer(double, ThreadingTransport(), device="cuda", collate_fn=collate) as server:
         cuda.log.clear()
-        assert server.client()(request(3), 20)["action"][0] == 6
+        assert server.client()(request(3), HANG)["action"][0] == 6
     assert cuda.log[:4] == ["enter own", "own waits for default", "collate", "leave"]
 
 
@@ -463,7 +464,7 @@ def test_a_server_captures_all_buckets_before_it_serves(cuda: FakeCuda, monkeypa
             for count in range(1, 7):
                 with server.paused():
                     futures = [server.client().submit(request(value)) for value in range(count)]
-                actions = [future.result(20)["action"].item() for future in futures]
+                actions = [future.result(HANG)["action"].item() for future in futures]
                 assert actions == [3 * weight * value for value in range(count)]
         assert cuda.log.count("replay") == 12
         assert "captured" not in cuda.log
@@ -494,7 +495,7 @@ def test_graphs_on_cuda_do_what_the_model_does(compiled: bool) -> None:
                     futures = [server.client().submit(request(value)) for value in range(count)]
                 for value, future in enumerate(futures):
                     expected = other.module(request(value)["observation"]).detach()
-                    torch.testing.assert_close(future.result(20)["action"], expected, rtol=1e-3, atol=1e-3)
+                    torch.testing.assert_close(future.result(HANG)["action"], expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -511,7 +512,7 @@ def test_graphs_on_cuda_draw_new_numbers_and_a_model_that_synchronises_is_run_wi
     with InferenceServer(
         model, ThreadingTransport(), max_batch_size=2, device="cuda", cuda_graphs=True, request_spec=request(0)
     ) as server:
-        drawn = {server.client()(request(0), 20)["action"][0].item() for _ in range(20)}
+        drawn = {server.client()(request(0), HANG)["action"][0].item() for _ in range(20)}
     assert len(drawn) == 20
     assert any("run without graphs" in record.getMessage() for record in caplog.records) is synchronises
 
@@ -532,7 +533,7 @@ def test_weights_get_to_a_server_on_cuda(swap: bool, trainer: str) -> None:
                 scheme.send()
             else:
                 server.update_weights({"module." + name: tensor for name, tensor in source.state_dict().items()})
-            reply = server.client()(request(1), 20)
+            reply = server.client()(request(1), HANG)
             expected = source(request(1)["observation"].to(trainer)).cpu()
             torch.testing.assert_close(reply["action"], expected.detach())
     scheme.shutdown()
@@ -547,6 +548,6 @@ def test_a_server_on_cuda_answers_where_it_was_asked(where: str) -> None:
     with InferenceServer(model, ThreadingTransport(), device="cuda") as server:
         client = server.client()
         for value in range(50):
-            reply = client(request(value).to(where), 20)
+            reply = client(request(value).to(where), HANG)
             assert reply["action"].device.type == where
             torch.testing.assert_close(reply["action"].cpu(), expected(request(value)["observation"]))

@@ -160,7 +160,8 @@ async def test_a_server_without_descriptors_goes_on_following_when_it_has_some(
     warned = asyncio.Event()
 
     def hear(record: logging.LogRecord) -> bool:
-        warned.set()
+        if "can't receive weights" in record.getMessage():
+            warned.set()
         return True
 
     caplog.handler.addFilter(hear)
@@ -335,6 +336,7 @@ def test_rubbish_among_the_handshakes_is_ignored(scheme: Scheme) -> None:
 
 @needs_proc
 def test_what_was_looked_at_and_is_dropped_leaves_no_descriptor() -> None:
+    gc.collect()  # what others have left may hold some
     queue = DescriptorQueue()
     before = descriptors()
     for _ in range(3):
