@@ -65,6 +65,15 @@ async def test_an_error_of_a_task_reaches_the_measurement() -> None:
         await load.task_rate([systems.TaskCaller(fail, fail)], [None], 0.0, 10.0)
 
 
+async def test_a_rate_is_measured_until_there_is_a_reply() -> None:
+    async def call(request: float) -> None:
+        await asyncio.sleep(request)
+
+    caller = systems.TaskCaller(call, call)  # type: ignore[arg-type]
+    assert load.thread_rate([time.sleep], [0.05], 0.0, 0.001) > 0
+    assert await load.task_rate([caller], [0.05], 0.0, 0.001) > 0
+
+
 def test_acts_that_take_turns_are_timed_apart_without_the_warm_up() -> None:
     acts: list[str] = []
     times = load.time_by_turns({"send": lambda: acts.append("send"), "copy": lambda: acts.append("copy")}, 0.0, 0.0)
