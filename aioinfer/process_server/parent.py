@@ -412,6 +412,9 @@ class ControlConnection:
             selector.wait(None if left == math.inf else max(0.0, left))
             if time.monotonic() >= self._kill_at:
                 self._kill_at = math.inf
+                selector.wait(0.0)  # it may have exited while this thread did not run
+                if self._has_exited:
+                    break
                 if self._disconnected:
                     self._set_died("has closed its connection, and was killed")
                 self._process.kill()
