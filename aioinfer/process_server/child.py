@@ -32,11 +32,12 @@ from aioinfer.stats import Health, ServerStats
 from aioinfer.weight_sync.snapshot import SnapshotReader
 from aioinfer.weight_sync.weights import to_strategy
 
-__all__ = ["CommandLoop", "run"]
+__all__ = ["ORPHAN_GRACE", "CommandLoop", "run"]
 
-# Seconds that the server has to shut down when the parent is gone, and then the process to exit.
+# Seconds that the server has to shut down when the parent is gone.
 _ORPHAN_TIMEOUT = 1.0
-_EXIT_GRACE = 1.0
+ORPHAN_GRACE = 1.0
+"""Seconds that its process then has to exit."""
 
 
 def run(control: socket.socket, config: ServerConfig) -> None:
@@ -78,7 +79,7 @@ def _exit_with_parent(control: socket.socket) -> None:
     poll = select.poll()
     poll.register(control, 0)  # only POLLHUP: it returns at EOF, and not when there is data
     poll.poll()
-    time.sleep(_ORPHAN_TIMEOUT + _EXIT_GRACE)
+    time.sleep(_ORPHAN_TIMEOUT + ORPHAN_GRACE)
     os._exit(1)
 
 

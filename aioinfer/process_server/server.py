@@ -41,10 +41,10 @@ from aioinfer.transports.ipc.server import ProcessTransport, TransportHandoff
 from aioinfer.transports.local import ThreadingTransport
 from aioinfer.weight_sync.weights import WeightsLike
 
-__all__ = ["ProcessInferenceServer"]
+__all__ = ["EXIT_TIMEOUT", "ProcessInferenceServer"]
 
-# Seconds to wait for the exit of a process past the timeout of a shutdown: until it is killed, and then for the kill.
-_EXIT_TIMEOUT = EXIT_GRACE + 1.0
+EXIT_TIMEOUT = EXIT_GRACE + 1.0
+"""Seconds to wait for the exit of a process past a shutdown's timeout: until it is killed, and then for the kill."""
 
 # Options for which the layout of requests must be known, unless they are as they are by default.
 _NEED_LAYOUT = {"compile": False, "bucket_sizes": None, "cuda_graphs": False}
@@ -152,7 +152,7 @@ class ProcessInferenceServer(BaseServer):
         except BaseException:
             if self._is_started_by(starter):
                 self._terminate()
-                self._connection.exited.wait(_EXIT_TIMEOUT)
+                self._connection.exited.wait(EXIT_TIMEOUT)
             raise
         return self
 
@@ -166,7 +166,7 @@ class ProcessInferenceServer(BaseServer):
             if self._is_started_by(starter):
                 self._terminate()
                 with anyio.CancelScope(shield=True):
-                    await self._connection.exited.async_wait(_EXIT_TIMEOUT)
+                    await self._connection.exited.async_wait(EXIT_TIMEOUT)
             raise
         return self
 
@@ -228,7 +228,7 @@ class ProcessInferenceServer(BaseServer):
         self._connection.request_shutdown(timeout, drain=drain)
         if not self._connection.started:
             self._connection.close_unstarted()
-        self._connection.exited.wait(None if timeout is None else timeout + _EXIT_TIMEOUT)
+        self._connection.exited.wait(None if timeout is None else timeout + EXIT_TIMEOUT)
 
     async def aclose(self, timeout: float | None = 5.0, *, drain: bool = False) -> None:  # noqa: ASYNC109 - as shutdown
         """Shut down without blocking the event loop; see :meth:`shutdown`.
@@ -240,7 +240,7 @@ class ProcessInferenceServer(BaseServer):
         self._connection.request_shutdown(timeout, drain=drain)
         if not self._connection.started and not self._connection.exited.done:
             threading.Thread(target=self._connection.close_unstarted, name="aioinfer-end", daemon=True).start()
-        await self._connection.exited.async_wait(None if timeout is None else timeout + _EXIT_TIMEOUT)
+        await self._connection.exited.async_wait(None if timeout is None else timeout + EXIT_TIMEOUT)
 
     # -- on the connection's thread --------------------------------------------------------------------
 

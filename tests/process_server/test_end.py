@@ -44,6 +44,7 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 
 
+@pytest.mark.usefixtures("exits_by_itself")
 async def test_a_server_that_is_shut_down_again_and_again_says_so() -> None:
     server = forked(make_double, policy_version=7)
     async with server:
@@ -185,8 +186,13 @@ import multiprocessing, os, signal, sys, threading, time
 from functools import partial
 from pathlib import Path
 from aioinfer import MPTransport, ProcessInferenceServer
+from aioinfer.process_server import child, parent, server as handle
 from aioinfer.testing import eventually
 from tests.hosted import Note, Stuck, ask_once, make_policy, take_for_ever
+from tests.limits import HANG
+
+if "STATE" == "stuck":  # it exits by itself, after it has told its callers: however long that takes
+    child.ORPHAN_GRACE = parent.EXIT_GRACE = handle.EXIT_TIMEOUT = HANG
 
 if __name__ == "__main__":
     entered = Path(sys.argv[1])

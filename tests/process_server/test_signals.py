@@ -21,7 +21,7 @@ from tests.weight_models import mark_of, policy
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),
-    pytest.mark.usefixtures("finalizers_may_be_interrupted"),
+    pytest.mark.usefixtures("exits_by_itself", "finalizers_may_be_interrupted"),
 ]
 
 

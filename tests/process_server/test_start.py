@@ -6,6 +6,7 @@ import asyncio
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -21,6 +22,7 @@ from aioinfer import (
     ServerStartError,
     ThreadingTransport,
 )
+from aioinfer.ipc.selector import Selector, Source
 from aioinfer.process_server.parent import ChildProcess
 from aioinfer.testing import eventually, request
 from aioinfer.weight_sync import NoWeightSyncScheme
@@ -31,7 +33,10 @@ from tests.methods import SPAWN
 from tests.programs import running
 from tests.weight_models import mark, mark_of, policy
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),
+    pytest.mark.usefixtures("exits_by_itself"),
+]
 
 FAILURES: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "the factory raises": (hosted.raise_error, {}, "in raise_error\n.*\nValueError: there are no weights"),
@@ -60,6 +65,21 @@ def test_what_keeps_a_server_from_starting_is_known_at_once(failure: str) -> Non
         client(request(0), HANG)
     with pytest.raises(RuntimeError, match="does not run"):
         server.stats()
+
+
+def test_a_process_that_exits_is_not_said_to_be_killed_where_its_handle_hears_of_that_late(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The thread that reaps it does not run for longer than a process has to exit that has hung up."""
+    unregister = Selector.unregister
+
+    def pause_afterwards(selector: Selector, source: Source) -> None:
+        unregister(selector, source)
+        time.sleep(1.5)
+
+    monkeypatch.setattr(Selector, "unregister", pause_afterwards)
+    with pytest.raises(ServerStartError, match="exit code 3"):
+        forked(hosted.exit_at_once).start()
 
 
 SPAWN_FAILURES: dict[str, tuple[Any, str]] = {
