@@ -21,9 +21,9 @@ from aioinfer.testing import eventually
 from aioinfer.weight_sync import loader
 from aioinfer.weight_sync.loader import WeightLoader
 from aioinfer.weight_sync.weights import Weights, check_version, extract_weights
+from tests.frames import is_within
 from tests.limits import HANG
 from tests.weight_models import Counter
-from tests.weights.test_signals import is_within
 from tests.weights.test_weights import same
 from tests.weights.workers import Scheme, following, linear, scheme, value_of
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from types import CodeType, FrameType
+from types import FrameType
 
 import pytest
 
@@ -18,6 +18,7 @@ from aioinfer.ipc.selector import Source, wait_readable
 from aioinfer.testing.inspection import sender_of
 from aioinfer.weight_sync import receiver
 from tests.effort import Effort
+from tests.frames import is_within
 from tests.limits import HANG
 from tests.weight_models import SCHEMES, Counter, mark, policy
 from tests.weights.workers import Scheme, following, scheme, value_of
@@ -50,13 +51,6 @@ def repeat(step: Callable[[], object]) -> None:
     """Do ``step`` again and again until a signal interrupts it."""
     while True:
         step()
-
-
-def is_within(frame: FrameType | None, code: CodeType) -> bool:
-    """Whether a signal has interrupted the function of this code, or what it has called."""
-    while frame is not None and frame.f_code is not code:
-        frame = frame.f_back
-    return frame is not None
 
 
 def interruptions(effort: Effort, step: Callable[[], object], check: Callable[[], object], error: Error) -> None:
