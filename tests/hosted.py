@@ -289,7 +289,7 @@ def ask_once(line: Connection[Any, Any] | Note, client: Any, value: float) -> No
     """Ask with a client, or at an address, and tell the mark of the reply, or the error."""
     torch.set_num_threads(1)
     if isinstance(client, str):
-        client = connect(client).client()
+        client = connect(client, timeout=HANG).client()
     try:
         if isinstance(client, AsyncInferenceClient):
             reply = asyncio.run(_ask(client, value))

@@ -25,6 +25,7 @@ from aioinfer import (
 )
 from aioinfer.testing import GatedModel, double, eventually, request
 from aioinfer.testing.callers import is_double
+from aioinfer.transports.ipc import connection
 from tests.leftovers import needs_descriptors
 from tests.limits import HANG
 from tests.methods import METHODS
@@ -69,7 +70,7 @@ def test_what_a_client_had_is_gone_when_it_is_closed_without_a_garbage_collectio
         outcome(client_of(server.transport, kind), 1)
 
         def use_and_close() -> None:
-            remote = connect(address)
+            remote = connect(address, timeout=HANG)
             client = client_of(remote, kind)
             assert outcome(client, 2) == 4
             client.close()
@@ -125,6 +126,7 @@ def test_a_slot_is_free_at_once_where_another_thread_writes_to_it_just_then(monk
         return load(*args)
 
     monkeypatch.setattr(codec, "encode", slowly)
+    monkeypatch.setattr(connection, "ENCODING_LIMIT", HANG)  # the other thread may be kept from running, too
     with InferenceServer(double, transport):
         client = transport.client()
         client.submit(request(1))  # by the thread for futures, as the server has not taken this process in yet
@@ -259,7 +261,7 @@ def test_requests_that_wait_for_a_server_that_never_starts_end_when_their_client
 async def test_clients_and_connections_are_context_managers(make: Any, kind: str) -> None:
     transport = make()
     async with InferenceServer(double, transport):
-        remote = await asyncio.to_thread(connect, transport.address)
+        remote = await asyncio.to_thread(connect, transport.address, timeout=HANG)
         async with remote:
             client = client_of(remote, kind)
             assert await asyncio.to_thread(outcome, client, 1) == 2
@@ -274,7 +276,7 @@ async def test_clients_and_connections_are_context_managers(make: Any, kind: str
             with client:
                 assert await asyncio.to_thread(outcome, client, 2) == 4
         assert await asyncio.to_thread(raises_closed, client)
-        with await asyncio.to_thread(connect, transport.address) as other:
+        with await asyncio.to_thread(connect, transport.address, timeout=HANG) as other:
             assert await asyncio.to_thread(outcome, client_of(other, kind), 3) == 6
 
 
@@ -294,7 +296,7 @@ def test_a_closed_client_travels_as_a_closed_one_and_a_connection_as_an_open_one
         client = transport.client()
         client.close()
         assert raises_closed(pickle.loads(pickle.dumps(client)))
-        with connect(transport.address) as remote, pickle.loads(pickle.dumps(remote)) as other:
+        with connect(transport.address, timeout=HANG) as remote, pickle.loads(pickle.dumps(remote)) as other:
             assert outcome(other.client(), 1) == 2
 
 

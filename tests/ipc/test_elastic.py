@@ -37,7 +37,7 @@ def look_for(line: Connection[Any, Any], address: str) -> None:
     """Connect anew, and call a client of each kind, whenever told to."""
     while line.recv():
         try:
-            remote = connect(address)
+            remote = connect(address, timeout=HANG)
         except Exception as error:
             line.send(f"{type(error).__name__}: {error}")
         else:
@@ -64,7 +64,7 @@ def test_connecting_ends_with_its_deadline_where_the_server_has_not_started() ->
     with pytest.raises(TimeoutError, match=r"does not answer within 0\.05 seconds"):
         connect(transport.address, timeout=0.05)
     with server:
-        assert outcome(connect(transport.address).client(), 1) == 2
+        assert outcome(connect(transport.address, timeout=HANG).client(), 1) == 2
 
 
 def test_an_address_is_listened_at_by_one_transport_only(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_an_address_is_listened_at_by_one_transport_only(tmp_path: Path) -> None
     with pytest.raises(OSError, match="in use"):
         MPTransport(address=address)
     with InferenceServer(double, transport):
-        assert outcome(connect(address).client(), 1) == 2
+        assert outcome(connect(address, timeout=HANG).client(), 1) == 2
 
 
 # -- too many ----------------------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ def test_more_clients_than_slots_are_refused_and_the_message_names_the_numbers()
 def test_clients_of_a_remote_are_refused_when_used_if_too_few_slots_are_free(kind: str) -> None:
     transport = slots(2)
     with InferenceServer(double, transport):
-        remote = connect(transport.address)
+        remote = connect(transport.address, timeout=HANG)
         one, other, third = (client_of(remote, kind) for _ in range(3))
         assert [outcome(client, 1) for client in (one, other)] == [2, 2]
         for _ in range(2):
@@ -110,7 +110,7 @@ def test_clients_of_a_remote_are_refused_when_used_if_too_few_slots_are_free(kin
 def test_more_clients_of_a_remote_than_there_are_slots_at_all_are_refused_likewise(kind: str) -> None:
     with InferenceServer(double, slots(2)) as server:
         assert isinstance(server.transport, ProcessSlotTransport)
-        remote = connect(server.transport.address)
+        remote = connect(server.transport.address, timeout=HANG)
         clients = remote.clients(3) if kind == "blocking" else remote.async_clients(3)
         assert outcome(clients[0], 1) == f"NoFreeSlotError: {refusal(2, 2, 3)}"
 
@@ -120,7 +120,7 @@ def test_more_clients_of_a_remote_than_there_are_slots_at_all_are_refused_likewi
 def test_a_number_of_clients_is_a_positive_integer(make: Any, count: Any) -> None:
     transport = make()
     with InferenceServer(double, transport):
-        for source in (transport, connect(transport.address)):
+        for source in (transport, connect(transport.address, timeout=HANG)):
             for method in (source.clients, source.async_clients):
                 with pytest.raises(ValueError, match="an integer of at least 1"):
                     method(count)

@@ -126,7 +126,7 @@ def test_a_transport_may_be_made_and_a_server_started_inside_a_mode(make: Any, m
     try:
         with MODES[mode]():
             call_in_every_way(transport, transport.clients(COUNT), transport.async_clients(COUNT), 0)
-        with connect(transport.address) as remote:
+        with connect(transport.address, timeout=HANG) as remote:
             call_in_every_way(remote, remote.clients(COUNT), remote.async_clients(COUNT), 0)
     finally:
         server.shutdown()

@@ -297,7 +297,7 @@ def ask_odd(line: Any, address: str) -> None:
     """Requests that fail and requests that don't, from one connection, in one tick."""
 
     async def main() -> None:
-        with connect(address) as remote:
+        with connect(address, timeout=HANG) as remote:
             clients = remote.async_clients(6)
             asked = [client(odd("fake") if place % 2 else request(place)) for place, client in enumerate(clients)]
             replies = await asyncio.gather(*asked, return_exceptions=True)

@@ -96,7 +96,7 @@ def test_a_client_for_which_no_slot_is_left_is_told_so_through_the_future(kind: 
         with pytest.raises(NoFreeSlotError, match="0 of 1 slots are free, 1 were asked for; close a client"):
             transport.client()
         assert is_double(holder(request(1), HANG), 1)
-        with connect(transport.address) as remote:
+        with connect(transport.address, timeout=HANG) as remote:
             client = client_of(remote, kind)
             refused(NoFreeSlotError, client, kind)
             holder.close()
@@ -265,7 +265,11 @@ def test_a_response_spec_may_have_the_version_of_the_policy() -> None:
     early = transport.client()  # knows nothing of what the server adds
     with InferenceServer(make_model(), transport) as server:
         many = transport.clients(10)
-        copied, lent, remote = transport.client(), transport.client(copy=False), connect(transport.address).client()
+        copied, lent, remote = (
+            transport.client(),
+            transport.client(copy=False),
+            connect(transport.address, timeout=HANG).client(),
+        )
         for version in range(3):
             for client in (early, copied, lent, remote):
                 reply = client(request(2), HANG)

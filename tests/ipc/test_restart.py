@@ -49,7 +49,7 @@ def test_a_client_finds_the_next_server_at_its_address(slots: bool, end: str, ki
     for value in range(3):
         with Child("fork", serve_at, slots, address) as server:
             assert server.hear() == "serves"
-            client = client or client_of(connect(address), kind)
+            client = client or client_of(connect(address, timeout=HANG), kind)
             again = pickle.loads(pickle.dumps(client))
             assert [outcome(one, value) for one in (client, again)] == [2 * value] * 2
             if end == "killed":
@@ -68,7 +68,7 @@ async def test_an_event_loop_finds_the_next_server_at_its_address(tmp_path: Path
     for value in range(4):
         with Child("fork", serve_at, True, address) as server:
             assert server.hear() == "serves"
-            client = client or connect(address).async_client()
+            client = client or connect(address, timeout=HANG).async_client()
             async with asyncio.timeout(HANG):
                 assert (await client(request(value)))["action"][0] == 2 * value
             server.kill()
@@ -100,7 +100,7 @@ def test_clients_of_a_transport_that_was_given_away_were_made_before_or_afterwar
         given.close()
         assert server.hear() == "serves"
         clients += [client_of(transport, kind) for kind in KINDS]
-        clients += [client_of(connect(transport.address), kind) for kind in KINDS]
+        clients += [client_of(connect(transport.address, timeout=HANG), kind) for kind in KINDS]
         assert [outcome(client, value) for value, client in enumerate(clients)] == [0, 2, 4, 6, 8, 10]
         assert server.tell("end") == "closed"
         for client in clients:

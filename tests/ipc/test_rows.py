@@ -313,7 +313,7 @@ def make_double() -> Callable[[TensorDictBase], TensorDictBase]:
 def test_a_server_in_a_process_of_its_own_and_clients_by_address_take_rows() -> None:
     transport = slots()
     handed = transport.client()
-    with ProcessInferenceServer(make_double, transport, ctx="fork"), connect(transport.address) as remote:
+    with ProcessInferenceServer(make_double, transport, ctx="fork"), connect(transport.address, timeout=HANG) as remote:
         for client in (handed, remote.client()):
             assert client.max_rows == ROWS
             assert is_reply(client(request_of(1, 2, 3), HANG), [1, 2, 3])

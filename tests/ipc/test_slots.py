@@ -29,7 +29,7 @@ def test_a_lent_reply_lies_in_the_slot_until_the_next_request_and_a_copy_never_c
 ) -> None:
     transport = process_slots()
     with InferenceServer(double, transport):
-        source = connect(transport.address) if by_address else transport
+        source = connect(transport.address, timeout=HANG) if by_address else transport
         lent, copied, other = (client_of(source, kind, copy=copy) for copy in (False, True, False))
         first, kept = call(lent, request(1)), call(copied, request(1))
         for value in range(2, 30):

@@ -65,8 +65,8 @@ __all__ = [
 _WAIT = header(FromClient.REQUEST_WAIT)
 # Seconds after which a thread that reads sees that its client was closed, where others go on.
 _WAKE_INTERVAL = 0.25
-# Seconds that closing waits at most for other threads that encode requests.
-_ENCODING_LIMIT = 1.0
+ENCODING_LIMIT = 1.0
+"""Seconds that closing waits at most for other threads that encode requests."""
 # Seconds for which the thread that reads for futures waits for more to do.
 _IDLE_LIMIT = 0.25
 # Seconds for which the end of the program waits at most for such threads, whose callbacks may block.
@@ -930,9 +930,9 @@ class ClientConnection:
     def close(self) -> None:
         """Disconnect, and fail what is under way: the last client was closed. Any thread."""
         self.dead = self.dead or client_closed()
-        here, deadline = threading.get_ident(), time.monotonic() + _ENCODING_LIMIT
+        here, deadline = threading.get_ident(), time.monotonic() + ENCODING_LIMIT
         while any(thread != here for thread, _ in list(self._encoding)) and time.monotonic() < deadline:
-            time.sleep(_ENCODING_LIMIT / 1000)  # so that what the clients had is free when this returns
+            time.sleep(ENCODING_LIMIT / 1000)  # so that what the clients had is free when this returns
         self._disconnect()  # the thread that reads now finds EOF, and releases the rest
         self.calls.fail_all(self.dead)
         self.receive()
