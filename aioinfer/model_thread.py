@@ -289,9 +289,10 @@ class ModelThread:
     def _serve_next(self) -> None:
         queue, scheduler = self._queue, self._scheduler
         linger_limit = self._linger_limit()
-        pending = queue.wait(1, linger_limit, 0.0 if self._draining else None)
+        draining = self._draining  # once: a wait that was begun before has not taken in what callers have sent
+        pending = queue.wait(1, linger_limit, 0.0 if draining else None)
         if pending == 0:
-            if self._draining:
+            if draining:
                 self._stop()
             return
         now = time.perf_counter()

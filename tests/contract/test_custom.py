@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any
@@ -123,6 +124,22 @@ def test_a_server_that_serves_what_is_left_does_not_follow_a_flood() -> None:
             assert is_double(future.result(HANG), value)
         ending.result(HANG)
     assert most[0] < Flooded.LIMIT
+
+
+class Unnoticed(FiveVerbs):
+    """Nobody who waits for its requests notices them."""
+
+    def wait_for_work(self, timeout: float) -> None:
+        time.sleep(timeout)
+
+
+def test_a_server_that_is_idle_serves_what_is_in_a_transport_before_it_ends() -> None:
+    custom, local = Unnoticed(), ThreadingTransport()
+    server = InferenceServer(double, [custom, local]).start()
+    assert is_double(local.client()(request(0), HANG), 0)
+    asked = custom.client().submit(request(1))
+    server.shutdown(HANG, drain=True)
+    assert is_double(asked.result(HANG), 1)
 
 
 def test_cancelled_requests_of_a_custom_transport_leave_room_in_a_bounded_queue() -> None:
