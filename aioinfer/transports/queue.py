@@ -634,9 +634,8 @@ class RequestQueue:
         """Take one pending request out; return whether it was there, and not taken by another thread."""
         if request.rows == 1:
             return _remove(self._requests, request)
-        discount = partial(self._more_rows.__delitem__, slice(request.rows - 1))
         try:
-            call_uninterrupted(partial(self._requests.remove, request), discount)
+            call_uninterrupted(partial(self._requests.remove, request), self._more_rows.removing(request.rows - 1))
         except ValueError:
             return False
         return True

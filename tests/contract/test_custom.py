@@ -236,16 +236,23 @@ def test_a_request_that_arrives_as_the_server_closes_does_not_wait_for_the_runni
 
 
 class Submitting(FiveVerbs):
-    """Who submits a request of the value 0 stops when it is there already, until it may go on."""
+    """What follows the submission of the value 0 takes until it may go on: ``submit`` itself, or a callback.
 
-    def __init__(self) -> None:
+    Whoever waits for the reply has it before callbacks run.
+    """
+
+    def __init__(self, *, in_callback: bool = False) -> None:
         super().__init__()
+        self.in_callback = in_callback
         self.go_on = threading.Event()
 
     def submit(self, td: TensorDictBase) -> Future[TensorDictBase]:
         future = super().submit(td)
         if td["observation"][0] == 0:
-            assert self.go_on.wait(HANG)
+            if self.in_callback:
+                future.add_done_callback(lambda _: self.go_on.wait(HANG))
+            else:
+                assert self.go_on.wait(HANG)
         return future
 
 
@@ -281,22 +288,8 @@ def test_who_waits_for_room_is_told_when_an_answered_request_has_been_submitted(
         assert is_double(second.result(HANG), 1)
 
 
-class Answering(FiveVerbs):
-    """A callback of the future of the value 0 takes a while: whoever waits for the reply has it already."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.go_on = threading.Event()
-
-    def submit(self, td: TensorDictBase) -> Future[TensorDictBase]:
-        future = super().submit(td)
-        if td["observation"][0] == 0:
-            future.add_done_callback(lambda _: self.go_on.wait(HANG))
-        return future
-
-
 def test_who_has_a_reply_has_left_room_for_the_next_request() -> None:
-    custom = Answering()
+    custom = Submitting(in_callback=True)
     with InferenceServer(double, custom, max_pending=1) as server:
         client = server.client()
         try:
