@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import multiprocessing
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from aioinfer.demo.policy import Actor, make_policy
 from aioinfer.demo.views import View
 from aioinfer.errors import CollectorError
 from tests.demo.cartpole import ScriptedEnv
-from tests.limits import HANG, IMPORTS
+from tests.limits import IMPORTS
 
 # What is started, then interrupted: the demo, and after it a line that tells what it left behind.
 _PROGRAM = """
@@ -98,7 +97,7 @@ def test_a_run_that_reaches_the_goal_leaves_trained_weights_and_a_picture_and_en
     monkeypatch.setattr(learning_curve, "GOAL", 40.0)  # twice what an untrained policy gets
     torch_threads = torch.get_num_threads()
 
-    assert _run("--plain", "--seed", "3", "--seconds", "600", "--out", str(tmp_path / "new" / "results")) == 0
+    assert _run("--plain", "--seed", "3", "--out", str(tmp_path / "new" / "results")) == 0
 
     output = capsys.readouterr().out
     summary = dict(line.strip().split("  ", 1) for line in output.partition("summary of")[2].splitlines()[1:6])
@@ -132,9 +131,7 @@ def test_a_run_that_does_not_learn_says_so_and_ends_with_status_1(
 
     assert _run("--seconds", "0.3", "--out", str(tmp_path)) == 1
 
-    elapsed = re.match(r"not learned in (\d+\.\d) s: ", capsys.readouterr().err)
-    assert elapsed
-    assert float(elapsed[1]) < HANG  # and not the time that it may take by default
+    assert capsys.readouterr().err.startswith("not learned in 0.")
     assert {path.name for path in tmp_path.iterdir()} == {"learning_curve.png", "policy.pt"}
     assert len(made) == 32
     assert set(map(id, made)) == set(map(id, closed))
