@@ -10,6 +10,7 @@ __all__ = [
     "ClientBusyError",
     "ClientClosedError",
     "CollectorError",
+    "DeadlineExceededError",
     "InferenceError",
     "InvalidRequestError",
     "ModelError",
@@ -20,6 +21,7 @@ __all__ = [
     "ServerOverloadedError",
     "ServerPausedError",
     "ServerStartError",
+    "SupersededError",
     "WeightSyncError",
     "clone_exception",
     "describe",
@@ -71,6 +73,14 @@ class ClientClosedError(InferenceError, RuntimeError):
 
 class InvalidRequestError(InferenceError, ValueError):
     """The request can't be served: no TensorDict, or not of the layout that this server takes."""
+
+
+class DeadlineExceededError(InferenceError, TimeoutError):
+    """The request could not be answered before its deadline, or was not; it was not computed if it was still pending."""
+
+
+class SupersededError(InferenceError):
+    """A newer request of the same session has taken the place of this one, which was not answered."""
 
 
 class ModelError(InferenceError):

@@ -1,0 +1,83 @@
+"""What callers over the network are told of an error: an HTTP status, a message, and an id to find it in the log."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import traceback
+from typing import NamedTuple
+
+from aioinfer.errors import (
+    DeadlineExceededError,
+    InferenceError,
+    InvalidRequestError,
+    NoFreeSlotError,
+    PeerDiedError,
+    ServerClosedError,
+    ServerNotRunningError,
+    ServerOverloadedError,
+    ServerPausedError,
+    SupersededError,
+    describe,
+)
+from aioinfer.web.access import Refusal
+
+__all__ = ["Failure", "failure_of"]
+
+_RETRY_AFTER = "1"  # seconds
+_STATUSES: dict[type[Exception], int] = {
+    InvalidRequestError: 400,
+    SupersededError: 409,
+    ServerOverloadedError: 429,
+    NoFreeSlotError: 429,
+    ServerPausedError: 503,
+    ServerClosedError: 503,
+    ServerNotRunningError: 503,
+    PeerDiedError: 503,
+    DeadlineExceededError: 504,
+}
+_TEMPORARY = (ServerOverloadedError, NoFreeSlotError, ServerPausedError)
+
+_log = logging.getLogger("aioinfer.web")
+
+
+class Failure(NamedTuple):
+    """What a caller is told.
+
+    Attributes:
+        status: of the HTTP reply.
+        message: in one line, or with a traceback where the app is being debugged.
+        retry_after: seconds after which the caller may ask again, where it may.
+    """
+
+    status: int
+    message: str
+    retry_after: str | None = None
+
+    @property
+    def outcome(self) -> str:
+        """How the request counts in the metrics."""
+        return _OUTCOMES.get(self.status, "error" if self.status >= 500 else "invalid")
+
+
+_OUTCOMES = {429: "rejected", 503: "rejected", 504: "expired", 409: "superseded", 499: "cancelled"}
+
+
+def failure_of(error: BaseException, *, debug: bool = False) -> Failure:
+    """What a caller is told of an error; one of the model's is logged with its traceback.
+
+    Args:
+        error: that ended the request.
+        debug: whether callers get tracebacks.
+    """
+    if isinstance(error, Refusal):
+        return Failure(error.status, str(error))
+    for kind, status in _STATUSES.items():
+        if isinstance(error, kind):
+            return Failure(status, str(error), _RETRY_AFTER if isinstance(error, _TEMPORARY) else None)
+    error_id = secrets.token_hex(4)
+    _log.error("error %s: the model failed", error_id, exc_info=error)
+    message = f"{describe(error)} (error id {error_id})"
+    if debug and not isinstance(error, InferenceError):
+        message += "\n" + "".join(traceback.format_exception(error))
+    return Failure(500, message)
