@@ -9,6 +9,7 @@ from aioinfer.web.failures import failure_of
 from aioinfer.web.http import headers_of, read_body, respond, respond_json
 from aioinfer.web.open_inference import HEADER_LENGTH, decode, encode, make_rows
 from aioinfer.web.openpi import Dialect, RobotSession
+from aioinfer.web.stream import StreamSession
 from aioinfer.web.websocket import WebSocketConnection
 
 
@@ -44,6 +45,9 @@ def create_app(server: Any, metadata: Any = {}, **kw: Any) -> Any:
                     return
         if scope["type"] == "websocket":
             c = WebSocketConnection(receive, send, max_message_size=1 << 26, stall_timeout=10)
+            if scope["path"] == "/v1/stream":
+                await StreamSession(c, server.async_client()).run()
+                return
             await RobotSession(c, backend, Dialect.OPENPI, metadata).run()
         elif scope["path"] == "/echo":
             m = await receive()
