@@ -1,0 +1,67 @@
+"""What one caller, and all of them together, may take of the app."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from aioinfer.errors import ServerOverloadedError
+
+__all__ = ["BytesInFlight", "Limits"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Bounds of the app.
+
+    Attributes:
+        max_message_size: bytes of a WebSocket message, or of a body, inflated.
+        max_bytes_in_flight: of all messages whose requests are not answered yet.
+        max_pending_per_connection: requests of a connection that have no reply yet; then it is not read any more.
+        body_timeout: seconds that a body may take to arrive.
+        stall_timeout: seconds for which a reply may wait for a caller that does not read.
+    """
+
+    max_message_size: int = 64 * 2**20
+    max_bytes_in_flight: int = 1024 * 2**20
+    max_pending_per_connection: int = 1024
+    body_timeout: float = 30.0
+    stall_timeout: float = 30.0
+
+
+class BytesInFlight:
+    """Counts the bytes of messages that are being served, and refuses more than there may be.
+
+    Loop thread only.
+
+    Args:
+        limit: most bytes.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self.bytes = 0
+
+    def add(self, size: int) -> None:
+        """Count a message.
+
+        Raises:
+            ServerOverloadedError: there would be too many; one message is always taken.
+        """
+        if self.bytes and self.bytes + size > self._limit:
+            raise ServerOverloadedError(f"messages of {self._limit} bytes are being served already; try again later")
+        self.bytes += size
+
+    def remove(self, size: int) -> None:
+        """Count a message no more."""
+        self.bytes -= size
+
+    @contextmanager
+    def counting(self, size: int) -> Iterator[None]:
+        """Count a message inside a ``with`` block; see :meth:`add`."""
+        self.add(size)
+        try:
+            yield
+        finally:
+            self.remove(size)
