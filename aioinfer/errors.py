@@ -76,7 +76,7 @@ class InvalidRequestError(InferenceError, ValueError):
 
 
 class DeadlineExceededError(InferenceError, TimeoutError):
-    """The request could not be answered before its deadline, or was not; it was not computed if it was still pending."""
+    """The request was not answered before its deadline. If it was still pending, it was not computed."""
 
 
 class SupersededError(InferenceError):

@@ -1,59 +1,228 @@
 """The app: which path is served by what, and what holds for all of them."""
+
 from __future__ import annotations
 
-import time
+import asyncio
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from prometheus_client import CollectorRegistry
+from starlette._utils import get_route_path
+from starlette.routing import Router
+
+from aioinfer.client import AsyncInferenceClient, ClientMaker
+from aioinfer.web.access import Access, Refusal
+from aioinfer.web.act import ActEndpoint
+from aioinfer.web.asgi import ASGIApp, Disconnected, Receive, Scope, Send, headers_of
 from aioinfer.web.backend import Backend
-from aioinfer.web.failures import failure_of
-from aioinfer.web.http import headers_of, read_body, respond, respond_json
-from aioinfer.web.open_inference import HEADER_LENGTH, decode, encode, make_rows
+from aioinfer.web.front import Front
+from aioinfer.web.http import respond_failure
+from aioinfer.web.limits import Limits
+from aioinfer.web.metrics import metrics_routes
+from aioinfer.web.open_inference import OpenInferenceEndpoint, open_inference_routes
 from aioinfer.web.openpi import Dialect, RobotSession
+from aioinfer.web.probes import probe_routes
+from aioinfer.web.status import status_routes
 from aioinfer.web.stream import StreamSession
-from aioinfer.web.websocket import WebSocketConnection
+from aioinfer.web.websocket import GOING_AWAY, WebSocketConnection, WebSocketSession
+
+__all__ = ["App", "create_app"]
+
+_DIALECTS = {"/v1/realtime/robot/openpi": Dialect.VLLM_OMNI, "/openpi/policy": Dialect.SGLANG}
+_STREAM = "/v1/stream"
+_OPEN_PATHS = {"/", "/healthz", "/livez", "/readyz", "/v2/health/live", "/v2/health/ready"}
+"""Need no token: probes, and the status page, which has no figures in itself."""
 
 
-def create_app(server: Any, metadata: Any = {}, **kw: Any) -> Any:
-    backend = Backend(server)
+class App:
+    """An ASGI app; see :func:`create_app`.
 
-    async def infer(scope: Any, receive: Any, send: Any) -> None:
-        received_at = time.perf_counter()
-        headers = headers_of(scope)
+    Attributes:
+        front: what its protocols share.
+    """
+
+    def __init__(self, front: Front, registry: CollectorRegistry | None) -> None:
+        self.front = front
+        infer = OpenInferenceEndpoint(front)
+        self._hot: dict[str, ASGIApp] = {
+            "/act": ActEndpoint(front),
+            f"/v2/models/{front.name}/infer": infer,
+            f"/v2/models/{front.name}/versions/1/infer": infer,
+        }
+        self._router = Router(
+            [
+                *probe_routes(front),
+                *open_inference_routes(front),
+                *metrics_routes(front, registry),
+                *status_routes(front),
+            ]
+        )
+        self._sessions: set[WebSocketSession] = set()
+        self._requests = 0
+        self._idle = asyncio.Event()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request, connection, or lifespan."""
+        kind = scope["type"]
+        if kind == "lifespan":
+            await self._live(receive, send)
+        elif kind == "websocket":
+            await self._serve_websocket(scope, receive, send)
+        else:
+            await self._serve_http(scope, receive, send)
+
+    async def _serve_http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = get_route_path(scope)
+        self._requests += 1
         try:
-            body = await read_body(receive, headers, max_size=1 << 26, timeout=30)
-            request = decode(body, headers.get(HEADER_LENGTH))
-            pending = backend.submit(make_rows(request), received_at, deadline=request.deadline)
-            reply = await pending.reply()
-            data, head = encode(request, "policy", reply)
-        except Exception as error:
-            f = failure_of(error)
-            await respond_json(send, f.status, {"error": f.message})
+            self._check(scope, path)
+            endpoint: ASGIApp | None = self._hot.get(path) if scope["method"] == "POST" else None
+            await (self._router if endpoint is None else endpoint)(scope, receive, send)
+        except Refusal as refusal:
+            self.front.stats.refused_callers += 1
+            await respond_failure(send, self.front.failure_of(refusal))
+        finally:
+            self._requests -= 1
+            if not self._requests:
+                self._idle.set()
+
+    def _check(self, scope: Scope, path: str) -> None:
+        headers = headers_of(scope)
+        self.front.access.check_page(headers)
+        if path not in _OPEN_PATHS:
+            self.front.access.check_token(headers)
+
+    async def _serve_websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = get_route_path(scope)
+        front, limits = self.front, self.front.limits
+        connection = WebSocketConnection(
+            receive, send, max_message_size=limits.max_message_size, stall_timeout=limits.stall_timeout
+        )
+        try:
+            front.access.check_page(headers_of(scope))
+            front.access.check_token(headers_of(scope))
+            if front.draining or len(self._sessions) >= limits.max_connections:
+                raise Refusal(503, front.draining or f"{limits.max_connections} connections are open already")
+        except Refusal as refusal:
+            front.stats.refused_callers += 1
+            await connection.refuse(front.failure_of(refusal))
             return
-        if head is None:
-            await respond(send, 200, [(b"content-type", b"application/json")], data)
+        session: WebSocketSession
+        if path == _STREAM:
+            session = StreamSession(connection, front)
         else:
-            await respond(
-                send, 200, [(b"content-type", b"application/octet-stream"), (HEADER_LENGTH, b"%d" % head)], data
-            )
+            session = RobotSession(connection, front, _DIALECTS.get(path, Dialect.OPENPI))
+        self._sessions.add(session)
+        try:
+            with front.stats.connected(session.protocol):
+                await session.run()
+        except Disconnected:
+            pass
+        finally:
+            self._sessions.discard(session)
 
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "lifespan":
-            while True:
-                m = await receive()
-                await send({"type": m["type"] + ".complete"})
-                if m["type"] == "lifespan.shutdown":
+    async def drain(self, timeout: float | None = None) -> bool:  # noqa: ASYNC109
+        """Answer what has been asked, and close connections: with 1001 (going away), each after its last reply.
+
+        From then on the app is not ready, and refuses requests. Idempotent.
+
+        Args:
+            timeout: seconds to wait for replies, after which connections are closed all the same; ``None`` waits for
+                all of them.
+
+        Returns:
+            Whether all requests were answered.
+        """
+        self.front.draining = "the server is shutting down"
+        try:
+            async with asyncio.timeout(timeout):
+                await asyncio.gather(*[session.drain() for session in self._sessions], self._until_idle())
+        except TimeoutError:
+            sessions = list(self._sessions)
+            await asyncio.gather(*[one.connection.close(GOING_AWAY, self.front.draining) for one in sessions])
+            return False
+        return True
+
+    async def _until_idle(self) -> None:
+        while self._requests:
+            self._idle.clear()
+            await self._idle.wait()
+
+    async def _live(self, receive: Receive, send: Send) -> None:
+        """Start the server with the app, and end it with the app, unless it runs already."""
+        started = False
+        while True:
+            message = await receive()
+            if message["type"] == "lifespan.startup":
+                try:
+                    started = await self.front.backend.start()
+                except Exception as error:
+                    await send({"type": "lifespan.startup.failed", "message": str(error)})
                     return
-        if scope["type"] == "websocket":
-            c = WebSocketConnection(receive, send, max_message_size=1 << 26, stall_timeout=10)
-            if scope["path"] == "/v1/stream":
-                await StreamSession(c, server.async_client()).run()
+                await send({"type": "lifespan.startup.complete"})
+            else:
+                await self.drain()
+                if started:
+                    await self.front.backend.stop()
+                self.front.backend.close()
+                await send({"type": "lifespan.shutdown.complete"})
                 return
-            await RobotSession(c, backend, Dialect.OPENPI, metadata).run()
-        elif scope["path"] == "/echo":
-            m = await receive()
-            body = m["body"]
-            await respond(send, 200, [(b"content-type", b"application/octet-stream")], body)
-        else:
-            await infer(scope, receive, send)
 
-    return app
+
+def create_app(
+    server: ClientMaker | AsyncInferenceClient,
+    *,
+    name: str = "policy",
+    metadata: Mapping[str, Any] | None = None,
+    in_keys: Sequence[str] | None = None,
+    deadline: float | None = None,
+    newest_wins: bool = False,
+    tokens: Sequence[str] = (),
+    hosts: Sequence[str] | None = None,
+    origins: Sequence[str] = (),
+    limits: Limits | None = None,
+    registry: CollectorRegistry | None = None,
+    debug: bool = False,
+) -> App:
+    """Make an ASGI app that serves a policy: to robots, over HTTP, to clients of ``connect("ws://...")``, with metrics.
+
+    Run it with an ASGI server such as uvicorn, or mount it in another app, under a prefix if you like. Where it runs
+    alone, it starts the server and ends it; mounted, it uses the server that runs. All callers share one batch, with
+    each other and with whoever else asks this server.
+
+    Args:
+        server: an :class:`InferenceServer`, a :class:`ProcessInferenceServer`, what :func:`connect` returns, or an
+            awaitable client of any of them.
+        name: of the policy, in ``/v2/models/{name}`` and in metrics.
+        metadata: what robots get as their first message; by default the attribute ``metadata`` of the policy, if it
+            has one.
+        in_keys: the entries of a message that make a request; others are left out. By default those that the policy
+            reads, where they are known; otherwise all.
+        deadline: seconds from the arrival of a request to its reply, where the request names none; what can't be
+            answered in time is not computed.
+        newest_wins: whether a request of a session takes the place of those of it that have no reply yet.
+        tokens: of which callers need one: ``Authorization: Bearer <token>``, or ``Api-Key <token>``. Probes and the
+            status page need none. Without tokens, nobody needs one.
+        hosts: names by which this server may be asked, beside IP addresses and ``localhost``; ``None``: any where there
+            are tokens, otherwise no others.
+        origins: of web pages that may ask, ``"https://example.org"``, beside pages of this server.
+        limits: of messages, connections and time.
+        registry: takes the metrics; by default one of its own.
+        debug: whether errors that callers get have tracebacks.
+
+    Raises:
+        TypeError: ``server`` is nothing of that kind.
+    """
+    backend = Backend(server, in_keys=in_keys, deadline=deadline)
+    if metadata is None:
+        metadata = getattr(getattr(server, "model", None), "metadata", None)
+    front = Front(
+        backend,
+        Access(tokens, hosts, origins),
+        Limits() if limits is None else limits,
+        name=name,
+        metadata=metadata if isinstance(metadata, Mapping) else {},
+        newest_wins=newest_wins,
+        debug=debug,
+    )
+    return App(front, registry)

@@ -77,7 +77,9 @@ def _unpack(entries: dict[Any, Any]) -> Any:
 def _array(data: Any, name: Any, shape: Any) -> np.ndarray[Any, Any]:
     dtype = _dtype(name)
     if type(data) is not bytes or type(shape) is not list:
-        raise InvalidRequestError(f"an array has bytes and a list, got {type(data).__name__} and {type(shape).__name__}")
+        raise InvalidRequestError(
+            f"an array has bytes and a list, not {type(data).__name__} and {type(shape).__name__}"
+        )
     if len(shape) > MAX_DIMENSIONS or not all(type(size) is int and size >= 0 for size in shape):
         raise InvalidRequestError(
             f"an array has at most {MAX_DIMENSIONS} dimensions, each an integer of at least 0, got {str(shape)[:100]}"
@@ -104,5 +106,5 @@ def _scalar(data: Any, name: Any) -> np.ndarray[Any, Any]:
 def _dtype(name: Any) -> np.dtype[Any]:
     dtype = None if type(name) is not str else _DTYPES.get(name) or _BIG_ENDIAN.get(name)
     if dtype is None:
-        raise InvalidRequestError(f"arrays are of bool, integers or floating point numbers, got dtype {str(name)[:50]!r}")
+        raise InvalidRequestError(f"arrays are of bool, integers or floating point numbers, not {str(name)[:50]!r}")
     return dtype

@@ -6,15 +6,19 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tensordict import TensorDictBase
 
 from aioinfer.client import AsyncInferenceClient, ClientMaker
 from aioinfer.entries import check_entries, make_td
-from aioinfer.errors import DeadlineExceededError, InvalidRequestError, NoFreeSlotError
+from aioinfer.errors import DeadlineExceededError, InvalidRequestError
+from aioinfer.server import BaseServer
 from aioinfer.stats import Health, ServerStats
+
+if TYPE_CHECKING:
+    from aioinfer.web.sessions import Session
 
 __all__ = ["Backend", "PendingReply"]
 
@@ -86,12 +90,18 @@ class Backend:
         self.server = server
         self.deadline = deadline
         model_keys = getattr(getattr(server, "model", None), "in_keys", None)
-        self.in_keys = None if in_keys is None and not model_keys else {_root(key) for key in in_keys or model_keys}
+        keys = in_keys or model_keys
+        self.in_keys = {_root(key) for key in keys} if keys else None
         self._clients: list[AsyncInferenceClient] = []
         self._fastest: deque[float] = deque(maxlen=_FASTEST_OF)
 
     def submit(
-        self, entries: Mapping[str, Any], received_at: float, *, deadline: float | None = None
+        self,
+        entries: Mapping[str, Any],
+        received_at: float,
+        *,
+        deadline: float | None = None,
+        session: Session | None = None,
     ) -> PendingReply:
         """Ask; returns at once.
 
@@ -99,11 +109,12 @@ class Backend:
             entries: of one row, or of ``n`` rows where the server has a ``request_spec``.
             received_at: when the message with them had arrived, by ``time.perf_counter``.
             deadline: seconds from then on; ``None`` takes that of the app.
+            session: adds entries of its own.
 
         Raises:
             InvalidRequestError: they make no request. What else the server refuses, the reply fails with.
         """
-        request = self._request(entries)
+        request = self._request(entries, session)
         client = self._take_client()
         try:
             future = client.submit(request)
@@ -122,11 +133,15 @@ class Backend:
     def _expire(pending: PendingReply, seconds: float) -> None:
         pending.withdraw(DeadlineExceededError(f"no reply within {seconds:g} seconds of the request's arrival"))
 
-    def _request(self, entries: Mapping[str, Any]) -> TensorDictBase | dict[str, Any]:
+    def _request(self, entries: Mapping[str, Any], session: Session | None) -> TensorDictBase | dict[str, Any]:
+        if isinstance(entries, TensorDictBase):
+            return entries
         if not isinstance(entries, Mapping):
             raise InvalidRequestError(f"a request is a map of entries, got {type(entries).__name__}")
         keys = self.in_keys
         chosen = dict(entries) if keys is None else {name: entries[name] for name in keys if name in entries}
+        if session is not None:
+            session.complete(chosen, keys or ())
         texts = {name: value for name, value in chosen.items() if isinstance(value, str)}
         if not texts:
             return chosen
@@ -137,6 +152,10 @@ class Backend:
         for name, text in texts.items():
             td.set_non_tensor(name, text)
         return td
+
+    def client(self) -> AsyncInferenceClient:
+        """A client of the server, which the caller closes, unless it is the server itself."""
+        return self.server if isinstance(self.server, AsyncInferenceClient) else self.server.async_client()
 
     def _take_client(self) -> AsyncInferenceClient:
         """A client that has no request under way: one of a slot may have one only."""
@@ -157,6 +176,18 @@ class Backend:
         """How the server is; ``None`` where that can't be known."""
         ahealth = getattr(self.server, "ahealth", None)
         return None if ahealth is None else await ahealth()
+
+    async def start(self) -> bool:
+        """Start the server, unless it runs, or is not ours to start; whether it was started here."""
+        if not isinstance(self.server, BaseServer) or self.server.is_alive:
+            return False
+        await self.server.__aenter__()
+        return True
+
+    async def stop(self) -> None:
+        """Shut the server down, after its last reply."""
+        if isinstance(self.server, BaseServer):
+            await self.server.aclose(timeout=None, drain=True)
 
     def close(self) -> None:
         """Close the clients that were made here."""

@@ -21,8 +21,9 @@ from aioinfer.errors import (
     describe,
 )
 from aioinfer.web.access import Refusal
+from aioinfer.web.asgi import Disconnected
 
-__all__ = ["Failure", "failure_of"]
+__all__ = ["Failure", "failure_of", "outcome_of"]
 
 _RETRY_AFTER = "1"  # seconds
 _STATUSES: dict[type[Exception], int] = {
@@ -54,13 +55,24 @@ class Failure(NamedTuple):
     message: str
     retry_after: str | None = None
 
-    @property
-    def outcome(self) -> str:
-        """How the request counts in the metrics."""
-        return _OUTCOMES.get(self.status, "error" if self.status >= 500 else "invalid")
+
+_OUTCOMES = {409: "superseded", 429: "rejected", 503: "rejected", 504: "expired"}
 
 
-_OUTCOMES = {429: "rejected", 503: "rejected", 504: "expired", 409: "superseded", 499: "cancelled"}
+def outcome_of(error: BaseException | None) -> str:
+    """How a request counts that ended with this error, or with a reply."""
+    if error is None:
+        return "ok"
+    if isinstance(error, Disconnected):
+        return "cancelled"
+    status = _status_of(error)
+    return _OUTCOMES.get(status, "error" if status >= 500 else "invalid")
+
+
+def _status_of(error: BaseException) -> int:
+    if isinstance(error, Refusal):
+        return error.status
+    return next((status for kind, status in _STATUSES.items() if isinstance(error, kind)), 500)
 
 
 def failure_of(error: BaseException, *, debug: bool = False) -> Failure:
@@ -70,11 +82,9 @@ def failure_of(error: BaseException, *, debug: bool = False) -> Failure:
         error: that ended the request.
         debug: whether callers get tracebacks.
     """
-    if isinstance(error, Refusal):
-        return Failure(error.status, str(error))
-    for kind, status in _STATUSES.items():
-        if isinstance(error, kind):
-            return Failure(status, str(error), _RETRY_AFTER if isinstance(error, _TEMPORARY) else None)
+    status = _status_of(error)
+    if status != 500:
+        return Failure(status, str(error), _RETRY_AFTER if isinstance(error, _TEMPORARY) else None)
     error_id = secrets.token_hex(4)
     _log.error("error %s: the model failed", error_id, exc_info=error)
     message = f"{describe(error)} (error id {error_id})"

@@ -51,6 +51,13 @@ class FrontStats:
         self.request_seconds = Histogram(SECONDS)
         self.message_bytes = Histogram(BYTES)
 
+    def count(self, protocol: str, outcome: str, size: int, seconds: float) -> None:
+        """Count a request that has ended."""
+        self.requests[protocol, outcome] += 1
+        self.message_bytes.observe(size)
+        if outcome == "ok":
+            self.request_seconds.observe(seconds)
+
     @contextmanager
     def connected(self, protocol: str) -> Iterator[None]:
         """Count an open connection inside a ``with`` block."""

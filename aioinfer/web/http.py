@@ -1,74 +1,189 @@
-"""HTTP requests of the app: bodies of bounded size, and replies, straight over ASGI."""
+"""HTTP requests of the app: bodies of bounded size, replies, and callers that go away, straight over ASGI."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import time
 import zlib
-from collections.abc import Mapping
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from tensordict import TensorDictBase
 
 from aioinfer.errors import InvalidRequestError
 from aioinfer.web.access import Refusal
-from aioinfer.web.websocket import Receive, Scope, Send
+from aioinfer.web.asgi import Disconnected, Headers, Receive, Scope, Send, headers_of
+from aioinfer.web.backend import PendingReply
+from aioinfer.web.failures import Failure
+from aioinfer.web.front import Front
+from aioinfer.web.limits import Charge, Limits
 
-__all__ = ["Headers", "headers_of", "parse_json", "read_body", "respond", "respond_json"]
+__all__ = ["InferEndpoint", "Response", "parse_json", "read_body", "respond", "respond_failure", "respond_json"]
 
-Headers = dict[bytes, bytes]
-
-_JSON = [(b"content-type", b"application/json")]
+_JSON = (b"content-type", b"application/json")
 _WINDOW_BITS = {b"gzip": 31, b"deflate": 15}
+_BODY_UNREAD = (408, 413)
+_PATIENCE = 0.02  # seconds after which it is worth a task to notice that a caller has gone
+
+Request = TypeVar("Request")
 
 
-def headers_of(scope: Scope) -> Headers:
-    """The headers of a request, by name in lower case."""
-    return dict(scope["headers"])
+class Response(NamedTuple):
+    """A reply of status 200."""
+
+    body: bytes
+    headers: tuple[tuple[bytes, bytes], ...] = (_JSON,)
 
 
-async def read_body(receive: Receive, headers: Headers, *, max_size: int, timeout: float) -> bytes:  # noqa: ASYNC109
+class InferEndpoint(ABC, Generic[Request]):
+    """An endpoint that asks the policy: reads a request, asks, and writes the reply.
+
+    Args:
+        front: what it shares with the others.
+    """
+
+    protocol: str
+    """By which its requests are counted."""
+
+    def __init__(self, front: Front) -> None:
+        self._front = front
+        self._callers = _Callers()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        front = self._front
+        with front.bytes_in_flight.charge() as charge:
+            try:
+                try:
+                    headers = headers_of(scope)
+                    body = await read_body(receive, headers, front.limits, charge)
+                    received_at = time.perf_counter()
+                    request = self.decode(headers, body)
+                    pending = self.submit(request, len(body), received_at)
+                except Exception as error:
+                    front.count_refusal(self.protocol, error)
+                    raise
+                response = self.encode(request, await self._callers.reply(pending, receive))
+            except Disconnected:
+                return
+            except Exception as error:
+                await respond_failure(send, front.failure_of(error))
+                return
+            await respond(send, 200, response.headers, response.body)
+
+    @abstractmethod
+    def decode(self, headers: Headers, body: bytes) -> Request:
+        """Read a request.
+
+        Raises:
+            InvalidRequestError: it is malformed.
+        """
+
+    @abstractmethod
+    def submit(self, request: Request, size: int, received_at: float) -> PendingReply:
+        """Ask: :meth:`Front.submit`."""
+
+    @abstractmethod
+    def encode(self, request: Request, reply: TensorDictBase) -> Response:
+        """Write the reply."""
+
+
+class _Callers:
+    """Notices that callers have gone, without a task for each request: few take longer than it is worth."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[PendingReply, Receive] = {}
+        self._sweep: asyncio.TimerHandle | None = None
+
+    async def reply(self, pending: PendingReply, receive: Receive) -> TensorDictBase:
+        """Wait for the reply; it is not computed if the caller goes before.
+
+        Raises:
+            Disconnected: the caller has gone.
+        """
+        self._waiting[pending] = receive
+        if self._sweep is None:
+            self._sweep = asyncio.get_running_loop().call_later(_PATIENCE, self._look)
+        try:
+            return await pending.reply()
+        except asyncio.CancelledError:
+            if pending.error is None and pending.future.cancelled() and not _is_being_cancelled():
+                raise Disconnected from None
+            pending.cancel()
+            raise
+        finally:
+            self._waiting.pop(pending, None)
+
+    def _look(self) -> None:
+        self._sweep = None
+        latest = time.perf_counter() - _PATIENCE
+        for pending, receive in list(self._waiting.items()):
+            if pending.received_at > latest:  # those behind it have come later, or as late
+                self._sweep = asyncio.get_running_loop().call_later(_PATIENCE, self._look)
+                return
+            del self._waiting[pending]
+            watch = asyncio.create_task(_cancel_when_gone(pending, receive))
+            pending.future.add_done_callback(lambda _, watch=watch: watch.cancel())  # type: ignore[misc]
+
+
+async def _cancel_when_gone(pending: PendingReply, receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    pending.cancel()
+
+
+def _is_being_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+async def read_body(receive: Receive, headers: Headers, limits: Limits, charge: Charge) -> bytes:
     """Read the body of a request, and inflate it where it says so.
 
     Args:
         receive: of ASGI.
         headers: of the request.
-        max_size: bytes, also once it is inflated.
-        timeout: seconds that the sender has.
+        limits: how large it may be, also once it is inflated, and how long it may take.
+        charge: counts its bytes.
 
     Raises:
         Refusal: it is too large, or takes too long.
+        ServerOverloadedError: there are too many bytes in flight.
         InvalidRequestError: it can't be inflated.
-        ConnectionError: the caller is gone.
+        Disconnected: the caller is gone.
     """
+    max_size = limits.max_message_size
     length = headers.get(b"content-length")
     if length is not None and (not length.isdigit() or int(length) > max_size):
         raise _too_large(max_size)
-    message = await receive()
-    if message["type"] == "http.request" and not message.get("more_body"):  # most come whole
-        body: bytes = message.get("body", b"")
-    else:
-        try:
-            async with asyncio.timeout(timeout):
-                body = await _rest(message, receive, max_size)
-        except TimeoutError:
-            raise Refusal(408, f"the request took more than {timeout:g} seconds to arrive") from None
-    if len(body) > max_size:
-        raise _too_large(max_size)
+    try:
+        async with asyncio.timeout(limits.body_timeout):
+            body = await _whole_body(receive, max_size, charge)
+    except TimeoutError:
+        raise Refusal(408, f"the request took more than {limits.body_timeout:g} seconds to arrive") from None
     encoding = headers.get(b"content-encoding", b"identity").lower()
-    return body if encoding == b"identity" else _inflate(body, encoding, max_size)
+    if encoding == b"identity":
+        return body
+    inflated = _inflate(body, encoding, max_size)
+    charge.add(len(inflated))
+    return inflated
 
 
-async def _rest(message: Mapping[str, Any], receive: Receive, max_size: int) -> bytes:
-    parts, size = [], 0
+async def _whole_body(receive: Receive, max_size: int, charge: Charge) -> bytes:
+    parts: list[bytes] = []
     while True:
+        message = await receive()
         if message["type"] != "http.request":
-            raise ConnectionError("the caller is gone")
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
-        if size > max_size:
+            raise Disconnected
+        part: bytes = message.get("body", b"")
+        charge.add(len(part))
+        if charge.size > max_size:
             raise _too_large(max_size)
         if not message.get("more_body"):
-            return b"".join(parts)
-        message = await receive()
+            return part if not parts else b"".join([*parts, part])
+        parts.append(part)
 
 
 def _too_large(max_size: int) -> Refusal:
@@ -90,25 +205,37 @@ def _inflate(body: bytes, encoding: bytes, max_size: int) -> bytes:
     return inflated
 
 
-def parse_json(body: bytes | memoryview) -> Any:
+def parse_json(body: bytes) -> Any:
     """Parse JSON.
 
     Raises:
         InvalidRequestError: it is none.
     """
     try:
-        return json.loads(bytes(body))
+        return json.loads(body)
     except (ValueError, RecursionError) as error:
         raise InvalidRequestError(f"the request is no JSON: {error}") from None
 
 
-async def respond(send: Send, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
+async def respond(send: Send, status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> None:
     """Send a whole reply."""
     length = (b"content-length", b"%d" % len(body))
     await send({"type": "http.response.start", "status": status, "headers": [*headers, length]})
     await send({"type": "http.response.body", "body": body})
 
 
-async def respond_json(send: Send, status: int, value: Any, headers: list[tuple[bytes, bytes]] = _JSON) -> None:
+async def respond_json(send: Send, status: int, value: Any, headers: Sequence[tuple[bytes, bytes]] = (_JSON,)) -> None:
     """Send a reply of JSON."""
     await respond(send, status, headers, json.dumps(value).encode())
+
+
+async def respond_failure(send: Send, failure: Failure) -> None:
+    """Tell a caller what its request failed of: ``{"error": message}``."""
+    headers = [_JSON]
+    if failure.retry_after is not None:
+        headers.append((b"retry-after", failure.retry_after.encode()))
+    if failure.status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    if failure.status in _BODY_UNREAD:
+        headers.append((b"connection", b"close"))  # what is left of its body would be taken for a request
+    await respond_json(send, failure.status, {"error": failure.message}, headers)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 from aioinfer.errors import ServerOverloadedError
 
-__all__ = ["BytesInFlight", "Limits"]
+__all__ = ["BytesInFlight", "Charge", "Limits"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +17,8 @@ class Limits:
         max_message_size: bytes of a WebSocket message, or of a body, inflated.
         max_bytes_in_flight: of all messages whose requests are not answered yet.
         max_pending_per_connection: requests of a connection that have no reply yet; then it is not read any more.
+        max_connections: WebSockets that are open at once.
+        max_sessions: that requests name with a ``session_id``; beyond them the least recently used is forgotten.
         body_timeout: seconds that a body may take to arrive.
         stall_timeout: seconds for which a reply may wait for a caller that does not read.
     """
@@ -26,6 +26,8 @@ class Limits:
     max_message_size: int = 64 * 2**20
     max_bytes_in_flight: int = 1024 * 2**20
     max_pending_per_connection: int = 1024
+    max_connections: int = 10_000
+    max_sessions: int = 10_000
     body_timeout: float = 30.0
     stall_timeout: float = 30.0
 
@@ -57,11 +59,31 @@ class BytesInFlight:
         """Count a message no more."""
         self.bytes -= size
 
-    @contextmanager
-    def counting(self, size: int) -> Iterator[None]:
-        """Count a message inside a ``with`` block; see :meth:`add`."""
-        self.add(size)
-        try:
-            yield
-        finally:
-            self.remove(size)
+    def charge(self) -> Charge:
+        """What one request takes, which is given back at the end of a ``with`` block."""
+        return Charge(self)
+
+
+class Charge:
+    """The bytes that one request has been counted with so far.
+
+    Args:
+        bytes_in_flight: of all of them.
+    """
+
+    __slots__ = ("_all", "size")
+
+    def __init__(self, bytes_in_flight: BytesInFlight) -> None:
+        self._all = bytes_in_flight
+        self.size = 0
+
+    def add(self, size: int) -> None:
+        """Count so many more; see :meth:`BytesInFlight.add`."""
+        self._all.add(size)
+        self.size += size
+
+    def __enter__(self) -> Charge:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._all.remove(self.size)

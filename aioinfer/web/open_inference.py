@@ -1,4 +1,4 @@
-"""The Open Inference Protocol, version 2, over HTTP: JSON and binary tensors, as tritonclient and KServe's client speak it.
+"""The Open Inference Protocol, version 2, over HTTP: JSON and binary tensors, as tritonclient speaks it.
 
 https://github.com/kserve/open-inference-protocol and Triton's "binary tensor data" extension.
 """
@@ -7,17 +7,22 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from starlette.routing import BaseRoute
 from tensordict import TensorDict, TensorDictBase
 
 from aioinfer.errors import InvalidRequestError, ModelError
 from aioinfer.web.arrays import MAX_DIMENSIONS
+from aioinfer.web.asgi import Headers
+from aioinfer.web.backend import PendingReply
+from aioinfer.web.front import Front
+from aioinfer.web.http import InferEndpoint, Response
 
-__all__ = ["HEADER_LENGTH", "InferRequest", "decode", "encode"]
+__all__ = ["HEADER_LENGTH", "InferRequest", "OpenInferenceEndpoint", "decode", "encode", "open_inference_routes"]
 
 HEADER_LENGTH = b"inference-header-content-length"
 """The header that says how many bytes of a body are JSON; tensors follow."""
@@ -29,6 +34,9 @@ _DTYPES = {
     **{f"FP{8 * size}": np.dtype(f"f{size}") for size in (2, 4, 8)},
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+_OCTETS = (b"content-type", b"application/octet-stream")
 
 
 class InferRequest(NamedTuple):
@@ -134,7 +142,9 @@ def _shape(tensor: Mapping[str, Any]) -> list[int]:
 def _dtype(tensor: Mapping[str, Any]) -> np.dtype[Any]:
     dtype = _DTYPES.get(str(tensor.get("datatype")))
     if dtype is None:
-        raise InvalidRequestError(f"{tensor['name']!r} is of datatype {str(tensor.get('datatype'))[:20]!r}, not of {', '.join(_DTYPES)}")
+        raise InvalidRequestError(
+            f"{tensor['name']!r} is of datatype {str(tensor.get('datatype'))[:20]!r}, not of {', '.join(_DTYPES)}"
+        )
     return dtype
 
 
@@ -145,7 +155,9 @@ def _from_json(name: str, tensor: Mapping[str, Any], shape: list[int]) -> np.nda
     try:
         return np.array(data, _dtype(tensor)).reshape(shape)
     except (ValueError, TypeError, OverflowError) as error:
-        raise InvalidRequestError(f"the data of {name!r} is no {tensor['datatype']} of shape {shape}: {error}") from None
+        raise InvalidRequestError(
+            f"the data of {name!r} is no {tensor['datatype']} of shape {shape}: {error}"
+        ) from None
 
 
 def _from_bytes(
@@ -177,7 +189,9 @@ def _outputs(message: Mapping[str, Any]) -> dict[str, bool | None] | None:
     outputs = message.get("outputs")
     if not outputs:
         return None
-    if not isinstance(outputs, list) or not all(isinstance(one, dict) and isinstance(one.get("name"), str) for one in outputs):
+    if not isinstance(outputs, list) or not all(
+        isinstance(one, dict) and isinstance(one.get("name"), str) for one in outputs
+    ):
         raise InvalidRequestError('"outputs" is a list of objects with a name')
     return {one["name"]: _parameters(one).get("binary_data") for one in outputs}
 
@@ -238,3 +252,26 @@ def _arrays(reply: TensorDictBase, one: bool, above: str = "") -> Iterable[tuple
         else:
             array = value.float().numpy() if value.dtype is torch.bfloat16 else value.numpy()
             yield above + name, array[None] if one else array
+
+
+class OpenInferenceEndpoint(InferEndpoint[InferRequest]):
+    """``POST /v2/models/{name}/infer``."""
+
+    protocol = "open-inference"
+
+    def decode(self, headers: Headers, body: bytes) -> InferRequest:
+        return decode(body, headers.get(HEADER_LENGTH))
+
+    def submit(self, request: InferRequest, size: int, received_at: float) -> PendingReply:
+        return self._front.submit(
+            make_rows(request), protocol=self.protocol, size=size, received_at=received_at, deadline=request.deadline
+        )
+
+    def encode(self, request: InferRequest, reply: TensorDictBase) -> Response:
+        body, head = encode(request, self._front.name, reply)
+        return Response(body) if head is None else Response(body, (_OCTETS, (HEADER_LENGTH, b"%d" % head)))
+
+
+def open_inference_routes(front: Front) -> list[BaseRoute]:
+    """The six ``GET`` endpoints."""
+    return []

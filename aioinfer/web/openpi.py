@@ -1,7 +1,7 @@
-"""The protocol of robots: WebSocket messages of msgpack, as the clients of openpi, RoboArena, vLLM-Omni and SGLang speak.
+"""The protocol of robots, openpi's: WebSocket messages of msgpack.
 
-The first message is the server's: its metadata. Then each observation gets one reply, in the order in which they came: a
-map in a binary message, or an error as text, after which the connection goes on. A message with an ``"endpoint"`` is of
+Clients of openpi, RoboArena, vLLM-Omni and SGLang speak it. The first message is the server's: its metadata. Then each
+observation gets one reply, in the order in which they came: a map in a binary message, or an error as text, after which the connection goes on. A message with an ``"endpoint"`` is of
 RoboArena's dialect: ``infer`` gets the bare actions, ``reset`` a text.
 """
 
@@ -10,17 +10,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
 from tensordict import TensorDictBase
 
-from aioinfer.errors import InvalidRequestError, SupersededError
+from aioinfer.errors import InvalidRequestError
 from aioinfer.web.arrays import packb, unpackb
-from aioinfer.web.backend import Backend, PendingReply
-from aioinfer.web.failures import failure_of
-from aioinfer.web.websocket import Disconnected, WebSocketConnection
+from aioinfer.web.asgi import Disconnected
+from aioinfer.web.backend import PendingReply
+from aioinfer.web.front import Front
+from aioinfer.web.sessions import Session
+from aioinfer.web.websocket import GOING_AWAY, WebSocketConnection, WebSocketSession
 
 __all__ = ["Dialect", "RobotSession"]
 
@@ -35,34 +36,22 @@ class Dialect(Enum):
     SGLANG = "sglang"
 
 
-class RobotSession:
+class RobotSession(WebSocketSession):
     """One connection of a robot: what it asks is answered in order.
 
     Args:
-        connection: accepted here.
-        backend: answers.
+        connection: not accepted yet.
+        front: answers.
         dialect: of the path.
-        metadata: the first message.
-        newest_wins: whether a request takes the place of those before it that have no reply yet.
-        debug: whether errors have tracebacks.
     """
 
-    def __init__(
-        self,
-        connection: WebSocketConnection,
-        backend: Backend,
-        dialect: Dialect,
-        metadata: Mapping[str, Any],
-        *,
-        newest_wins: bool = False,
-        debug: bool = False,
-    ) -> None:
-        self._connection = connection
-        self._backend = backend
+    protocol = "openpi"
+
+    def __init__(self, connection: WebSocketConnection, front: Front, dialect: Dialect) -> None:
+        super().__init__(connection)
+        self._front = front
         self._dialect = dialect
-        self._metadata = metadata
-        self._newest_wins = newest_wins
-        self._debug = debug
+        self._session = Session()
         self._pending: deque[tuple[PendingReply, bool] | bytes | str] = deque()
         self._changed = asyncio.Event()
         self._room = asyncio.Event()
@@ -70,24 +59,26 @@ class RobotSession:
 
     async def run(self) -> None:
         """Serve until the caller goes."""
-        await self._connection.accept()
-        await self._connection.send(packb(dict(self._metadata)))
+        await self.connection.accept()
+        await self.connection.send(packb(dict(self._front.metadata)))
         writing = asyncio.create_task(self._write())
         try:
             while True:
-                message = await self._connection.receive()
+                message = await self.connection.receive()
                 self._add(self._take(message))
                 while len(self._pending) > _MOST_PENDING:
                     self._room.clear()
                     await self._room.wait()
-        except Disconnected:
-            pass
         finally:
-            for item in self._pending:
-                if isinstance(item, tuple):
-                    item[0].cancel()
+            self._session.cancel()
             writing.cancel()
             await asyncio.wait([writing])
+
+    async def drain(self) -> None:
+        while self._pending:
+            self._room.clear()
+            await self._room.wait()
+        await self.connection.close(GOING_AWAY, self._front.draining)
 
     def _add(self, item: tuple[PendingReply, bool] | bytes | str) -> None:
         self._pending.append(item)
@@ -106,17 +97,13 @@ class RobotSession:
                 return self._reset()
             if endpoint not in (None, "infer"):
                 raise InvalidRequestError(f'the endpoint is "infer" or "reset", got {str(endpoint)[:50]!r}')
-            if self._newest_wins:
-                self._supersede()
-            pending = self._backend.submit(entries, received_at)
+            pending = self._front.submit(
+                entries, protocol=self.protocol, size=len(message), received_at=received_at, session=self._session
+            )
         except Exception as error:
-            return failure_of(error, debug=self._debug).message
+            self._front.count_refusal(self.protocol, error)
+            return self._front.failure_of(error).message
         return pending, endpoint is not None or self._dialect is Dialect.VLLM_OMNI
-
-    def _supersede(self) -> None:
-        for item in self._pending:
-            if isinstance(item, tuple):
-                item[0].withdraw(SupersededError("a newer observation of this session came before the reply"))
 
     def _reset(self) -> bytes | str:
         if self._dialect is Dialect.VLLM_OMNI:
@@ -132,9 +119,9 @@ class RobotSession:
                 item = self._pending[0]
                 if isinstance(item, tuple):
                     item = await self._reply(*item)
+                await self.connection.send(item)
                 self._pending.popleft()
                 self._room.set()
-                await self._connection.send(item)
         except Disconnected:
             pass  # the task that receives is told
 
@@ -150,7 +137,7 @@ class RobotSession:
             self._previous_seconds = seconds
             return packb({**reply, "server_timing": timing})
         except Exception as error:
-            return failure_of(error, debug=self._debug).message
+            return self._front.failure_of(error).message
 
 
 def to_entries(reply: TensorDictBase) -> dict[str, Any]:

@@ -1,37 +1,37 @@
-"""The protocol of :func:`aioinfer.connect`: many requests under way on one WebSocket, and many of them in one message."""
+"""The protocol of :func:`aioinfer.connect`: many requests under way on one WebSocket, many in one message."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 from tensordict import TensorDictBase
 
-from aioinfer.client import AsyncInferenceClient
 from aioinfer.errors import InvalidRequestError
 from aioinfer.interaction_type import MODES, requests_carry
 from aioinfer.transports.network.messages import Payload, decode_message, encode_message, group_payloads
-from aioinfer.web.failures import failure_of
-from aioinfer.web.websocket import Disconnected, WebSocketConnection
+from aioinfer.web.asgi import Disconnected
+from aioinfer.web.front import Front
+from aioinfer.web.websocket import GOING_AWAY, WebSocketConnection, WebSocketSession
 
 __all__ = ["StreamSession"]
 
 
-class StreamSession:
+class StreamSession(WebSocketSession):
     """One connection of a client process.
 
     Args:
         connection: accepted here.
-        client: asks.
-        debug: whether errors have tracebacks.
+        front: answers.
     """
 
-    def __init__(self, connection: WebSocketConnection, client: AsyncInferenceClient, *, debug: bool = False) -> None:
-        self._connection = connection
-        self._client = client
-        self._debug = debug
+    protocol = "stream"
+
+    def __init__(self, connection: WebSocketConnection, front: Front) -> None:
+        super().__init__(connection)
+        self._front = front
+        self._client = front.backend.client()
         self._loop = asyncio.get_running_loop()
         self._pending: dict[int, asyncio.Future[TensorDictBase]] = {}
         self._settled: list[tuple[int, asyncio.Future[TensorDictBase]]] = []
@@ -41,11 +41,11 @@ class StreamSession:
 
     async def run(self) -> None:
         """Serve until the caller goes."""
-        await self._connection.accept()
+        await self.connection.accept()
         writing = asyncio.create_task(self._write())
         try:
             while True:
-                self._take(await self._connection.receive())
+                self._take(await self.connection.receive())
         except Disconnected:
             pass
         finally:
@@ -53,6 +53,9 @@ class StreamSession:
                 future.cancel()
             writing.cancel()
             await asyncio.wait([writing])
+
+    async def drain(self) -> None:
+        await self.connection.close(GOING_AWAY, self._front.draining)
 
     def _take(self, message: bytes | str) -> None:
         if isinstance(message, str):
@@ -86,7 +89,7 @@ class StreamSession:
     def _fail(self, number: int, error: Exception) -> None:
         if not self._errors:
             self._loop.call_soon(self._flush)
-        self._errors.append((number, type(error).__qualname__, failure_of(error, debug=self._debug).message))
+        self._errors.append((number, type(error).__qualname__, self._front.failure_of(error).message))
 
     def _flush(self) -> None:
         settled, self._settled = self._settled, []
@@ -98,7 +101,7 @@ class StreamSession:
                 numbers.append(number)
                 replies.append(future.result())
             else:
-                errors.append((number, type(error).__qualname__, failure_of(error, debug=self._debug).message))
+                errors.append((number, type(error).__qualname__, self._front.failure_of(error).message))
         groups = [({"numbers": [numbers[i] for i in group.indices]}, group) for group in group_payloads(replies)]
         self._outbox.append(encode_message({"errors": errors}, groups))
         self._changed.set()
@@ -111,6 +114,6 @@ class StreamSession:
                     await self._changed.wait()
                 messages, self._outbox = self._outbox, []
                 for message in messages:
-                    await self._connection.send(message)
+                    await self.connection.send(message)
         except Disconnected:
             pass

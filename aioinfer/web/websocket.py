@@ -3,21 +3,41 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any, TypeAlias
+import json
+from abc import ABC, abstractmethod
 
-__all__ = ["Disconnected", "Receive", "Scope", "Send", "WebSocketConnection"]
+from aioinfer.web.asgi import Disconnected, Message, Receive, Send
+from aioinfer.web.failures import Failure
 
-Message: TypeAlias = MutableMapping[str, Any]
-Scope: TypeAlias = MutableMapping[str, Any]
-Receive: TypeAlias = Callable[[], Awaitable[Message]]
-Send: TypeAlias = Callable[[Message], Awaitable[None]]
+__all__ = ["GOING_AWAY", "POLICY_VIOLATION", "TOO_LARGE", "WebSocketConnection", "WebSocketSession"]
 
 POLICY_VIOLATION, GOING_AWAY, TOO_LARGE = 1008, 1001, 1009
 
 
-class Disconnected(Exception):
-    """The caller has closed the connection, or is gone."""
+class WebSocketSession(ABC):
+    """What is asked on one connection, and how it is answered.
+
+    Args:
+        connection: not accepted yet.
+    """
+
+    protocol: str
+    """By which it, and its requests, are counted."""
+
+    def __init__(self, connection: WebSocketConnection) -> None:
+        self.connection = connection
+
+    @abstractmethod
+    async def run(self) -> None:
+        """Accept the connection, and serve until the caller goes.
+
+        Raises:
+            Disconnected: it has gone.
+        """
+
+    @abstractmethod
+    async def drain(self) -> None:
+        """Close the connection, with 1001 (going away), as soon as all that was asked is answered."""
 
 
 class WebSocketConnection:
@@ -44,6 +64,14 @@ class WebSocketConnection:
         if message["type"] != "websocket.connect":
             raise Disconnected
         await self._send({"type": "websocket.accept"})
+
+    async def refuse(self, failure: Failure) -> None:
+        """Answer the handshake with an HTTP status instead."""
+        await self._receive()
+        headers = [(b"content-type", b"application/json")]
+        await self._send({"type": "websocket.http.response.start", "status": failure.status, "headers": headers})
+        body = json.dumps({"error": failure.message}).encode()
+        await self._send({"type": "websocket.http.response.body", "body": body})
 
     async def receive(self) -> bytes | str:
         """Wait for a message.

@@ -9,13 +9,11 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from tensordict import TensorDictBase
 from websockets.asyncio.client import ClientConnection as WebSocket
 from websockets.asyncio.client import connect
 
 from aioinfer.client import AsyncInferenceClient
 from aioinfer.entries import make_request
-from aioinfer.errors import PeerDiedError
 from aioinfer.interaction_type import caller_mode, mode_code
 from aioinfer.transports.network.messages import decode_message, encode_message, group_payloads
 
@@ -54,8 +52,21 @@ class NetworkConnection:
             requests = [self._outgoing.popleft() for _ in range(len(self._outgoing))]
             if requests:
                 groups = group_payloads([payload for _, payload, _ in requests])
-                await socket.send(encode_message({"cancelled": []}, [
-                    ({"numbers": [requests[i][0] for i in group.indices], "mode": requests[group.indices[0]][2]}, group) for group in groups]))
+                await socket.send(
+                    encode_message(
+                        {"cancelled": []},
+                        [
+                            (
+                                {
+                                    "numbers": [requests[i][0] for i in group.indices],
+                                    "mode": requests[group.indices[0]][2],
+                                },
+                                group,
+                            )
+                            for group in groups
+                        ],
+                    )
+                )
             else:
                 await self._changed.wait()
 
@@ -104,5 +115,7 @@ class AsyncClient(AsyncInferenceClient):
         self._reader.send((number, td, mode_code(caller_mode())))
         return future
 
-    async def __call__(self, td: Any = None, timeout: float | None = None, *, wait: bool = False, **entries: Any) -> Any:
+    async def __call__(
+        self, td: Any = None, timeout: float | None = None, *, wait: bool = False, **entries: Any
+    ) -> Any:
         return await self.submit(td, **entries)

@@ -155,14 +155,16 @@ def encode_message(header: dict[str, Any], groups: Sequence[tuple[dict[str, Any]
     parts: list[Any] = [b"", b""]
     described: list[dict[str, Any]] = []
     for about, group in groups:
-        described.append({
-            **about,
-            "count": len(group.indices),
-            "by_name": group.by_name,
-            "batch_size": group.batch_size,
-            "leaves": group.leaves,
-            "plain": group.plain,
-        })
+        described.append(
+            {
+                **about,
+                "count": len(group.indices),
+                "by_name": group.by_name,
+                "batch_size": group.batch_size,
+                "leaves": group.leaves,
+                "plain": group.plain,
+            }
+        )
         for column in group.columns:
             if column.size:
                 parts.append(np.ascontiguousarray(column))
@@ -213,7 +215,9 @@ def _payloads(about: dict[str, Any], message: bytes, position: int) -> tuple[lis
         if position + nbytes > len(message):
             raise InvalidRequestError("the message is cut short")
         array = np.ndarray((count, *shape), dtype, message, position)
-        columns.append((_path(path), array if name != _BFLOAT16 else torch.from_numpy(array.copy()).view(torch.bfloat16)))
+        columns.append(
+            (_path(path), array if name != _BFLOAT16 else torch.from_numpy(array.copy()).view(torch.bfloat16))
+        )
         position += nbytes + -nbytes % 8
     plain = about["plain"]
     if plain is not None and len(plain) != count:
