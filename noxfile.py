@@ -114,8 +114,8 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure against torchrl, Gymnasium and EnvPool, side by side; arguments after ``--`` go to ``aioinfer bench``."""
-    install(session, "bench", "collectors")
+    """Measure against torchrl, Gymnasium, EnvPool and servers; arguments after ``--`` go to ``aioinfer bench``."""
+    install(session, "bench", "collectors", "serving", package=".[serve]")
     session.run("aioinfer", "bench", "--torchrl-collate", "both", *session.posargs)
 
 

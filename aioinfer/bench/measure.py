@@ -27,7 +27,7 @@ from typing import Any, TypeAlias
 import torch
 from tensordict import TensorDict
 
-from aioinfer.bench import collecting, requests, systems, weights
+from aioinfer.bench import collecting, requests, serving, systems, weights
 from aioinfer.bench import load_generators as load
 from aioinfer.bench.models import Policy, step_environments
 from aioinfer.bench.peer_process import PeerProcess, Pipe
@@ -42,10 +42,20 @@ def main(arguments: Sequence[str]) -> None:
     answers, sys.stdout = sys.stdout, sys.stderr
     job = Job(**json.loads(arguments[0]))
     torch.set_num_threads(1)
-    (systems if named(job.workload).collection is None else collecting).load_package(job)
+    _load_package(job)
     print("ready", file=answers, flush=True)
     if sys.stdin.readline():  # empty: the parent is gone
         print(json.dumps(measure(job)), file=answers, flush=True)
+
+
+def _load_package(job: Job) -> None:
+    workload = named(job.workload)
+    if workload.collection is not None:
+        collecting.load_package(job)
+    elif workload.serving is not None:
+        serving.load_package(job, workload.serving)
+    else:
+        systems.load_package(job)
 
 
 def measure(job: Job) -> Figures:
@@ -54,12 +64,15 @@ def measure(job: Job) -> Figures:
     Returns:
         ``rate`` in requests/s, or ``p50`` and ``p99`` in seconds over ``count`` requests or updates, or all of these;
         or ``gap`` in seconds; or a rate for each kind of requests. Beside them, the figures that they are compared
-        with: ``quiet rate``, ``memcpy``, ``pass``, ``pass rate``. Those of collectors are in ``collecting``.
+        with: ``quiet rate``, ``memcpy``, ``pass``, ``pass rate``. Those of collectors are in ``collecting``, and
+        those of callers over a network in ``serving``.
     """
     torch.manual_seed(job.seed)
     workload = named(job.workload)
     if workload.collection is not None:
         return collecting.measure(job, workload.collection)
+    if workload.serving is not None:
+        return serving.measure(job, workload.serving)
     policy = Policy(workload.model, workload.weights)
     if job.system == System.BARE:
         return _measure_bare(job, workload, policy)

@@ -134,6 +134,7 @@ class Results:
 
 
 _PACKAGES = ("aioinfer", "torch", "tensordict", "torchrl", "gymnasium", "ale-py", "envpool")
+_SERVERS = ("uvicorn", "uvloop", "websockets", "litserve", "mosec")
 
 
 def describe_machine() -> dict[str, str | int | None]:
@@ -143,7 +144,7 @@ def describe_machine() -> dict[str, str | int | None]:
         "cores": _cores(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        **{name: _version(name) for name in _PACKAGES},
+        **{name: _version(name) for name in (*_PACKAGES, *_SERVERS)},
         "load": _load(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -323,7 +324,10 @@ def _notes(results: Results) -> list[str]:
     if System.STACK in systems:
         notes.append(_STACK_NOTE)
     about = results.machine
-    packages = _PACKAGES[1:] if Pattern.COLLECT in patterns else _PACKAGES[1:4]
+    packages = [
+        *(_PACKAGES[1:] if Pattern.COLLECT in patterns else _PACKAGES[1:4]),
+        *(_SERVERS if Pattern.SERVE in patterns else ()),
+    ]
     versions = [f"{name} {about[name] or 'not installed'}" for name in packages]
     return [
         *filter(None, notes),
@@ -349,6 +353,8 @@ _PATTERN_NOTES = {
     Pattern.COLLECT: "collectors have the same environments and policy (64-64 MLP, or CNN, with sampling and "
     "log-probabilities), torch.set_num_threads(1); SyncVectorEnv, AsyncVectorEnv and EnvPool store nothing, and steps "
     "that only reset count nowhere",
+    Pattern.SERVE: "servers over a network have a process of their own, on the loopback interface; openpi's is "
+    "re-created from its protocol, robots are processes with a blocking connection each, and HTTP callers one event loop",
 }
 _STACK_NOTE = (
     f"{System.STACK} is torchrl with collate_fn=torch.stack, measured where its server stacks requests; its "

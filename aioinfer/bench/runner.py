@@ -123,7 +123,7 @@ class _Process:
     def __init__(self, job: Job) -> None:
         workload = named(job.workload)
         self._limit = _HANG_LIMIT + 5 * (job.warm_up + job.seconds)
-        if workload.collection is not None:
+        if workload.collection is not None or workload.serving is not None:
             self._limit += _COLLECTOR_LIMIT
         self._errors = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115 - until close()
         self._process = subprocess.Popen(

@@ -25,6 +25,12 @@ class System(StrEnum):
     SYNC_VECTOR = "SyncVectorEnv"  # Gymnasium's, of 64 environments, and the bare policy
     ASYNC_VECTOR = "AsyncVectorEnv"  # Gymnasium's, of 32 environments in processes, and the bare policy
     ENVPOOL = "EnvPool"  # its asynchronous interface, and the bare policy
+    # Those with whom servers over a network are compared.
+    OPENPI = "openpi"  # its server, which computes one observation after the other
+    LITSERVE = "LitServe"
+    MOSEC = "Mosec"
+    ECHO = "echo"  # a bare ASGI app that sends back what it gets
+    SLOTS = "process slots"  # ours, on one machine
     CEILING = "ceiling"  # what two cores would reach if they did nothing but step and compute actions
 
 
@@ -42,6 +48,7 @@ class Pattern(StrEnum):
     PUBLISHING = "publishing"  # closed loop of tasks; by turns, a trainer in another process publishes at a rate
     GAP = "gap"  # closed loop of tasks, and a trainer in another process that publishes once in a while
     COLLECT = "collect"  # a collector of experience, see Collection
+    SERVE = "serve"  # closed loop of callers over a network, see Serving
 
 
 class RequestKind(StrEnum):
@@ -65,6 +72,34 @@ class Course(StrEnum):
     HANG = "hang"  # an environment hangs, which is to be noticed; then another one, beside which the collector closes
     UPDATE = "update"  # the weights of the policy change
     MEMORY = "memory"  # a million frames are collected
+
+
+class Protocol(StrEnum):
+    """How callers over a network ask."""
+
+    OPENPI = "openpi"  # a blocking WebSocket for each robot
+    HTTP_JSON = "JSON"  # the Open Inference Protocol; peers have JSON of their own
+    HTTP_BINARY = "binary"  # the same with binary tensors
+    STREAM = "stream"  # tasks of another process, on one connection
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """How a policy is asked over a network.
+
+    Attributes:
+        protocol: of the callers.
+        pass_time: seconds of a pass of the robots' policy, for any batch.
+        images: whether robots send two images of 224 x 224 pixels.
+        idle_connections: that never finish the head of a request, in the second half of the measurement.
+        slow_senders: that send a body byte by byte meanwhile.
+    """
+
+    protocol: Protocol
+    pass_time: float = 0.0
+    images: bool = False
+    idle_connections: int = 0
+    slow_senders: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +127,14 @@ class Collection:
     course: Course = Course.FRAMES
 
 
-UNITS = {"noticed after": "s", "recovered after": "s", "shut down after": "s", "updated after": "steps", "growth": "MB"}
+UNITS = {
+    "median": "ms",
+    "noticed after": "s",
+    "recovered after": "s",
+    "shut down after": "s",
+    "updated after": "steps",
+    "growth": "MB",
+}
 """The figures that are judged as they are, in units that a bar names; most are compared with another one."""
 
 
@@ -144,8 +186,11 @@ class Metric:
         return ratio >= limit if self.higher_is_better else ratio <= limit
 
 
-_PEERS = (System.TORCHRL_SERIAL, System.SYNC_VECTOR, System.ASYNC_VECTOR, System.ENVPOOL, System.CEILING)
-"""The systems that collectors alone are compared with."""
+_PEERS = (
+    *(System.TORCHRL_SERIAL, System.SYNC_VECTOR, System.ASYNC_VECTOR, System.ENVPOOL, System.CEILING),
+    *(System.OPENPI, System.LITSERVE, System.MOSEC, System.ECHO, System.SLOTS),
+)
+"""The systems that collectors alone, or servers over a network, are compared with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +224,7 @@ class Workload:
         rows: rows of each request; with 0 a request is one row, and has no dimension for them.
         max_batch_size: most rows in one forward pass.
         collection: what a collector of experience does.
+        serving: how callers over a network ask.
         peers: the systems with which it is compared, each of which has one way to run; beside torchrl's.
         requires: modules without which nothing is measured.
         request_kinds: how callers make requests. With several of them, each has a rate of its own, and they take turns
@@ -203,13 +249,14 @@ class Workload:
     max_batch_size: int = MAX_BATCH_SIZE
     request_kinds: tuple[RequestKind, ...] = (RequestKind.REUSED,)
     collection: Collection | None = None
+    serving: Serving | None = None
     peers: tuple[System, ...] = ()
     requires: tuple[str, ...] = ()
 
     @property
     def one_thread(self) -> bool:
         """Whether an operator gets one thread: other processes need a core, or a large batch would use all of them."""
-        return self.weights is not None or self.processes > 0 or self.rows > 0 or self.collection is not None
+        return self.weights is not None or self.processes > 0 or self.rows > 0 or bool(self.collection or self.serving)
 
     @property
     def batch_size(self) -> tuple[int, ...]:
@@ -256,7 +303,7 @@ class Workload:
             return ("none",) if takes_part else ()
         # torchrl's servers gather requests from process slots without a collate_fn.
         process_slots = any(way.startswith("process slots") for way in self.torchrl)
-        stacked = self.weights is None and self.collection is None and not process_slots
+        stacked = self.weights is None and self.pattern not in (Pattern.COLLECT, Pattern.SERVE) and not process_slots
         if self.pattern is Pattern.BARE or (system is System.STACK and not stacked):
             return ()
         return self.ours if system is System.OURS else self.torchrl
@@ -418,6 +465,32 @@ def _collect(
         collection=collection,
         peers=tuple(metric.against for metric in metrics if metric.against in _PEERS),
         requires=("gymnasium", *requires),
+    )
+
+
+def _serve(
+    name: str,
+    summary: str,
+    callers: int,
+    metrics: tuple[Metric, ...],
+    serving: Serving,
+    *requires: str,
+    stretch: float = 1.0,
+) -> Workload:
+    """Callers over a network, on the loopback interface. The server and the callers have a process each."""
+    return Workload(
+        name,
+        summary,
+        Pattern.SERVE,
+        "mlp",
+        callers,
+        metrics,
+        ("network",),
+        (),
+        stretch=stretch,
+        serving=serving,
+        peers=tuple(metric.against for metric in metrics if metric.against in _PEERS),
+        requires=("starlette", "uvicorn", "websockets", "msgpack", *requires),
     )
 
 
@@ -655,6 +728,66 @@ WORKLOADS: tuple[Workload, ...] = (
         (Metric("growth", 10, 2, None),),
         Collection(course=Course.MEMORY),
         stretch=10.0,
+    ),
+    _serve(
+        "web-robots-8",
+        "8 robots, openpi's protocol, passes of 10 ms",
+        8,
+        (*_rate(6, 7.3, System.OPENPI), Metric("median", 13, 11.5, None)),
+        Serving(Protocol.OPENPI, pass_time=0.01),
+        stretch=2.0,
+    ),
+    _serve(
+        "web-robot",
+        "one robot, openpi's protocol, a pass of 10 ms: 0.05 is 0.5 ms",
+        1,
+        (Metric("p50", 1.05, 1.02, System.OPENPI),),
+        Serving(Protocol.OPENPI, pass_time=0.01),
+    ),
+    _serve(
+        "web-robot-small",
+        "one robot, openpi's protocol, a policy that does nothing",
+        1,
+        (Metric("p50", 1.6, 1.2, System.OPENPI),),
+        Serving(Protocol.OPENPI),
+    ),
+    _serve(
+        "web-robot-images",
+        "the same, with two images of 224 x 224 pixels",
+        1,
+        (Metric("p50", 1.2, 1, System.OPENPI),),
+        Serving(Protocol.OPENPI, images=True),
+    ),
+    _serve(
+        "web-json",
+        "64 HTTP connections, JSON, mlp",
+        64,
+        (*_rate(15, 20, System.LITSERVE), *_rate(1.2, 1.5, System.MOSEC)),
+        Serving(Protocol.HTTP_JSON),
+        "litserve",
+        "mosec",
+    ),
+    _serve(
+        "web-binary",
+        "64 HTTP connections, binary tensors, mlp",
+        64,
+        _rate(0.6, 0.8, System.ECHO),
+        Serving(Protocol.HTTP_BINARY),
+    ),
+    _serve(
+        "web-idle",
+        "8 HTTP connections, JSON, mlp, beside 1 000 half-open connections and 100 slow senders",
+        8,
+        (Metric("p99", 1.2, 1.05, System.OURS, over="quiet p99"),),
+        Serving(Protocol.HTTP_JSON, idle_connections=1000, slow_senders=100),
+        stretch=4.0,
+    ),
+    _serve(
+        "web-stream",
+        "64 asyncio tasks in another process, over a WebSocket, mlp",
+        64,
+        _rate(0.4, 0.7, System.SLOTS),
+        Serving(Protocol.STREAM),
     ),
     *(_bare(model, rows) for model, rows in (("tiny", 64), ("mlp", 64), ("big", 64), ("cnn", 32), ("mlp", 1))),
 )
