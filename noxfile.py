@@ -34,21 +34,21 @@ def run_tests(session: nox.Session, *arguments: str) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run the tests; arguments after ``--`` go to pytest."""
-    install(session, "test", package=".[demo,web]")
+    install(session, "test", package=".[demo,serve]")
     run_tests(session)
 
 
 @nox.session
 def examples(session: nox.Session) -> None:
     """Run every example of the documentation as a program, and the code of the README."""
-    install(session, "test", package=".[demo,web]")
+    install(session, "test", package=".[demo,serve]")
     run_tests(session, "-m", "examples")
 
 
 @nox.session
 def stress(session: nox.Session) -> None:
     """Try hundreds of times what goes wrong at random moments; all of it 20 times with ``-- --stress-count 20``."""
-    install(session, "test", package=".[demo,web]")
+    install(session, "test", package=".[demo,serve]")
     run_tests(session, "-m", "stress")
 
 
@@ -59,7 +59,7 @@ def oldest(session: nox.Session) -> None:
     What ends processes, fills their sockets, or runs whole programs has little to do with tensordict, and takes
     minutes. The `tests` session has it, and the examples.
     """
-    install(session, "test", "bench", package=".[demo,web]")
+    install(session, "test", "bench", package=".[demo,serve]")
     left_out = (
         "ipc/test_[!l]*",
         "process_server/test_[!s]*",
@@ -93,7 +93,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Check types, strictly."""
-    install(session, "test", "types", package=".[demo,web]", options=["--no-compile"])  # nothing of it is imported
+    install(session, "test", "types", package=".[demo,serve]", options=["--no-compile"])  # nothing of it is imported
     session.run("mypy")
 
 

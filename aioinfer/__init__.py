@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         ClientBusyError,
         ClientClosedError,
         CollectorError,
+        DeadlineExceededError,
         InferenceError,
         InvalidRequestError,
         ModelError,
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
         ServerOverloadedError,
         ServerPausedError,
         ServerStartError,
+        SupersededError,
         WeightSyncError,
     )
     from aioinfer.learned_rule import LearnedRule
@@ -77,6 +79,7 @@ __all__ = [
     "ClientBusyError",
     "ClientClosedError",
     "CollectorError",
+    "DeadlineExceededError",
     "DispatchReason",
     "Health",
     "InferenceClient",
@@ -102,6 +105,7 @@ __all__ = [
     "ServerStartError",
     "ServerStats",
     "SlotTransport",
+    "SupersededError",
     "ThreadingTransport",
     "WeightSyncError",
     "connect",

@@ -354,7 +354,7 @@ _PATTERN_NOTES = {
     "log-probabilities), torch.set_num_threads(1); SyncVectorEnv, AsyncVectorEnv and EnvPool store nothing, and steps "
     "that only reset count nowhere",
     Pattern.SERVE: "servers over a network have a process of their own, on the loopback interface; openpi's is "
-    "re-created from its protocol, robots are processes with a blocking connection each, and HTTP callers one event loop",
+    "re-created from its protocol, robots are processes with a blocking connection each, HTTP callers one event loop",
 }
 _STACK_NOTE = (
     f"{System.STACK} is torchrl with collate_fn=torch.stack, measured where its server stacks requests; its "

@@ -40,9 +40,12 @@ class Actor(nn.Module):
         return action.squeeze(-1), log_probs.gather(-1, action).squeeze(-1)
 
 
-def make_policy(actor: Actor) -> TensorDictModule:
+def make_policy(actor: Actor | None = None) -> TensorDictModule:
     """Make a policy from ``observation`` ``[B, 4]`` to ``action`` ``[B]`` and ``log_prob`` ``[B]``.
 
     The server and the trainer each make one, so that the weights of one fit the other.
+
+    Args:
+        actor: of which it is made; ``None``: a new one.
     """
-    return TensorDictModule(actor, in_keys=["observation"], out_keys=["action", "log_prob"])
+    return TensorDictModule(actor or Actor(), in_keys=["observation"], out_keys=["action", "log_prob"])

@@ -14,11 +14,12 @@ from tests.programs import running
 
 ROOT = Path(__file__).parents[2]
 SERVES_UNTIL_CTRL_C = {"web.py"}  # see test_web.py
+ASKS_A_SERVER = {"play_remote.py"}  # see test_tutorial.py
 LEARNS_FOR_MINUTES = {"ppo.py", "dqn.py"}
 EXAMPLES = sorted(
     path
     for path in (ROOT / "docs" / "examples").glob("*.py")
-    if path.name not in SERVES_UNTIL_CTRL_C | LEARNS_FOR_MINUTES
+    if path.name not in SERVES_UNTIL_CTRL_C | ASKS_A_SERVER | LEARNS_FOR_MINUTES
 )
 
 # What they learn in some seconds is nothing.

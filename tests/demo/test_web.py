@@ -16,11 +16,10 @@ from typing import Any
 
 import httpx
 import uvicorn
-import websockets
-from fastapi import FastAPI
 
-from aioinfer import InferenceServer, MPTransport, ProcessInferenceServer
+from aioinfer import InferenceServer, MPTransport, ProcessInferenceServer, connect
 from aioinfer.testing import GatedModel, double
+from aioinfer.web import create_app
 from tests.hosted import make_double
 from tests.limits import HANG
 
@@ -51,7 +50,7 @@ class Backend:
     _tasks: list[asyncio.Task[httpx.Response]] = field(default_factory=list)
 
     async def act(self, value: float) -> httpx.Response:
-        return await self.http.post("/act", json={"observation": [value] * 4})
+        return await self.http.post("/policy/act", json={"observation": [value] * 4})
 
     def act_soon(self, value: float) -> asyncio.Task[httpx.Response]:
         self._tasks.append(asyncio.create_task(self.act(value)))
@@ -67,6 +66,10 @@ class Backend:
         await until(lambda: self.server.stats().pending == count)
 
 
+def answer(value: float, size: int) -> dict[str, Any]:
+    return {"action": [value] * size, "policy_version": 0}
+
+
 async def until(condition: Callable[[], bool]) -> None:
     """Poll until something holds that no event tells of."""
     async with asyncio.timeout(HANG):
@@ -75,7 +78,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 @asynccontextmanager
-async def served(app: FastAPI) -> AsyncIterator[int]:
+async def served(app: Any) -> AsyncIterator[int]:
     """Run an app on a port of loopback."""
     listening = socket.create_server(("127.0.0.1", 0))
     port = listening.getsockname()[1]
@@ -99,7 +102,7 @@ def browser(port: int) -> httpx.AsyncClient:
 @asynccontextmanager
 async def backend(max_pending: int = 256) -> AsyncIterator[Backend]:
     policy = GatedModel()
-    app = web.make_app(web.serving(policy, max_pending=max_pending))
+    app = web.make_app(policy, max_pending=max_pending)
     async with served(app) as port, browser(port) as http:
         try:
             yield Backend(policy, app.state.server, port, http)
@@ -116,7 +119,7 @@ async def test_concurrent_http_requests_meet_in_a_batch_and_get_their_own_replie
         replies = await asyncio.gather(first, *others)
         stats = at.server.stats()
     assert [reply.status_code for reply in replies] == [200] * 17
-    assert [reply.json() for reply in replies] == [{"action": [2.0 * value] * 4} for value in range(17)]
+    assert [reply.json() for reply in replies] == [answer(2.0 * value, 4) for value in range(17)]
     assert stats.ok == 17
     assert sum(stats.batches.values()) == 2
 
@@ -131,7 +134,7 @@ async def test_overload_is_answered_with_429_and_retry_after_and_the_others_are_
         served = await asyncio.gather(held, pending)
     assert refused.status_code == 429
     assert int(refused.headers["Retry-After"]) >= 1
-    assert "max_pending=1" in refused.json()["detail"]
+    assert "max_pending=1" in refused.json()["error"]
     assert [reply.status_code for reply in served] == [200, 200]
     assert at.policy.batches == [[1.0], [2.0]]
 
@@ -140,7 +143,7 @@ async def test_a_request_whose_connection_is_closed_while_it_waits_is_never_comp
     async with backend() as at:
         held = await at.hold_a_batch(1.0)
         body = json.dumps({"observation": [2.0] * 4}).encode()
-        head = f"POST /act HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = f"POST /policy/act HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
         _, connection = await asyncio.open_connection("127.0.0.1", at.port)
         connection.write(head.encode() + body)
         await at.until_pending(1)
@@ -148,8 +151,8 @@ async def test_a_request_whose_connection_is_closed_while_it_waits_is_never_comp
         await connection.wait_closed()
         await at.until_pending(0)
         at.policy.open()
-        assert (await held).json() == {"action": [2.0] * 4}
-        assert (await at.act(3.0)).json() == {"action": [6.0] * 4}
+        assert (await held).json() == answer(2.0, 4)
+        assert (await at.act(3.0)).json() == answer(6.0, 4)
         stats = at.server.stats()
     assert at.policy.batches == [[1.0], [3.0]]
     assert (stats.ok, stats.cancelled) == (2, 1)
@@ -183,13 +186,13 @@ async def test_a_connection_closed_during_its_forward_pass_costs_nobody_else_a_r
     assert [reply.json()["action"][0] for reply in replies] == [4.0, 6.0]
 
 
-async def test_a_request_of_wrong_shape_gets_422_and_never_meets_the_others() -> None:
+async def test_a_request_of_wrong_shape_gets_400_and_never_meets_the_others() -> None:
     async with backend() as at:
         at.policy.open()
-        refused = await at.http.post("/act", json={"observation": [1.0, 2.0]})
+        refused = await at.http.post("/policy/act", json={"observation": [1.0, 2.0]})
         served = await at.act(1.0)
-    assert refused.status_code == 422
-    assert '"observation" has shape [2], requests to this server have [4]' in refused.json()["detail"]
+    assert refused.status_code == 400
+    assert '"observation" has shape [2], requests to this server have [4]' in refused.json()["error"]
     assert served.status_code == 200
     assert at.policy.batches == [[1.0]]
 
@@ -216,7 +219,7 @@ async def test_a_server_in_another_process_that_is_killed_gives_503_until_the_ne
     body = {"observation": [1.0] * 3}
     async with (
         ProcessInferenceServer(make_double, MPTransport(address=address), ctx="forkserver") as server,
-        served(web.make_app(web.connected(address))) as port,
+        served(create_app(await asyncio.to_thread(connect, address))) as port,
         browser(port) as http,
     ):
         before = await http.post("/act", json=body)
@@ -227,24 +230,13 @@ async def test_a_server_in_another_process_that_is_killed_gives_503_until_the_ne
         after_its_death = await http.post("/act", json=body)
         with InferenceServer(double, MPTransport(address=address)):
             again = await http.post("/act", json=body)
-    assert before.json() == {"action": [2.0] * 3}
+    assert before.json() == answer(2.0, 3)
     assert (killed.status_code, after_its_death.status_code) == (503, 503)
-    assert again.json() == {"action": [2.0] * 3}
+    assert again.json() == answer(2.0, 3)
 
 
-async def test_a_websocket_gets_an_action_for_each_observation_and_is_told_what_is_wrong_with_others() -> None:
+async def test_a_handler_of_the_backend_asks_the_same_server() -> None:
     async with backend() as at:
         at.policy.open()
-        async with websockets.connect(f"ws://127.0.0.1:{at.port}/act", open_timeout=HANG, proxy=None) as socket:
-
-            async def ask(text: str) -> dict[str, Any]:
-                await socket.send(text)
-                async with asyncio.timeout(HANG):
-                    answer: dict[str, Any] = json.loads(await socket.recv())
-                return answer
-
-            for value in range(3):
-                assert await ask(json.dumps({"observation": [value] * 4})) == {"action": [2.0 * value] * 4}
-            assert "requests to this server have [4]" in (await ask('{"observation": [1]}'))["detail"]
-            assert "Invalid JSON" in (await ask("rubbish"))["detail"]
-            assert await ask('{"observation": [7, 7, 7, 7]}') == {"action": [14.0] * 4}
+        assert (await at.http.get("/episode")).json() == {"distance": 0.0}
+        assert at.server.stats().ok == 10
