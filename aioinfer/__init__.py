@@ -21,6 +21,13 @@ Between processes, with a connection in it::
                                                               process
     transports/ipc/slots.py and transports/ipc/pickled.py: the codecs of both ends
 
+Over a network, robots, HTTP callers and clients on other machines::
+
+    web/app.py          web/openpi.py, stream.py,            web/front.py      web/backend.py
+    which path is   --> open_inference.py and act.py:    --> limits and    --> asks a server, as
+    served by what      a protocol each                      sessions          any client does
+    transports/network/ is the other end of web/stream.py
+
 New weights, from a trainer in another process, or (``server.update_weights``) in this one::
 
     weight_sync/sender.py        weight_sync/receiver.py    weight_updates.py        model_thread.py
