@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import threading
+from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -12,8 +13,9 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from aioinfer.batching import DispatchReason
+from aioinfer.histogram import BATCH_SIZES, SECONDS, HistogramCounts
 
-__all__ = ["BatchRecord", "Health", "Percentiles", "ServerStats", "StatsRecorder"]
+__all__ = ["BatchRecord", "Health", "Percentiles", "ServerStats", "StatsRecorder", "Totals"]
 
 # Percentiles are over the latest requests; at 4 000 requests/s that is two seconds.
 _WINDOW_REQUESTS = 8192
@@ -36,6 +38,42 @@ class Percentiles:
             return cls(*[value for value in seconds for _ in range(3)])
         cuts = statistics.quantiles(seconds, n=100, method="inclusive")
         return cls(cuts[49], cuts[94], cuts[98])
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """What a server did since it was made, whether or not its statistics were reset: what only ever grows.
+
+    Attributes:
+        ok: see :class:`ServerStats`, as for the other counts that have the same name there.
+        batches: forward passes by the reason of their dispatch, failed ones included.
+        rows: rows answered by forward passes.
+        batch_sizes: forward passes by their rows.
+        forward: forward passes by their seconds.
+        held: seconds for which batches were held back, all of them together.
+        queued_requests: requests, or parts of them, that a batch took, and that it settled.
+        queue_wait: seconds from ``submit`` until a batch took them, all of them together.
+        request: seconds from ``submit`` until the reply was handed over, all of them together.
+    """
+
+    ok: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    rejected: int = 0
+    failed_passes: int = 0
+    weight_updates: int = 0
+    refused_updates: int = 0
+    batches: Mapping[DispatchReason, int] = field(default_factory=dict)
+    rows: int = 0
+    batch_sizes: HistogramCounts = field(default_factory=HistogramCounts)
+    forward: HistogramCounts = field(default_factory=HistogramCounts)
+    held: float = 0.0
+    queued_requests: int = 0
+    queue_wait: float = 0.0
+    request: float = 0.0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (type(self), _picklable(self))
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +104,8 @@ class ServerStats:
             when batches leave, whether or not the statistics were reset.
         think_time: seconds from a reply to its caller's next request, over the callers that come back, as learned.
         callers: how many callers come back, as learned: at most 256 are known.
+        batch_sizes: forward passes by their number of rows, over those of the latest requests.
+        totals: what was counted since the server was made, whether or not the statistics were reset.
     """
 
     ok: int
@@ -87,17 +127,21 @@ class ServerStats:
     pass_seconds: Mapping[int, float] = field(default_factory=dict)
     think_time: Percentiles = Percentiles()
     callers: int = 0
+    batch_sizes: Mapping[int, int] = field(default_factory=dict)
+    totals: Totals = field(default_factory=Totals)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        values = {one.name: getattr(self, one.name) for one in fields(self)}
-        return _restored, ({**values, **{name: dict(values[name]) for name in _MAPPINGS}},)  # their views don't pickle
+        return _restored, (type(self), _picklable(self))
 
 
-_MAPPINGS = ("batches", "pass_seconds")
+def _picklable(snapshot: Totals | ServerStats) -> dict[str, Any]:
+    values = {one.name: getattr(snapshot, one.name) for one in fields(snapshot)}
+    return {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}
 
 
-def _restored(values: dict[str, Any]) -> ServerStats:
-    return ServerStats(**{**values, **{name: MappingProxyType(values[name]) for name in _MAPPINGS}})
+def _restored(kind: Callable[..., Totals | ServerStats], values: dict[str, Any]) -> Totals | ServerStats:
+    # A view of a mapping can't be pickled.
+    return kind(**{name: MappingProxyType(one) if isinstance(one, dict) else one for name, one in values.items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +197,14 @@ class StatsRecorder:
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._records: deque[Callable[[], None]] = deque()
+        # What is counted for good; what snapshots have is the difference to the counts at the latest reset.
+        self._counts: Counter[str] = Counter()  # by the names that they have in ServerStats
+        self._batches: Counter[DispatchReason] = Counter()
+        self._rows = 0
+        self._batch_sizes: Counter[int] = Counter()
+        self._forward_counts = [0] * (len(SECONDS) + 1)
+        self._forward = self._held = self._queue_wait = self._after_queue = 0.0  # seconds of all requests or passes
+        self._queued_requests = 0
         self._clear()
 
     def forget_parent(self) -> None:
@@ -160,9 +212,9 @@ class StatsRecorder:
         self._lock = threading.RLock()
 
     def _clear(self) -> None:
-        self._counts: Counter[str] = Counter()  # by the names that they have in ServerStats
-        self._batches: Counter[DispatchReason] = Counter()
-        self._batched = 0
+        self._counts_before = self._counts.copy()
+        self._batches_before = self._batches.copy()
+        self._rows_before = self._rows
         self._window: deque[BatchRecord] = deque()  # the latest batches
         self._in_window = 0
 
@@ -211,8 +263,18 @@ class StatsRecorder:
 
     def _add_batch(self, batch: BatchRecord) -> None:
         requests = len(batch.submitted_at)
+        taken_at, forward, rows = batch.taken_at, batch.forward, batch.rows
         self._batches[batch.reason] += 1
-        self._batched += batch.rows
+        self._rows += rows
+        self._batch_sizes[rows] += 1
+        self._forward_counts[bisect_left(SECONDS, forward)] += 1
+        self._forward += forward
+        self._held += batch.held
+        self._queued_requests += requests
+        self._after_queue += requests * (batch.settled_at - taken_at)
+        queue_wait = requests * taken_at - sum(batch.submitted_at)
+        if queue_wait > 0:  # it is rounded
+            self._queue_wait += queue_wait
         self._counts["cancelled"] += batch.cancelled
         self._counts["ok" if batch.ok else "failed"] += requests - batch.parts - batch.cancelled
         self._counts["failed_passes"] += not batch.ok
@@ -234,17 +296,17 @@ class StatsRecorder:
         """Freeze the counts, beside the server's own values of this moment; ``reset`` starts anew in the same step."""
         with self._lock:
             self._count_records()
-            window, counts, batches, batched = tuple(self._window), self._counts, self._batches, self._batched
+            window, totals = tuple(self._window), self._totals()
+            counts, batches = self._counts - self._counts_before, self._batches - self._batches_before
+            rows = self._rows - self._rows_before
             if reset:
                 self._clear()
-            else:
-                counts, batches = counts.copy(), batches.copy()
         passes = sum(batches.values())
         return ServerStats(
             **{name: counts[name] for name in _COUNTS},
             pending=pending,
             batches=MappingProxyType(dict(batches)),
-            mean_batch_size=batched / passes if passes else 0.0,
+            mean_batch_size=rows / passes if passes else 0.0,
             queue_wait=Percentiles.of([batch.taken_at - at for batch in window for at in batch.submitted_at]),
             forward=Percentiles.of([batch.forward for batch in window]),
             request=Percentiles.of([batch.settled_at - at for batch in window for at in batch.submitted_at]),
@@ -254,4 +316,27 @@ class StatsRecorder:
             pass_seconds=MappingProxyType(dict(pass_seconds or {})),
             think_time=Percentiles.of(think_times),
             callers=len(think_times),
+            batch_sizes=MappingProxyType(dict(Counter([batch.rows for batch in window]))),
+            totals=totals,
         )
+
+    def _totals(self) -> Totals:
+        """Under the lock."""
+        return Totals(
+            **{name: self._counts[name] for name in _COUNTS},
+            batches=MappingProxyType(dict(self._batches)),
+            rows=self._rows,
+            batch_sizes=_histogram_of(self._batch_sizes),
+            forward=HistogramCounts(SECONDS, tuple(self._forward_counts), self._forward),
+            held=self._held,
+            queued_requests=self._queued_requests,
+            queue_wait=self._queue_wait,
+            request=self._queue_wait + self._after_queue,
+        )
+
+
+def _histogram_of(batch_sizes: Mapping[int, int]) -> HistogramCounts:
+    counts = [0] * (len(BATCH_SIZES) + 1)
+    for size, batches in batch_sizes.items():
+        counts[bisect_left(BATCH_SIZES, size)] += batches
+    return HistogramCounts(BATCH_SIZES, tuple(counts), float(sum(size * n for size, n in batch_sizes.items())))

@@ -19,6 +19,7 @@ from aioinfer.web.front import Front
 from aioinfer.web.http import respond_failure
 from aioinfer.web.limits import Limits
 from aioinfer.web.metrics import metrics_routes
+from aioinfer.web.monitor import Monitor
 from aioinfer.web.open_inference import OpenInferenceEndpoint, open_inference_routes
 from aioinfer.web.openpi import Dialect, RobotSession
 from aioinfer.web.probes import probe_routes
@@ -43,6 +44,7 @@ class App:
 
     def __init__(self, front: Front, registry: CollectorRegistry | None) -> None:
         self.front = front
+        self._monitor = Monitor(front)
         infer = OpenInferenceEndpoint(front)
         self._hot: dict[str, ASGIApp] = {
             "/act": ActEndpoint(front),
@@ -53,8 +55,8 @@ class App:
             [
                 *probe_routes(front),
                 *open_inference_routes(front),
-                *metrics_routes(front, registry),
-                *status_routes(front),
+                *metrics_routes(self._monitor, registry),
+                *status_routes(self._monitor),
             ]
         )
         self._sessions: set[WebSocketSession] = set()
@@ -79,7 +81,7 @@ class App:
             endpoint: ASGIApp | None = self._hot.get(path) if scope["method"] == "POST" else None
             await (self._router if endpoint is None else endpoint)(scope, receive, send)
         except Refusal as refusal:
-            self.front.stats.refused_callers += 1
+            self.front.stats.refuse(refusal)
             await respond_failure(send, self.front.failure_of(refusal))
         finally:
             self._requests -= 1
@@ -104,7 +106,7 @@ class App:
             if front.draining or len(self._sessions) >= limits.max_connections:
                 raise Refusal(503, front.draining or f"{limits.max_connections} connections are open already")
         except Refusal as refusal:
-            front.stats.refused_callers += 1
+            front.stats.refuse(refusal)
             await connection.refuse(front.failure_of(refusal))
             return
         session: WebSocketSession
@@ -162,6 +164,7 @@ class App:
                 await send({"type": "lifespan.startup.complete"})
             else:
                 await self.drain()
+                self._monitor.close()
                 if started:
                     await self.front.backend.stop()
                 self.front.backend.close()
@@ -207,11 +210,13 @@ def create_app(
             are tokens, otherwise no others.
         origins: of web pages that may ask, ``"https://example.org"``, beside pages of this server.
         limits: of messages, connections and time.
-        registry: takes the metrics; by default one of its own.
+        registry: of prometheus_client, takes the metrics, and ``GET /metrics`` has all that is in it; by default one
+            of this app's own.
         debug: whether errors that callers get have tracebacks.
 
     Raises:
         TypeError: ``server`` is nothing of that kind.
+        ValueError: ``registry`` has the metrics of another app already.
     """
     backend = Backend(server, in_keys=in_keys, deadline=deadline)
     if metadata is None:

@@ -93,12 +93,14 @@ class Front:
             if self.newest_wins:
                 session.supersede()
             session.pending[pending] = None
+        self.stats.inflight += 1
         pending.future.add_done_callback(partial(self._done, pending, protocol, size, session))
         return pending
 
     def _done(self, pending: PendingReply, protocol: str, size: int, session: Session | None, future: Any) -> None:
         if session is not None:
             session.pending.pop(pending, None)
+        self.stats.inflight -= 1
         error = pending.error if future.cancelled() else future.exception()
         outcome = "cancelled" if error is None and future.cancelled() else outcome_of(error)
         self.stats.count(protocol, outcome, size, time.perf_counter() - pending.received_at)

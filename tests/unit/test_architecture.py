@@ -18,6 +18,7 @@ ROOT = Path(aioinfer.__file__).parent
 LAYERS = (
     {
         "errors",
+        "histogram",
         "interaction_type",
         "interrupts",
         "batching",

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 import threading
 import weakref
 
@@ -46,8 +47,42 @@ def test_a_reset_starts_anew() -> None:
     recorder = StatsRecorder()
     empty = recorder.snapshot(pending=0)
     record(recorder, 4)
-    assert recorder.snapshot(pending=0, reset=True).ok == 4
-    assert recorder.snapshot(pending=0) == empty
+    counted = recorder.snapshot(pending=0, reset=True)
+    assert counted.ok == 4
+    assert recorder.snapshot(pending=0) == dataclasses.replace(empty, totals=counted.totals)
+
+
+def test_totals_only_grow() -> None:
+    recorder = StatsRecorder()
+    record(recorder, 4)
+    first = recorder.snapshot(pending=0, reset=True).totals
+    assert (first.ok, first.rows, first.queued_requests) == (4, 4, 4)
+    assert first.queue_wait == 100.0 + 99.0 + 98.0 + 97.0
+    assert first.request == first.queue_wait + 4
+    assert first.held == 0.25
+    record(recorder, 3, ok=False)
+    recorder.reject()
+    second = recorder.snapshot(pending=0)
+    assert (second.ok, second.failed, second.totals.ok, second.totals.failed) == (0, 3, 4, 3)
+    assert (second.totals.rejected, second.totals.failed_passes) == (1, 1)
+    assert dict(second.totals.batches) == {DispatchReason.IDLE: 2}
+    assert (second.totals.batch_sizes.count, second.totals.batch_sizes.sum) == (2, 7)
+    assert (second.totals.forward.count, second.totals.forward.sum) == (2, 1.0)
+    assert second.mean_batch_size == 3
+
+
+def test_the_sizes_of_the_latest_batches_are_counted() -> None:
+    recorder = StatsRecorder()
+    for size in (4, 1, 4):
+        record(recorder, size)
+    assert dict(recorder.snapshot(pending=0).batch_sizes) == {4: 2, 1: 1}
+
+
+def test_a_snapshot_travels_to_another_process() -> None:
+    recorder = StatsRecorder()
+    record(recorder, 4)
+    stats = recorder.snapshot(pending=0, pass_seconds={1: 0.5})
+    assert pickle.loads(pickle.dumps(stats)) == stats
 
 
 def test_a_snapshot_is_frozen() -> None:
