@@ -166,6 +166,13 @@ class AsyncInferenceClient(_Handle):
             Exception: as for :meth:`InferenceClient.submit`.
         """
 
+    def is_pending(self, future: AsyncFuture[TensorDictBase]) -> bool | None:
+        """Whether the request of a future of this client still waits for a batch; ``None`` if that is not known here.
+
+        It is known to clients of the server's own process. A batch may take the request at any moment.
+        """
+        return None
+
     @abstractmethod
     async def __call__(
         self,

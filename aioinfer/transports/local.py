@@ -70,6 +70,9 @@ class _LocalClient(InferenceClient):
 
 
 class _LocalAsyncClient(RefusableAsyncClient):
+    def is_pending(self, future: asyncio.Future[TensorDictBase]) -> bool | None:
+        return self._transport.queue.holds(future)
+
     def __reduce__(self) -> NoReturn:
         raise _does_not_pickle()
 

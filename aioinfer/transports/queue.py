@@ -48,7 +48,7 @@ from aioinfer.interaction_type import caller_mode
 from aioinfer.ipc.selector import Selector
 from aioinfer.stats import StatsRecorder
 from aioinfer.tensors import RequestSpec, is_nested
-from aioinfer.transports.replies import ALREADY_NOTIFIED, LockWaker, ThreadReplySink, TransportSink, Waker
+from aioinfer.transports.replies import ALREADY_NOTIFIED, LockWaker, Receiver, ThreadReplySink, TransportSink, Waker
 from aioinfer.transports.request import NamedRequest, Request, set_exceptions, set_results, split
 
 if TYPE_CHECKING:
@@ -440,6 +440,10 @@ class RequestQueue:
             queued = sum([request.rows for request in tuple(self._requests) if not request.receiver.done()])
             if held == self._held():  # else some may have moved into the queue meanwhile, and count twice or never
                 return held + queued
+
+    def holds(self, receiver: Receiver) -> bool:
+        """Whether the request of this receiver waits here: no batch has taken it yet."""
+        return any(request.receiver is receiver for request in tuple(self._requests))
 
     def _held(self) -> int:
         """How many rows of pending requests are still in their transports."""

@@ -13,6 +13,7 @@ from starlette.routing import Router
 from aioinfer.client import AsyncInferenceClient, ClientMaker
 from aioinfer.web.access import Access, Refusal
 from aioinfer.web.act import ActEndpoint
+from aioinfer.web.arrays import packb
 from aioinfer.web.asgi import ASGIApp, Disconnected, Receive, Scope, Send, headers_of
 from aioinfer.web.backend import Backend
 from aioinfer.web.front import Front
@@ -21,7 +22,7 @@ from aioinfer.web.limits import Limits
 from aioinfer.web.metrics import metrics_routes
 from aioinfer.web.monitor import Monitor
 from aioinfer.web.open_inference import OpenInferenceEndpoint, open_inference_routes
-from aioinfer.web.openpi import Dialect, RobotSession
+from aioinfer.web.openpi import OPENPI, VLLM_OMNI, RobotSession
 from aioinfer.web.probes import probe_routes
 from aioinfer.web.status import status_routes
 from aioinfer.web.stream import StreamSession
@@ -29,7 +30,7 @@ from aioinfer.web.websocket import GOING_AWAY, WebSocketConnection, WebSocketSes
 
 __all__ = ["App", "create_app"]
 
-_DIALECTS = {"/v1/realtime/robot/openpi": Dialect.VLLM_OMNI, "/openpi/policy": Dialect.SGLANG}
+_VLLM_OMNI = "/v1/realtime/robot/openpi"
 _STREAM = "/v1/stream"
 _OPEN_PATHS = {"/", "/healthz", "/livez", "/readyz", "/v2/health/live", "/v2/health/ready"}
 """Need no token: probes, and the status page, which has no figures in itself."""
@@ -45,6 +46,7 @@ class App:
     def __init__(self, front: Front, registry: CollectorRegistry | None) -> None:
         self.front = front
         self._monitor = Monitor(front)
+        self._greeting = packb(dict(front.metadata))
         infer = OpenInferenceEndpoint(front)
         self._hot: dict[str, ASGIApp] = {
             "/act": ActEndpoint(front),
@@ -113,7 +115,8 @@ class App:
         if path == _STREAM:
             session = StreamSession(connection, front)
         else:
-            session = RobotSession(connection, front, _DIALECTS.get(path, Dialect.OPENPI))
+            dialect = VLLM_OMNI if path == _VLLM_OMNI else OPENPI
+            session = RobotSession(connection, front, self._greeting, dialect)
         self._sessions.add(session)
         try:
             with front.stats.connected(session.protocol):
@@ -122,6 +125,7 @@ class App:
             pass
         finally:
             self._sessions.discard(session)
+            connection.release()
 
     async def drain(self, timeout: float | None = None) -> bool:  # noqa: ASYNC109
         """Answer what has been asked, and close connections: with 1001 (going away), each after its last reply.
@@ -215,7 +219,7 @@ def create_app(
         debug: whether errors that callers get have tracebacks.
 
     Raises:
-        TypeError: ``server`` is nothing of that kind.
+        TypeError: ``server`` is nothing of that kind, or messages can't carry the metadata.
         ValueError: ``registry`` has the metrics of another app already.
     """
     backend = Backend(server, in_keys=in_keys, deadline=deadline)

@@ -16,10 +16,14 @@ import numpy as np
 
 from aioinfer.errors import InvalidRequestError
 
-__all__ = ["MAX_DIMENSIONS", "packb", "unpackb"]
+__all__ = ["MAX_DIMENSIONS", "MAX_NESTING", "packb", "unpackb"]
 
 MAX_DIMENSIONS = 8
 """Of an array in a message, at most."""
+MAX_NESTING = 32
+"""Of maps and lists in a message, at most: code that follows them calls itself."""
+
+_CONTAINERS = (dict, list)
 
 _DTYPES = {
     name: dtype.newbyteorder("=")
@@ -55,11 +59,25 @@ def unpackb(message: bytes) -> Any:
         InvalidRequestError: it is malformed, or has arrays that are no bool, integers or floating point numbers.
     """
     try:
-        return msgpack.unpackb(message, object_hook=_unpack)
+        value = msgpack.unpackb(message, object_hook=_unpack)
     except InvalidRequestError:
         raise
     except Exception as error:  # msgpack has several kinds, also ValueError and UnicodeDecodeError
-        raise InvalidRequestError(f"the message is no msgpack: {type(error).__qualname__}: {error}") from None
+        raise InvalidRequestError(f"the message is no msgpack: {type(error).__qualname__}: {error}"[:300]) from None
+    _check_nesting(value, MAX_NESTING)
+    return value
+
+
+def _check_nesting(value: Any, left: int) -> None:
+    if type(value) is dict:
+        value = value.values()
+    elif type(value) is not list:
+        return
+    if not left:
+        raise InvalidRequestError(f"maps and lists are nested {MAX_NESTING} deep at most")
+    for inner in value:
+        if type(inner) in _CONTAINERS:
+            _check_nesting(inner, left - 1)
 
 
 def _unpack(entries: dict[Any, Any]) -> Any:
@@ -80,7 +98,7 @@ def _array(data: Any, name: Any, shape: Any) -> np.ndarray[Any, Any]:
         raise InvalidRequestError(
             f"an array has bytes and a list, not {type(data).__name__} and {type(shape).__name__}"
         )
-    if len(shape) > MAX_DIMENSIONS or not all(type(size) is int and size >= 0 for size in shape):
+    if len(shape) > MAX_DIMENSIONS or any([type(size) is not int or size < 0 for size in shape]):  # noqa: C419 - faster
         raise InvalidRequestError(
             f"an array has at most {MAX_DIMENSIONS} dimensions, each an integer of at least 0, got {str(shape)[:100]}"
         )
@@ -95,12 +113,16 @@ def _array(data: Any, name: Any, shape: Any) -> np.ndarray[Any, Any]:
 
 def _scalar(data: Any, name: Any) -> np.ndarray[Any, Any]:
     dtype = _dtype(name)
-    if type(data) not in (bool, int, float):
-        raise InvalidRequestError(f"a scalar is a number, got {type(data).__name__}")
-    try:
+    if dtype.kind == "b":
+        fits = type(data) is bool
+    elif dtype.kind == "f":
+        fits = type(data) is float or type(data) is int
+    else:
+        fits = type(data) is int and np.iinfo(dtype).min <= data <= np.iinfo(dtype).max
+    if not fits:
+        raise InvalidRequestError(f"a scalar of {name} can't be {str(data)[:50]!r}")
+    with np.errstate(over="ignore"):  # a number too large for the dtype is infinite
         return np.array(data, dtype)
-    except (OverflowError, ValueError) as error:
-        raise InvalidRequestError(f"a scalar of {name} can't be {data!r}: {error}") from None
 
 
 def _dtype(name: Any) -> np.dtype[Any]:

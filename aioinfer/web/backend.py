@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -16,9 +16,6 @@ from aioinfer.entries import check_entries, make_td
 from aioinfer.errors import DeadlineExceededError, InvalidRequestError
 from aioinfer.server import BaseServer
 from aioinfer.stats import Health, ServerStats
-
-if TYPE_CHECKING:
-    from aioinfer.web.sessions import Session
 
 __all__ = ["Backend", "PendingReply"]
 
@@ -33,13 +30,17 @@ class PendingReply:
     Args:
         future: of the client.
         received_at: when the request had arrived, by ``time.perf_counter``.
+        client: that was asked.
     """
 
-    __slots__ = ("error", "future", "received_at", "timer")
+    __slots__ = ("_client", "error", "future", "received_at", "timer")
 
-    def __init__(self, future: asyncio.Future[TensorDictBase], received_at: float) -> None:
+    def __init__(
+        self, future: asyncio.Future[TensorDictBase], received_at: float, client: AsyncInferenceClient
+    ) -> None:
         self.future = future
         self.received_at = received_at
+        self._client = client
         self.error: Exception | None = None
         self.timer: asyncio.TimerHandle | None = None
 
@@ -52,6 +53,10 @@ class PendingReply:
     def cancel(self) -> None:
         """Its caller is gone."""
         self.future.cancel()
+
+    def waits(self) -> bool | None:
+        """Whether no batch has taken the request yet; ``None`` if that is not known."""
+        return False if self.future.done() else self._client.is_pending(self.future)
 
     async def reply(self) -> TensorDictBase:
         """Wait for the reply, or raise the error."""
@@ -101,7 +106,7 @@ class Backend:
         received_at: float,
         *,
         deadline: float | None = None,
-        session: Session | None = None,
+        defaults: Mapping[str, Any] | None = None,
     ) -> PendingReply:
         """Ask; returns at once.
 
@@ -109,12 +114,12 @@ class Backend:
             entries: of one row, or of ``n`` rows where the server has a ``request_spec``.
             received_at: when the message with them had arrived, by ``time.perf_counter``.
             deadline: seconds from then on; ``None`` takes that of the app.
-            session: adds entries of its own.
+            defaults: entries that the model gets where it reads them and ``entries`` lack them.
 
         Raises:
             InvalidRequestError: they make no request. What else the server refuses, the reply fails with.
         """
-        request = self._request(entries, session)
+        request = self._request(entries, defaults)
         client = self._take_client()
         try:
             future = client.submit(request)
@@ -122,7 +127,7 @@ class Backend:
             self._give_back(client)
             raise
         future.add_done_callback(lambda _: self._give_back(client))
-        pending = PendingReply(future, received_at)
+        pending = PendingReply(future, received_at, client)
         seconds = self.deadline if deadline is None else deadline
         if seconds is not None:
             left = received_at + seconds - time.perf_counter()
@@ -133,15 +138,17 @@ class Backend:
     def _expire(pending: PendingReply, seconds: float) -> None:
         pending.withdraw(DeadlineExceededError(f"no reply within {seconds:g} seconds of the request's arrival"))
 
-    def _request(self, entries: Mapping[str, Any], session: Session | None) -> TensorDictBase | dict[str, Any]:
+    def _request(
+        self, entries: Mapping[str, Any], defaults: Mapping[str, Any] | None
+    ) -> TensorDictBase | dict[str, Any]:
         if isinstance(entries, TensorDictBase):
             return entries
         if not isinstance(entries, Mapping):
             raise InvalidRequestError(f"a request is a map of entries, got {type(entries).__name__}")
         keys = self.in_keys
         chosen = dict(entries) if keys is None else {name: entries[name] for name in keys if name in entries}
-        if session is not None:
-            session.complete(chosen, keys or ())
+        if defaults and keys is not None:
+            chosen |= {name: value for name, value in defaults.items() if name in keys and name not in chosen}
         texts = {name: value for name, value in chosen.items() if isinstance(value, str)}
         if not texts:
             return chosen

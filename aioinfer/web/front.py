@@ -88,21 +88,23 @@ class Front:
         """
         if self.draining:
             raise ServerClosedError(self.draining)
-        pending = self.backend.submit(entries, received_at, deadline=deadline, session=session)
-        if session is not None:
-            if self.newest_wins:
-                session.supersede()
-            session.pending[pending] = None
+        if session is None:
+            pending = self.backend.submit(entries, received_at, deadline=deadline)
+        else:
+            replaced = session.replaceable() if self.newest_wins else ()
+            defaults = session.defaults(replaced)
+            pending = self.backend.submit(entries, received_at, deadline=deadline, defaults=defaults)
+            session.add(pending, replaced)
         self.stats.inflight += 1
         pending.future.add_done_callback(partial(self._done, pending, protocol, size, session))
         return pending
 
     def _done(self, pending: PendingReply, protocol: str, size: int, session: Session | None, future: Any) -> None:
-        if session is not None:
-            session.pending.pop(pending, None)
         self.stats.inflight -= 1
         error = pending.error if future.cancelled() else future.exception()
         outcome = "cancelled" if error is None and future.cancelled() else outcome_of(error)
+        if session is not None:
+            session.remove(pending, answered=outcome == "ok")
         self.stats.count(protocol, outcome, size, time.perf_counter() - pending.received_at)
 
     def count_refusal(self, protocol: str, error: BaseException) -> None:

@@ -1,151 +1,297 @@
-"""The protocol of robots, openpi's: WebSocket messages of msgpack.
+"""The protocol of robots, openpi's: WebSocket messages of msgpack, in which arrays are maps.
 
-Clients of openpi, RoboArena, vLLM-Omni and SGLang speak it. The first message is the server's: its metadata. Then each
-observation gets one reply, in the order in which they came: a map in a binary message, or an error as text, after which the connection goes on. A message with an ``"endpoint"`` is of
-RoboArena's dialect: ``infer`` gets the bare actions, ``reset`` a text.
+The server speaks first: its metadata. Then each observation, a map in a binary message, gets one reply, in the order in
+which they came; a caller need not wait for one before it sends the next. What goes wrong with an observation is its own
+reply, and the connection goes on. Which kind of client it is, the path and the message tell:
+
+==============================  =======================  ================================  =========================
+client                          reply                    error                             reply to a reset
+==============================  =======================  ================================  =========================
+openpi, and SGLang              a map of arrays, with    text                              they have none
+                                ``server_timing``
+RoboArena: the message has      the array ``actions``    text                              text,
+``"endpoint"``                                                                             ``"reset successful"``
+vLLM-Omni, by its path          the array, or a map of   a map, ``{"type": "error",        a map, ``{"status":
+                                arrays if there are      "message": ...}``                 "reset successful"}``
+                                several
+==============================  =======================  ================================  =========================
+
+SGLang's own server reports errors in a map too, but nobody looks for it: its path is for the clients of openpi, and
+these, like SGLang's own, take a text for an error and any map for a reply. Clients of vLLM-Omni unpack every message,
+and do look.
+
+``"session_id"`` names a session, which may outlive its connection; without one, the connection is the session. A reset
+starts it anew, and may carry a ``"seed"``.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from abc import ABC, abstractmethod
 from collections import deque
-from enum import Enum
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
-from tensordict import TensorDictBase
+import numpy as np
+import torch
+from tensordict import TensorDictBase, is_non_tensor
 
-from aioinfer.errors import InvalidRequestError
+from aioinfer.errors import InvalidRequestError, ModelError
+from aioinfer.tensors import entries as entries_of
+from aioinfer.tensors import is_nested
 from aioinfer.web.arrays import packb, unpackb
 from aioinfer.web.asgi import Disconnected
 from aioinfer.web.backend import PendingReply
+from aioinfer.web.failures import Failure
 from aioinfer.web.front import Front
 from aioinfer.web.sessions import Session
 from aioinfer.web.websocket import GOING_AWAY, WebSocketConnection, WebSocketSession
 
-__all__ = ["Dialect", "RobotSession"]
+__all__ = ["OPENPI", "ROBOARENA", "VLLM_OMNI", "Dialect", "RobotSession"]
 
-_MOST_PENDING = 16  # requests of a session, whose replies its caller has not waited for
+Message = bytes | str
+
+_ENDPOINTS = (None, "infer", "reset")
+_ENDPOINT_TYPES = (type(None), str)
+_LONGEST_NAME = 256  # of a session
 
 
-class Dialect(Enum):
-    """Whose clients a path is for."""
+class Dialect(ABC):
+    """How one kind of clients is answered."""
 
-    OPENPI = "openpi"
-    VLLM_OMNI = "vllm-omni"
-    SGLANG = "sglang"
+    @abstractmethod
+    def reply(self, entries: dict[str, Any], timing: Mapping[str, float]) -> Message:
+        """Pack a reply.
+
+        Args:
+            entries: of one row, by name.
+            timing: of its request, in milliseconds.
+
+        Raises:
+            ModelError: this kind of client can't be told such a reply.
+            TypeError: messages can't carry one of the entries.
+        """
+
+    def failure(self, failure: Failure) -> Message:
+        """Tell what went wrong."""
+        return failure.message.encode("utf-8", "backslashreplace").decode()
+
+    def reset(self) -> Message:
+        """Tell that the session starts anew."""
+        return "reset successful"
+
+
+class _OpenPI(Dialect):
+    def reply(self, entries: dict[str, Any], timing: Mapping[str, float]) -> Message:
+        return packb({**entries, "server_timing": timing})
+
+
+class _RoboArena(Dialect):
+    def reply(self, entries: dict[str, Any], timing: Mapping[str, float]) -> Message:
+        if "actions" not in entries:
+            raise ModelError(f'clients of RoboArena get the entry "actions", and the policy wrote {list(entries)}')
+        return packb(entries["actions"])
+
+
+class _VLLMOmni(Dialect):
+    def reply(self, entries: dict[str, Any], timing: Mapping[str, float]) -> Message:
+        arrays = {name: value for name, value in entries.items() if isinstance(value, np.ndarray)}
+        return packb(*arrays.values()) if len(arrays) == 1 else packb(arrays)
+
+    def failure(self, failure: Failure) -> Message:
+        return packb({"type": "error", "message": super().failure(failure)})
+
+    def reset(self) -> Message:
+        return packb({"status": "reset successful"})
+
+
+OPENPI, ROBOARENA, VLLM_OMNI = _OpenPI(), _RoboArena(), _VLLMOmni()
+
+
+class _Turn(NamedTuple):
+    """What a message of a robot is answered with, in its turn: a message, or what is packed when the reply is there."""
+
+    size: int  # bytes of the message, of those that count
+    dialect: Dialect
+    answer: PendingReply | Message
 
 
 class RobotSession(WebSocketSession):
     """One connection of a robot: what it asks is answered in order.
 
+    It is not read where it has asked as much as it may without having been answered.
+
     Args:
         connection: not accepted yet.
         front: answers.
-        dialect: of the path.
+        greeting: the first message.
+        dialect: of messages without ``"endpoint"``.
     """
 
     protocol = "openpi"
 
-    def __init__(self, connection: WebSocketConnection, front: Front, dialect: Dialect) -> None:
+    def __init__(self, connection: WebSocketConnection, front: Front, greeting: bytes, dialect: Dialect) -> None:
         super().__init__(connection)
         self._front = front
         self._dialect = dialect
         self._session = Session()
-        self._pending: deque[tuple[PendingReply, bool] | bytes | str] = deque()
-        self._changed = asyncio.Event()
-        self._room = asyncio.Event()
-        self._previous_seconds: float | None = None
+        self._session_name: str | None = None
+        self._turns = deque([_Turn(0, dialect, greeting)])
+        self._bytes = 0  # of the messages that wait for their turn
+        self._added = asyncio.Event()
+        self._taken = asyncio.Event()
+        self._draining = False
+        self._previous_ms: float | None = None
 
     async def run(self) -> None:
         """Serve until the caller goes."""
-        await self.connection.accept()
-        await self.connection.send(packb(dict(self._front.metadata)))
-        writing = asyncio.create_task(self._write())
         try:
-            while True:
-                message = await self.connection.receive()
-                self._add(self._take(message))
-                while len(self._pending) > _MOST_PENDING:
-                    self._room.clear()
-                    await self._room.wait()
+            await self.connection.accept()
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._read())
+                tasks.create_task(self._write())
+        except* Disconnected:
+            pass
         finally:
-            self._session.cancel()
-            writing.cancel()
-            await asyncio.wait([writing])
+            while self._turns:
+                answer = self._end_turn().answer
+                if isinstance(answer, PendingReply):
+                    answer.cancel()
 
     async def drain(self) -> None:
-        while self._pending:
-            self._room.clear()
-            await self._room.wait()
+        self._draining = True
+        while self._turns:
+            self._taken.clear()
+            await self._taken.wait()
         await self.connection.close(GOING_AWAY, self._front.draining)
 
-    def _add(self, item: tuple[PendingReply, bool] | bytes | str) -> None:
-        self._pending.append(item)
-        self._changed.set()
+    # -- what the robot asks ---------------------------------------------------------------------------
 
-    def _take(self, message: bytes | str) -> tuple[PendingReply, bool] | bytes | str:
+    async def _read(self) -> None:
+        limits = self._front.limits
+        while True:
+            message = await self.connection.receive()
+            if self._draining:
+                continue
+            turn = self._take(message)
+            self._bytes += turn.size
+            self._turns.append(turn)
+            self._added.set()
+            while len(self._turns) >= limits.max_pending_per_connection or self._bytes >= limits.max_message_size:
+                self._taken.clear()
+                await self._taken.wait()
+
+    def _take(self, message: Message) -> _Turn:
         received_at = time.perf_counter()
+        size = len(message)
+        dialect = self._dialect
+        counted = 0
         try:
+            self._front.bytes_in_flight.add(size)
+            counted = size
             if isinstance(message, str):
-                raise InvalidRequestError("an observation is a binary message of msgpack, this is text")
+                raise InvalidRequestError("an observation is a binary message of msgpack, this is a text")
             entries = unpackb(message)
-            if not isinstance(entries, dict):
+            if type(entries) is not dict:
                 raise InvalidRequestError(f"an observation is a map, got {type(entries).__name__}")
             endpoint = entries.pop("endpoint", None)
-            if endpoint == "reset":
-                return self._reset()
-            if endpoint not in (None, "infer"):
+            if endpoint is not None and dialect is OPENPI:
+                dialect = ROBOARENA
+            if type(endpoint) not in _ENDPOINT_TYPES or endpoint not in _ENDPOINTS:
                 raise InvalidRequestError(f'the endpoint is "infer" or "reset", got {str(endpoint)[:50]!r}')
+            self._choose_session(entries)
+            if endpoint == "reset":
+                seed = entries.get("seed")
+                self._session.reset(None if seed is None else _integer("seed", seed))
+                return _Turn(counted, dialect, dialect.reset())
             pending = self._front.submit(
-                entries, protocol=self.protocol, size=len(message), received_at=received_at, session=self._session
+                entries, protocol=self.protocol, size=size, received_at=received_at, session=self._session
             )
         except Exception as error:
             self._front.count_refusal(self.protocol, error)
-            return self._front.failure_of(error).message
-        return pending, endpoint is not None or self._dialect is Dialect.VLLM_OMNI
+            return _Turn(counted, dialect, dialect.failure(self._front.failure_of(error)))
+        return _Turn(counted, dialect, pending)
 
-    def _reset(self) -> bytes | str:
-        if self._dialect is Dialect.VLLM_OMNI:
-            return packb({"status": "reset successful"})
-        return "reset successful"
+    def _choose_session(self, entries: dict[Any, Any]) -> None:
+        """Go to the session that a message names; without a name, the connection stays in the one that it is in."""
+        given = entries.get("session_id")
+        if given is None:
+            return
+        if "session_id" not in self._front.in_keys:
+            del entries["session_id"]
+        name = given if isinstance(given, str) else str(_integer("session_id", given))
+        if len(name) > _LONGEST_NAME:
+            raise InvalidRequestError(f"a session_id has at most {_LONGEST_NAME} characters, got {len(name)}")
+        self._session = self._front.sessions.find(name)
+        if self._dialect is VLLM_OMNI and self._session_name not in (None, name):
+            self._session.reset()
+        self._session_name = name
+
+    # -- what it is answered ---------------------------------------------------------------------------
 
     async def _write(self) -> None:
-        try:
-            while True:
-                if not self._pending:
-                    self._changed.clear()
-                    await self._changed.wait()
-                item = self._pending[0]
-                if isinstance(item, tuple):
-                    item = await self._reply(*item)
-                await self.connection.send(item)
-                self._pending.popleft()
-                self._room.set()
-        except Disconnected:
-            pass  # the task that receives is told
+        while True:
+            while not self._turns:
+                self._added.clear()
+                await self._added.wait()
+            turn = self._turns[0]
+            answer = turn.answer
+            if isinstance(answer, PendingReply):
+                await self.connection.send(await self._reply(turn.dialect, answer))
+                self._previous_ms = _ms_since(answer.received_at)
+            else:
+                await self.connection.send(answer)
+            self._end_turn()
 
-    async def _reply(self, pending: PendingReply, bare: bool) -> bytes | str:
+    async def _reply(self, dialect: Dialect, pending: PendingReply) -> Message:
         try:
-            reply = to_entries(await pending.reply())
-            if bare:
-                return packb(reply["actions"])
-            seconds = time.perf_counter() - pending.received_at
-            timing = {"infer_ms": seconds * 1000}
-            if self._previous_seconds is not None:
-                timing["prev_total_ms"] = self._previous_seconds * 1000
-            self._previous_seconds = seconds
-            return packb({**reply, "server_timing": timing})
+            reply = await pending.reply()
+            timing = {"infer_ms": _ms_since(pending.received_at)}
+            if self._previous_ms is not None:
+                timing["prev_total_ms"] = self._previous_ms
+            return dialect.reply(to_entries(reply), timing)
         except Exception as error:
-            return self._front.failure_of(error).message
+            return dialect.failure(self._front.failure_of(error))
+
+    def _end_turn(self) -> _Turn:
+        turn = self._turns.popleft()
+        self._bytes -= turn.size
+        self._front.bytes_in_flight.remove(turn.size)
+        self._taken.set()
+        return turn
+
+
+def _ms_since(start: float) -> float:
+    return (time.perf_counter() - start) * 1000
+
+
+def _integer(name: str, value: Any) -> int:
+    """An integer that a robot has sent in any form: plain, or as an array of one element.
+
+    Raises:
+        InvalidRequestError: it is none that 64 bits hold.
+    """
+    if isinstance(value, np.ndarray) and value.size == 1:
+        value = value.item()
+    if type(value) is not int or not -(2**63) <= value < 2**63:
+        raise InvalidRequestError(f"{name} is an integer of 64 bits, got {str(value)[:50]!r}")
+    return value
 
 
 def to_entries(reply: TensorDictBase) -> dict[str, Any]:
-    """The entries of a reply to one row: arrays, and numbers where they are of no dimension."""
-    entries: dict[str, Any] = {}
-    for name, value in reply.items():
-        if isinstance(value, TensorDictBase):
-            entries[name] = to_entries(value)
-        else:
-            entries[name] = value.item() if value.ndim == 0 else value.numpy()
-    return entries
+    """The entries of a reply to one row: arrays, and plain numbers where they are of no dimension.
+
+    Clients take every array for a sequence of actions, one for each step.
+    """
+    return {name: _value(value) for name, value in entries_of(reply).items()}
+
+
+def _value(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        if value.ndim == 0:
+            return value.item()
+        return (value.float() if value.dtype is torch.bfloat16 else value).numpy()  # numpy has no bfloat16
+    if is_nested(value):
+        return to_entries(value)
+    return value.tolist() if is_non_tensor(value) else value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,43 +17,71 @@ __all__ = ["Session", "Sessions"]
 class Session:
     """One connection of a robot, or what is asked with one ``session_id``.
 
-    Loop thread only.
+    Its first request, and the first one after a reset, carries ``is_init`` true, if the policy reads that. Where that
+    request gets no reply, the next one does so.
 
-    Attributes:
-        pending: its requests without a reply, the oldest first.
-        seed: of its requests, where the policy reads one; ``None``: they say it, or there is none.
-        starts: whether its next request is the first since it began, or was reset.
+    Loop thread only.
     """
 
-    __slots__ = ("pending", "seed", "starts")
+    __slots__ = ("_first", "_pending", "_seed", "_starts")
 
     def __init__(self) -> None:
-        self.pending: dict[PendingReply, None] = {}
-        self.seed: int | None = None
-        self.starts = True
+        self._pending: dict[PendingReply, None] = {}  # without a reply, the oldest first
+        self._first: PendingReply | None = None  # the pending one that says that the session starts
+        self._starts = True
+        self._seed: int | None = None
 
     def reset(self, seed: int | None = None) -> None:
-        """Start anew: the next request is the first one."""
-        self.starts = True
-        self.seed = seed
+        """Start anew with the next request.
 
-    def complete(self, entries: dict[str, Any], in_keys: Collection[str]) -> None:
-        """Add what the policy reads and the caller does not say: ``is_init``, and ``seed``, both ``[1]``."""
-        if "is_init" in in_keys and "is_init" not in entries:
-            entries["is_init"] = np.array([self.starts])
-        if self.seed is not None and "seed" in in_keys and "seed" not in entries:
-            entries["seed"] = np.array([self.seed])
-        self.starts = False
+        Args:
+            seed: of the requests from now on; ``None``: they have none, or say it themselves.
+        """
+        self._starts = True
+        self._first = None
+        self._seed = seed
 
-    def supersede(self) -> None:
-        """End the requests that have no reply yet: there is a newer one."""
-        for pending in list(self.pending):
-            pending.withdraw(SupersededError("a newer request of this session came before the reply"))
+    def replaceable(self) -> Sequence[PendingReply]:
+        """The requests that a newer one replaces: those that no batch has taken.
 
-    def cancel(self) -> None:
-        """End the requests that have no reply yet: their caller is gone."""
-        for pending in list(self.pending):
-            pending.cancel()
+        Where that is not known, the oldest may be in a batch, and stays: else a caller that asks faster than the policy
+        computes would never get a reply.
+        """
+        oldest = next(iter(self._pending), None)
+        found = []
+        for pending in self._pending:
+            waits = pending.waits()
+            if waits or (waits is None and pending is not oldest):
+                found.append(pending)
+        return found
+
+    def defaults(self, replaced: Sequence[PendingReply] = ()) -> Mapping[str, Any]:
+        """What the session adds to its next request: ``is_init [1]``, and ``seed [1]`` if it has one.
+
+        Args:
+            replaced: by that request.
+        """
+        starts = self._starts or self._first in replaced
+        entries = {"is_init": np.array([starts])}
+        if self._seed is not None:
+            entries["seed"] = np.array([self._seed])
+        return entries
+
+    def add(self, pending: PendingReply, replaced: Sequence[PendingReply] = ()) -> None:
+        """Note a request, and end those that it replaces."""
+        if self._starts or self._first in replaced:
+            self._starts = False
+            self._first = pending
+        self._pending[pending] = None
+        for older in replaced:
+            older.withdraw(SupersededError("a newer request of this session came before the reply"))
+
+    def remove(self, pending: PendingReply, *, answered: bool) -> None:
+        """Note that a request has ended, and whether with a reply."""
+        self._pending.pop(pending, None)
+        if pending is self._first:
+            self._first = None
+            self._starts = not answered
 
 
 class Sessions:
@@ -80,7 +108,3 @@ class Sessions:
         else:
             self._sessions.move_to_end(session_id)
         return session
-
-    def forget(self, session_id: str) -> None:
-        """End a session."""
-        self._sessions.pop(session_id, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from abc import ABC, abstractmethod
+from typing import Any
 
 from aioinfer.web.asgi import Disconnected, Message, Receive, Send
 from aioinfer.web.failures import Failure
@@ -57,6 +58,10 @@ class WebSocketConnection:
         self._send = send
         self._max_message_size = max_message_size
         self._stall_timeout = stall_timeout
+        self._sender: asyncio.Task[Any] | None = None  # while it sends
+        self._sending_since = 0.0
+        self._stalled = False
+        self._timer: asyncio.TimerHandle | None = None
 
     async def accept(self) -> None:
         """Complete the handshake."""
@@ -97,14 +102,47 @@ class WebSocketConnection:
             Disconnected: the caller is gone, or does not read.
         """
         message: Message = {"type": "websocket.send", "bytes" if isinstance(data, bytes) else "text": data}
+        task = self._watch_sender()
         try:
-            async with asyncio.timeout(self._stall_timeout):
-                await self._send(message)
-        except TimeoutError:
-            await self.close(POLICY_VIOLATION, "replies are not read")
-            raise Disconnected from None
+            await self._send(message)
         except OSError:  # uvicorn's ClientDisconnected is one
             raise Disconnected from None
+        except asyncio.CancelledError:
+            if not self._stalled or task.uncancel():
+                raise
+            await self.close(POLICY_VIOLATION, "replies are not read")
+            raise Disconnected from None
+        finally:
+            self._sender = None
+
+    def _watch_sender(self) -> asyncio.Task[Any]:
+        """Have the running task cancelled if what it does takes too long.
+
+        One timer watches all that is sent within its time: to set one for each message would take 20 us.
+        """
+        loop = asyncio.get_running_loop()
+        task = asyncio.current_task()
+        assert task is not None
+        self._sender, self._sending_since = task, loop.time()
+        if self._timer is None:
+            self._timer = loop.call_later(self._stall_timeout, self._check_sender, loop)
+        return task
+
+    def _check_sender(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer = None
+        if self._sender is None:
+            return
+        left = self._sending_since + self._stall_timeout - loop.time()
+        if left > 0:
+            self._timer = loop.call_later(left, self._check_sender, loop)
+        else:
+            self._stalled = True
+            self._sender.cancel()
+
+    def release(self) -> None:
+        """The connection is not used any more."""
+        if self._timer is not None:
+            self._timer.cancel()
 
     async def close(self, code: int, reason: str) -> None:
         """Close the connection."""
