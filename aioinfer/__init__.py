@@ -23,9 +23,9 @@ Between processes, with a connection in it::
 
 Over a network, robots, HTTP callers and clients on other machines::
 
-    web/app.py          web/openpi.py, stream.py,            web/front.py      web/backend.py
-    which path is   --> open_inference.py and act.py:    --> limits and    --> asks a server, as
-    served by what      a protocol each                      sessions          any client does
+    web/app.py          web/openpi.py, web/stream.py, web/act.py   web/front.py      web/backend.py
+    which path is   --> and web/open_inference.py:             --> limits and    --> asks a server, as
+    served by what      a protocol each                            sessions          any client does
     transports/network/ is the other end of web/stream.py
 
 New weights, from a trainer in another process, or (``server.update_weights``) in this one::
