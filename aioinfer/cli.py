@@ -1,4 +1,4 @@
-"""The command ``aioinfer``: a demo on real environments, the benchmark, and a simulation of rules for batches."""
+"""The command ``aioinfer``: a server of a policy, a demo, the benchmark, and a simulation of rules for batches."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     import argparse
 
-    from aioinfer import bench, demo
+    from aioinfer import bench, demo, serve
     from aioinfer.bench import simulation
 
     parser = argparse.ArgumentParser(prog="aioinfer", description="One PyTorch policy, served to many callers at once.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, module in (("demo", demo), ("bench", bench), ("simulate", simulation)):
+    for name, module in (("serve", serve), ("demo", demo), ("bench", bench), ("simulate", simulation)):
         summary = (module.__doc__ or "").splitlines()[0]
         command = commands.add_parser(name, help=summary, description=summary)
         module.add_arguments(command)

@@ -37,7 +37,7 @@ LAYERS = (
     {"collectors", "web"},
     {""},
     {"testing"},
-    {"demo", "bench", "cli", "__main__"},
+    {"demo", "bench", "serve", "cli", "__main__"},
 )
 
 

@@ -41,12 +41,14 @@ def _aioinfer(*arguments: str, stdout: int = subprocess.PIPE, path: str = "") ->
             process.kill()
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"], ["bench", "--help"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["serve", "--help"], ["demo", "--help"], ["bench", "--help"]], ids=" ".join
+)
 def test_help_is_shown_without_importing_torch(arguments: list[str]) -> None:
     program = (
         "import sys; from aioinfer.cli import main\n"
         "try: main(sys.argv[1:])\n"
-        "except SystemExit as end: print(end.code, {'torch', 'tensordict', 'numpy'} & sys.modules.keys())"
+        "except SystemExit as end: print(end.code, {'torch', 'tensordict', 'numpy', 'uvicorn'} & sys.modules.keys())"
     )
     done = subprocess.run(
         [sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=HANG, check=True

@@ -1,0 +1,231 @@
+"""Connections of strangers: bounds on the time and the size of request heads, on connections, and on what arrives."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any, ClassVar
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.frames import Frame
+
+from aioinfer.errors import ServerOverloadedError
+from aioinfer.web.limits import BytesInFlight
+from aioinfer.web.websocket import POLICY_VIOLATION
+
+__all__ = ["ConnectionGuard", "GuardedHttp", "GuardedWebSocket"]
+
+_TRY_LATER = 1013
+_HEAD_TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+_BAD_HANDSHAKE = b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+
+
+class ConnectionGuard:
+    """What the connections of one listener share: whose request head is awaited, and what they may take.
+
+    Loop thread only.
+
+    Args:
+        head_timeout: seconds that a request head may take: from the beginning of a connection, or from its first byte
+            where the connection has been used before.
+        max_head_size: bytes of a request head. The last ones that are read at once may exceed it.
+        max_fragments: parts of a WebSocket message: each takes memory of its own, however small it is.
+        max_connections: that are open at once. Beyond, a new one takes the place of the one whose request head is
+            awaited the longest; it is closed where there is none.
+        bytes_in_flight: counts what has arrived of a WebSocket message until the app takes it.
+        clock: seconds; by default those of the event loop.
+    """
+
+    def __init__(
+        self,
+        *,
+        head_timeout: float = 10.0,
+        max_head_size: int = 2**16,
+        max_fragments: int = 2**14,
+        max_connections: int = 10_000,
+        bytes_in_flight: BytesInFlight,
+        clock: Callable[[], float] | None = None,
+    ) -> None:
+        self.head_timeout = head_timeout
+        self.max_head_size = max_head_size
+        self.max_fragments = max_fragments
+        self.max_connections = max_connections
+        self.bytes_in_flight = bytes_in_flight
+        self._clock = clock
+        self._awaited: dict[GuardedHttp, float] = {}  # until when; all wait equally long, so the first is due first
+        self._timer: asyncio.TimerHandle | None = None
+
+    def protocols(self) -> tuple[type[GuardedHttp], type[GuardedWebSocket]]:
+        """Classes for ``uvicorn.Config(http=..., ws=...)``, of connections that this guard watches."""
+        http = type("GuardedHttp", (GuardedHttp,), {"guard": self})
+        websocket = type("GuardedWebSocket", (GuardedWebSocket,), {"guard": self})
+        return http, websocket
+
+    @property
+    def awaited(self) -> int:
+        """How many connections have not sent a whole request head yet, or have begun another one."""
+        return len(self._awaited)
+
+    def await_head(self, connection: GuardedHttp) -> None:
+        """Close the connection unless :meth:`stop_awaiting` is called in time."""
+        if connection not in self._awaited:
+            self._awaited[connection] = self._now() + self.head_timeout
+            if self._timer is None:
+                self._timer = asyncio.get_running_loop().call_later(self.head_timeout, self._on_timer)
+
+    def stop_awaiting(self, connection: GuardedHttp) -> None:
+        """The head is whole, or the connection is closed."""
+        self._awaited.pop(connection, None)
+
+    def make_room(self) -> bool:
+        """Close the connection whose request head is awaited the longest; whether there is one."""
+        for connection in self._awaited:
+            del self._awaited[connection]
+            connection.transport.abort()
+            return True
+        return False
+
+    def close_late(self) -> float | None:
+        """Close connections whose request head is late; return the seconds until the next is due."""
+        now = self._now()
+        while self._awaited:
+            due_in = next(iter(self._awaited.values())) - now
+            if due_in > 0:
+                return due_in
+            self.make_room()
+        return None
+
+    def close(self) -> None:
+        """Stop watching."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        left = self.close_late()
+        if left is not None:
+            self._timer = asyncio.get_running_loop().call_later(left, self._on_timer)
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time() if self._clock is None else self._clock()
+
+
+class GuardedHttp(HttpToolsProtocol):
+    """uvicorn's protocol of HTTP, which lets a connection without a request wait for ever, and heads be of any size.
+
+    While a request is served, and between two of them as long as no byte comes, uvicorn does what it does.
+    """
+
+    guard: ClassVar[ConnectionGuard]
+    _head_size = 0
+    _awaits_head = False
+    _upgraded = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        full = len(self.connections) >= self.guard.max_connections and not self.guard.make_room()
+        super().connection_made(transport)
+        if full:
+            transport.abort()
+        else:
+            self._await_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._serves() or self._upgraded:
+            if self._awaits_head:
+                self._stop_awaiting()
+            return
+        if not self.transport.is_closing():
+            self._await_head()
+            if not self._head_is_whole():  # else it is the rest of a body, which nobody wants any more
+                self._head_size += len(data)
+                if self._head_size > self.guard.max_head_size:
+                    self.transport.write(_HEAD_TOO_LARGE)
+                    self.transport.close()
+
+    def handle_websocket_upgrade(self) -> None:
+        self._upgraded = True
+        super().handle_websocket_upgrade()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_awaiting()
+        super().connection_lost(exc)
+
+    def _serves(self) -> bool:
+        return self._head_is_whole() and self.cycle is not None and not self.cycle.response_complete
+
+    def _head_is_whole(self) -> bool:
+        """Of the latest request: ``on_message_begin`` makes a new scope, and ``on_headers_complete`` fills it in."""
+        return self.scope is not None and "method" in self.scope
+
+    def _await_head(self) -> None:
+        if not self._awaits_head:
+            self._awaits_head = True
+            self.guard.await_head(self)
+
+    def _stop_awaiting(self) -> None:
+        self._awaits_head = False
+        self._head_size = 0
+        self.guard.stop_awaiting(self)
+
+
+class GuardedWebSocket(WebSocketsSansIOProtocol):
+    """uvicorn's protocol of WebSockets, which keeps a message until it is whole, and tells nobody how much that is."""
+
+    guard: ClassVar[ConnectionGuard]
+    _counted = 0
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            self.guard.bytes_in_flight.add(len(data))
+        except ServerOverloadedError as error:
+            self._fail(_TRY_LATER, str(error))
+            return
+        self._counted += len(data)
+        super().data_received(data)
+        if not self.handshake_initiated:  # it was given the whole head at once, and has not understood it
+            self.transport.write(_BAD_HANDSHAKE)
+            self.transport.close()
+        elif not self.frames and not self.conn.reader.buffer and self.queue.empty():
+            self._recount(0)
+
+    def handle_cont(self, event: Frame) -> None:
+        if len(self.frames) < self.guard.max_fragments:
+            super().handle_cont(event)
+        else:
+            self.frames = []
+            self._fail(POLICY_VIOLATION, f"a message has at most {self.guard.max_fragments} parts")
+
+    def send(self, message: Any) -> Coroutine[Any, Any, None]:
+        return (self._refuse if message["type"] == "websocket.http.response.body" else super().send)(message)
+
+    async def _refuse(self, message: Any) -> None:
+        await super().send(message)
+        if not message.get("more_body"):
+            self.handshake_complete = True  # else uvicorn logs that the app has not completed it
+
+    async def receive(self) -> Any:
+        message = await super().receive()
+        if self.queue.empty():  # the app counts what it has; what is left is of the next message
+            self._recount(len(self.conn.reader.buffer) + sum(map(len, self.frames)))
+        return message
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._recount(0)
+        super().connection_lost(exc)
+
+    def _recount(self, size: int) -> None:
+        if not self.disconnected:
+            self.guard.bytes_in_flight.remove(self._counted - size)
+            self._counted = size
+
+    def _fail(self, code: int, reason: str) -> None:
+        if self.close_sent or self.transport.is_closing():
+            return
+        self.queue.put_nowait({"type": "websocket.disconnect", "code": code, "reason": reason})
+        self.conn.fail(code, reason)
+        self.transport.write(b"".join(self.conn.data_to_send()))
+        self.close_sent = True
+        self.transport.close()

@@ -1,0 +1,203 @@
+"""Sockets to listen on, and the connections that come: uvicorn's protocols, without its signals and its shutdown."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import os
+import socket
+import ssl
+import stat
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from uvicorn.server import ServerState
+
+from aioinfer.serve.guard import ConnectionGuard, GuardedHttp
+from aioinfer.web.asgi import ASGIApp
+from aioinfer.web.limits import Limits
+
+__all__ = ["AddressError", "Listener", "bind", "bind_unix", "is_local", "unlink"]
+
+_BACKLOG = 2048
+_KEEP_ALIVE = 75  # seconds: longer than the 60 of most proxies, which would send a request as we close
+_LOOK_EVERY = 0.01  # seconds, while connections end
+_ABORT_GRACE = 1.0  # seconds for the tasks of connections that were cut
+
+
+class AddressError(Exception):
+    """An address can't be listened on; the message has one line."""
+
+
+def is_local(host: str) -> bool:
+    """Whether only this machine reaches what listens there.
+
+    Raises:
+        AddressError: the name is unknown.
+    """
+    return all(ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback for *_, address in _resolve(host, 0))
+
+
+def bind(host: str, port: int) -> list[socket.socket]:
+    """Make sockets for all addresses of a host.
+
+    Args:
+        host: a name, or an address.
+        port: of all of them; 0 takes a free one.
+
+    Raises:
+        AddressError: the name is unknown, or the port is taken.
+    """
+    with ExitStack() as made:
+        sockets: list[socket.socket] = []
+        for family, address in sorted(_resolve(host, port)):
+            # Of TCP by number, not by default: asyncio switches off Nagle's algorithm, which costs 40 ms, only then.
+            listening = made.enter_context(socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP))
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            chosen = sockets[0].getsockname()[1] if sockets else port
+            try:
+                listening.bind((address[0], chosen, *address[2:]))
+                listening.listen(_BACKLOG)  # at once: until then another one may bind the same port
+            except OSError as error:
+                raise AddressError(f"can't listen on {address[0]}, port {chosen}: {error.strerror}") from None
+            sockets.append(listening)
+        made.pop_all()
+    return sockets
+
+
+def _resolve(host: str, port: int) -> set[tuple[int, tuple[Any, ...]]]:
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise AddressError(f"can't listen on {host!r}: {error.strerror}") from None
+    return {(family, address) for family, _, _, _, address in found}
+
+
+def bind_unix(path: Path) -> socket.socket:
+    """Make a socket in the file system, and take the place of one that nobody listens on any more.
+
+    Who may connect is what the umask says: by default the user alone, and with 007 the group too.
+
+    Raises:
+        AddressError: a server listens there, or there is another file.
+    """
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        with suppress(FileNotFoundError):
+            if not stat.S_ISSOCK(os.lstat(path).st_mode):
+                raise AddressError(f"{path} is there, and is no socket")
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                probe.settimeout(1.0)
+                try:
+                    probe.connect(str(path))
+                except ConnectionRefusedError:
+                    path.unlink(missing_ok=True)
+                else:
+                    raise AddressError(f"a server listens on {path} already")
+        listening.bind(str(path))
+        listening.listen(_BACKLOG)  # at once: until then it looks as if nobody listened any more
+    except OSError as error:
+        listening.close()
+        raise AddressError(f"can't listen on {path}: {error.strerror or error}") from None
+    except AddressError:
+        listening.close()
+        raise
+    return listening
+
+
+def unlink(path: Path, inode: int) -> None:
+    """Remove a socket from the file system, unless another server has put its own there."""
+    with suppress(OSError):
+        if os.lstat(path).st_ino == inode:
+            path.unlink()
+
+
+class Listener:
+    """Accepts connections, and serves an app on them.
+
+    Args:
+        app: of ASGI; it gets no lifespan.
+        sockets: bound; it closes them.
+        guard: watches the connections.
+        limits: of messages.
+        tls: certificate and key; ``None``: connections are plain.
+        log_level: of uvicorn's loggers; with ``"debug"``, each request is logged.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        sockets: Sequence[socket.socket],
+        *,
+        guard: ConnectionGuard,
+        limits: Limits,
+        tls: ssl.SSLContext | None = None,
+        log_level: str = "warning",
+    ) -> None:
+        self._sockets = sockets
+        self._guard = guard
+        self._tls = tls
+        self._state = ServerState()
+        self._http, websocket = guard.protocols()
+        self._config = uvicorn.Config(
+            app,
+            http=self._http,
+            ws=websocket,
+            interface="asgi3",
+            lifespan="off",
+            ws_max_size=limits.max_message_size,
+            ws_per_message_deflate=False,
+            proxy_headers=False,
+            server_header=False,
+            date_header=False,
+            timeout_keep_alive=_KEEP_ALIVE,
+            access_log=log_level == "debug",
+            log_config=None,
+            log_level=log_level,
+        )
+        self._servers: list[asyncio.Server] = []
+
+    async def open(self) -> None:
+        """Accept connections from now on."""
+        self._config.load()
+        loop = asyncio.get_running_loop()
+        timeout = None if self._tls is None else self._guard.head_timeout
+        for listening in self._sockets:
+            self._servers.append(
+                await loop.create_server(
+                    self._make_protocol, sock=listening, ssl=self._tls, backlog=_BACKLOG, ssl_handshake_timeout=timeout
+                )
+            )
+
+    def _make_protocol(self) -> asyncio.Protocol:
+        return self._http(config=self._config, server_state=self._state, app_state={})
+
+    async def close(self, grace: float) -> None:
+        """Accept no more, close connections as they are idle, and cut the others.
+
+        Args:
+            grace: seconds for requests to be answered, and for WebSockets that the app has closed to hear so.
+        """
+        for server in self._servers:
+            server.close()
+        for listening in self._sockets:
+            listening.close()
+        connections, tasks = self._state.connections, self._state.tasks
+        for connection in list(connections):
+            if isinstance(connection, GuardedHttp):  # uvicorn would close WebSockets with 1012, before their replies
+                connection.shutdown()
+        deadline = asyncio.get_running_loop().time() + grace
+        while (connections or tasks) and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110 - uvicorn's sets
+            await asyncio.sleep(_LOOK_EVERY)
+        for connection in list(connections):
+            connection.transport.abort()
+        if tasks:
+            _, late = await asyncio.wait(tasks, timeout=_ABORT_GRACE)
+            for task in late:
+                task.cancel()
+        self._guard.close()
