@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from concurrent.futures import CancelledError
 
 __all__ = [
+    "AccessDeniedError",
     "ClientBusyError",
     "ClientClosedError",
     "CollectorError",
@@ -57,6 +58,10 @@ class ServerStartError(InferenceError, RuntimeError):
 
 class PeerDiedError(InferenceError, RuntimeError):
     """The process at the other end of a transport is gone."""
+
+
+class AccessDeniedError(InferenceError, PermissionError):
+    """The server does not take this caller: it needs a token, or another one, or to be asked by another name."""
 
 
 class NoFreeSlotError(InferenceError, RuntimeError):

@@ -1,10 +1,10 @@
 """How requests and replies travel."""
 
-from aioinfer.transports.ipc.client import RemoteServer, connect
 from aioinfer.transports.ipc.pickled import MPTransport
 from aioinfer.transports.ipc.slots import ProcessSlotTransport
 from aioinfer.transports.local import SlotTransport, ThreadingTransport
 from aioinfer.transports.polling import InferenceTransport
+from aioinfer.transports.remote import RemoteServer, connect
 
 __all__ = [
     "InferenceTransport",

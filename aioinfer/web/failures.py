@@ -49,11 +49,13 @@ class Failure(NamedTuple):
         status: of the HTTP reply.
         message: in one line, or with a traceback where the app is being debugged.
         retry_after: seconds after which the caller may ask again, where it may.
+        error_id: under which the log has the error, where it is the model's.
     """
 
     status: int
     message: str
     retry_after: str | None = None
+    error_id: str | None = None
 
 
 _OUTCOMES = {409: "superseded", 429: "rejected", 503: "rejected", 504: "expired"}
@@ -90,4 +92,4 @@ def failure_of(error: BaseException, *, debug: bool = False) -> Failure:
     message = f"{describe(error)} (error id {error_id})"
     if debug and not isinstance(error, InferenceError):
         message += "\n" + "".join(traceback.format_exception(error))
-    return Failure(500, message)
+    return Failure(500, message, error_id=error_id)

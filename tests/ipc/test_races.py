@@ -30,9 +30,9 @@ from aioinfer.testing.callers import is_double
 from aioinfer.testing.inspection import connection_of, ignore_in_wait
 from aioinfer.transports.ipc import connection as connection_module
 from aioinfer.transports.ipc import slots as slots_module
-from aioinfer.transports.ipc.client import RemoteServer
 from aioinfer.transports.ipc.connection import ClientConnection, FutureReader, LoopReader, PendingCalls
 from aioinfer.transports.ipc.protocol import FromClient, FromServer
+from aioinfer.transports.remote import RemoteServer
 from tests.limits import HANG
 from tests.process_workers import greeting
 from tests.stepped import Steps

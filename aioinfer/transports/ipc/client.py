@@ -11,11 +11,11 @@ import time
 import weakref
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from tensordict import TensorDictBase
 
-from aioinfer.client import AsyncInferenceClient, ClientMaker, InferenceClient, check_count
+from aioinfer.client import AsyncInferenceClient, InferenceClient, check_count
 from aioinfer.entries import RequestLike, make_request
 from aioinfer.errors import (
     ClientBusyError,
@@ -42,7 +42,7 @@ from aioinfer.transports.ipc.protocol import FromClient
 if TYPE_CHECKING:
     from aioinfer.transports.ipc.server import ProcessTransport
 
-__all__ = ["Endpoint", "RemoteServer", "connect"]
+__all__ = ["Endpoint", "find"]
 
 # Errors that `submit` does not raise, but lets the future fail with.
 _REFUSALS = (InferenceError, OSError)
@@ -369,20 +369,8 @@ def _cancel(connection: ClientConnection, number: int, future: Any) -> None:
         connection.cancel(number)
 
 
-def connect(address: str, *, timeout: float | None = 10.0) -> RemoteServer:
-    """Find a running server of this machine, in another process of this user.
-
-    Blocks until the server's event loop has answered; ``await anyio.to_thread.run_sync(connect, address)`` does not
-    block yours.
-
-    Args:
-        address: the ``address`` of the server's transport.
-        timeout: seconds to wait; ``None`` waits for ever.
-
-    Raises:
-        ServerClosedError: no server listens there.
-        TimeoutError: no answer within ``timeout``; the server has not started, or its event loop is blocked.
-    """
+def find(address: str, *, timeout: float | None) -> Endpoint:
+    """Find a server of this machine by the address of its transport; see :func:`aioinfer.connect`."""
     deadline = None if timeout is None else time.monotonic() + timeout
     sock = FramedSocket(connect_unix(address, timeout))
     try:
@@ -392,56 +380,9 @@ def connect(address: str, *, timeout: float | None = 10.0) -> RemoteServer:
                 raise TimeoutError(f"the server at {address} does not answer within {timeout} seconds")
             _, frames = sock.receive()
             for _, payload in frames:
-                return RemoteServer(loads(payload or b""))
+                endpoint: Endpoint = loads(payload or b"")
+                return endpoint
     except EOFError:
         raise ServerClosedError(f"the server at {address} has ended") from None
     finally:
         sock.close()
-
-
-class RemoteServer(ClientMaker):
-    """A server elsewhere, as :func:`connect` finds it. It makes clients; each connects when it is first used.
-
-    Where the transport has slots and too few are free then, the client's requests fail with :class:`NoFreeSlotError`.
-
-    Use it as a context manager, or as an async one, to close the clients that it has made.
-    """
-
-    def __init__(self, endpoint: Endpoint) -> None:
-        self._endpoint = endpoint
-        self._made: weakref.WeakSet[Endpoint] = weakref.WeakSet()
-        self._closed = False
-
-    def __reduce__(self) -> tuple[type[RemoteServer], tuple[Endpoint]]:
-        return RemoteServer, (self._endpoint,)  # what it has made stays here
-
-    def close(self) -> None:
-        """Close every client that was made here, and make no more. Idempotent; any thread."""
-        self._closed = True
-        for endpoint in list(self._made):
-            endpoint.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self.close()
-
-    def clients(self, count: int, *, copy: bool = True) -> list[InferenceClient]:
-        return self._replace(count, copy).clients()
-
-    def async_clients(self, count: int, *, copy: bool = True) -> list[AsyncInferenceClient]:
-        return self._replace(count, copy).async_clients()
-
-    def _replace(self, count: int, copy: bool) -> Endpoint:
-        if self._closed:
-            raise ClientClosedError("this way to the server was closed; connect again")
-        endpoint = self._endpoint.replace(count, copy=copy)
-        self._made.add(endpoint)
-        return endpoint

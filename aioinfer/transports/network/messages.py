@@ -1,7 +1,8 @@
 """Messages between clients elsewhere and a server: many requests, or replies, in one.
 
-A message is the length of its header, four bytes; the header, a map of msgpack; and the bytes of its columns. What is
-alike travels together: the tensors of one key of all rows are one column, aligned to 8 bytes. There is no pickle in it.
+A message is the length of its header, four bytes; the header, a map of msgpack; and the columns. Payloads of like
+layout travel as one group: the tensors of one key of all of them are one column, little-endian, whose start is a
+multiple of 8 bytes. There is no pickle in it, and each column has one of the dtypes that are named here.
 """
 
 from __future__ import annotations
@@ -9,38 +10,49 @@ from __future__ import annotations
 import math
 import struct
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import msgpack
 import numpy as np
 import torch
-from tensordict import NonTensorData, TensorDict, TensorDictBase, is_non_tensor
+from tensordict import NonTensorData, NonTensorStack, TensorDict, TensorDictBase, is_non_tensor
 
 from aioinfer.entries import Entries, is_checked, stack_entries
 from aioinfer.errors import InvalidRequestError
-from aioinfer.tensors import UnlikeRequestsError, entries, group_by_layout, rows, show_key, stack
+from aioinfer.tensors import UnlikeRequestsError, entries, group_by_layout, is_nested, rows, show_key, stack
 
-__all__ = ["Group", "decode_message", "encode_message", "group_payloads"]
+__all__ = [
+    "Group",
+    "Payload",
+    "check_payload",
+    "decode_group",
+    "decode_header",
+    "encode_message",
+    "group_payloads",
+]
 
-MAX_DIMENSIONS = 16
+MAX_DIMENSIONS = 8
+"""Of a tensor in a payload."""
+MAX_DEPTH = 16
+"""Of nested TensorDicts."""
+MAX_COLUMNS = 1024
+"""Of a group."""
+MAX_HEADER = 4 * 2**20
+"""Bytes: all but the tensors. A byte of msgpack may take 8 of memory."""
 
 _LENGTH = struct.Struct("<I")
-_DTYPES = {
-    name: np.dtype(name)
-    for name in (
-        *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
-        *("float16", "float32", "float64"),
-    )
-}
-_BFLOAT16 = "bfloat16"  # of which numpy knows nothing: it travels as the bits of int16
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_BFLOAT16 = "bf2"  # of which numpy knows nothing: it travels as the bits of int16
+_DTYPES = {np.dtype(kind).str[1:]: np.dtype(kind).newbyteorder("<") for kind in "?bBhHiIlLqQefd"}
+_WIRE_DTYPES = {**_DTYPES, _BFLOAT16: _DTYPES["i2"]}
+_NAMES = {np.dtype(kind): np.dtype(kind).str[1:] for kind in "?bBhHiIlLqQefd"}
+_TORCH_DTYPES = {torch.from_numpy(np.empty(0, dtype)).dtype for dtype in _NAMES} | {torch.bfloat16}
+_ONE_ROW = torch.Size([])
 
 Payload: TypeAlias = TensorDictBase | Entries
 """A request or a reply: a TensorDict, or entries by name."""
 Path: TypeAlias = tuple[str, ...]
-Leaf: TypeAlias = tuple[Path, str, tuple[int, ...]]
-"""The key of a column, the name of its dtype, and the shape of a row of it."""
+Array: TypeAlias = np.ndarray[Any, Any]
 
 
 class Group(NamedTuple):
@@ -50,107 +62,203 @@ class Group(NamedTuple):
         indices: which of those that were given they are.
         by_name: whether they are entries by name.
         batch_size: of one of them, if it is a TensorDict.
-        leaves: their columns.
+        sizes: the batch sizes of TensorDicts in it, with their keys, where they are others.
+        leaves: of each column the key, the name of its dtype, and the shape of a row.
         columns: the arrays, each ``[k, *shape]``.
-        plain: for each payload, what is no array: numbers, strings and lists, by path; ``None`` if there are none.
+        plain: for each payload, what is no tensor, with its key: numbers, strings and lists; ``None`` if there is none.
     """
 
     indices: Sequence[int]
     by_name: bool
-    batch_size: tuple[int, ...]
-    leaves: list[Leaf]
-    columns: list[np.ndarray[Any, Any]]
-    plain: list[list[tuple[Path, Any]]] | None
+    batch_size: Sequence[int]
+    sizes: Sequence[tuple[Path, Sequence[int]]]
+    leaves: Sequence[tuple[Path, str, Sequence[int]]]
+    columns: Sequence[Array]
+    plain: Sequence[Sequence[tuple[Path, Any]]] | None
+
+
+# -- what travels ----------------------------------------------------------------------------------------------
+
+
+def check_payload(payload: Payload) -> tuple[Payload, int]:
+    """Return a payload as :func:`group_payloads` takes it, and how many bytes its tensors have.
+
+    Raises:
+        InvalidRequestError: it has something that does not travel.
+    """
+    if isinstance(payload, TensorDictBase) and not _is_plain_td(payload):
+        try:
+            payload = payload.to_tensordict()
+        except Exception as error:  # a class of the user's may raise anything
+            raise InvalidRequestError(f"the request can't be copied: {type(error).__qualname__}: {error}") from error
+    return payload, _check(payload, ())
+
+
+def _is_plain_td(td: TensorDictBase) -> bool:
+    return type(td) is TensorDict and all(_is_plain_td(value) for value in entries(td).values() if is_nested(value))
+
+
+def _is_nested(value: Any) -> bool:
+    return isinstance(value, TensorDictBase | Mapping) and not is_non_tensor(value)
+
+
+def _check(payload: Payload, above: Path) -> int:
+    size = 0
+    if len(above) >= MAX_DEPTH:
+        raise InvalidRequestError(f"{show_key(above[:4])} leads on: TensorDicts are nested {MAX_DEPTH} deep at most")
+    for name, value in (entries(payload) if isinstance(payload, TensorDictBase) else payload).items():
+        if isinstance(value, torch.Tensor):
+            travels = value.dtype in _TORCH_DTYPES and value.layout is torch.strided
+        elif isinstance(value, np.ndarray):
+            travels = value.dtype in _NAMES
+        elif _is_nested(value):
+            size += _check(value, (*above, name))  # type: ignore[arg-type]
+            continue
+        else:
+            size += len(_pack_plain((*above, name), value))
+            continue
+        if not travels:
+            raise InvalidRequestError(f"{show_key((*above, name))} has dtype {value.dtype}, which does not travel")
+        if value.ndim > MAX_DIMENSIONS:
+            raise InvalidRequestError(
+                f"{show_key((*above, name))} has {value.ndim} dimensions, at most {MAX_DIMENSIONS} travel"
+            )
+        size += value.nbytes
+    return size
+
+
+def _pack_plain(path: Path, value: Any) -> bytes:
+    try:
+        packed: bytes = msgpack.packb(_plain(value), default=_as_number)
+    except Exception as error:  # whatever the value's own methods raise
+        raise InvalidRequestError(f"{show_key(path)} does not travel: {error}") from error
+    if len(packed) > MAX_HEADER // 2:
+        raise InvalidRequestError(f"{show_key(path)} takes {len(packed)} bytes as a list or text; make it an array")
+    return packed
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if is_non_tensor(value) else value
+
+
+def _as_number(value: Any) -> Any:
+    """A number in a list that is one of numpy or torch."""
+    return value.tolist() if isinstance(value, np.generic | np.ndarray | torch.Tensor) else value.item()
+
+
+# -- encoding --------------------------------------------------------------------------------------------------
 
 
 def group_payloads(payloads: Sequence[Payload]) -> list[Group]:
-    """Put payloads of like layout together.
-
-    Raises:
-        InvalidRequestError: one of them has something that does not travel.
-    """
-    named: defaultdict[Any, list[int]] = defaultdict(list)
+    """Put payloads that :func:`check_payload` has returned together, those of like layout into one group."""
+    named: list[int] = []
     tds: list[int] = []
     groups: list[Group] = []
     for index, payload in enumerate(payloads):
         if type(payload) is not dict:
             tds.append(index)
         elif is_checked(payload):
-            named[tuple([(name, value.dtype, value.shape) for name, value in payload.items()])].append(index)
+            named.append(index)
         else:
             groups.append(_group([index], payload, by_name=True))
-    for indices in named.values():
-        rows = [payloads[index] for index in indices]
-        groups.append(_group(indices, stack_entries(rows, _ONE_ROW), by_name=True))  # type: ignore[arg-type]
-    if tds:
-        rows = [payloads[index] for index in tds]
-        try:
-            groups.append(_group(tds, stack(rows), by_name=False))  # type: ignore[arg-type]
-        except (UnlikeRequestsError, RuntimeError):
-            for found in group_by_layout(rows, [False] * len(rows)):  # type: ignore[arg-type]
-                alike = stack([rows[index] for index in found])  # type: ignore[misc]
-                groups.append(_group([tds[index] for index in found], alike, by_name=False))
+    with torch.no_grad():
+        if named:
+            groups += _named_groups(payloads, named)
+        if tds:
+            groups += _td_groups(payloads, tds)
     return groups
 
 
-_ONE_ROW = torch.Size([])
+def _named_groups(payloads: Sequence[Any], indices: list[int]) -> list[Group]:
+    try:
+        return [_group(indices, stack_entries([payloads[index] for index in indices], _ONE_ROW), by_name=True)]
+    except (UnlikeRequestsError, RuntimeError):
+        alike: defaultdict[Any, list[int]] = defaultdict(list)
+        for index in indices:
+            layout = [(name, str(value.dtype), tuple(value.shape)) for name, value in payloads[index].items()]
+            alike[tuple(sorted(layout))].append(index)
+        return [
+            _group(some, stack_entries([payloads[index] for index in some], _ONE_ROW), by_name=True)
+            for some in alike.values()
+        ]
 
 
-def _group(indices: list[int], payload: Payload, *, by_name: bool) -> Group:
-    leaves: list[Leaf] = []
-    columns: list[np.ndarray[Any, Any]] = []
-    plain: list[tuple[Path, Any]] = []
-    _flatten(entries(payload) if isinstance(payload, TensorDictBase) else payload, (), leaves, columns, plain)
-    if isinstance(payload, TensorDictBase):
-        size = tuple(payload.batch_size[1:])
-        leaves = [(path, name, shape[1:]) for path, name, shape in leaves]
-        rows = [[(path, value[row]) for path, value in plain] for row in range(len(indices))] if plain else None
-    else:
-        size, rows = (), [plain] if plain else None
-        columns = [column[None] for column in columns]
-    return Group(indices, by_name, size, leaves, columns, rows)
+def _td_groups(payloads: Sequence[Any], indices: list[int]) -> list[Group]:
+    tds = [payloads[index] for index in indices]
+    try:
+        return [_group(indices, stack(tds), by_name=False)]
+    except (UnlikeRequestsError, RuntimeError):
+        return [
+            _group([indices[one] for one in some], stack([tds[one] for one in some]), by_name=False)
+            for some in group_by_layout(tds, [False] * len(tds))
+        ]
 
 
-def _flatten(
-    payload: Mapping[str, Any],
-    above: Path,
-    leaves: list[Leaf],
-    columns: list[np.ndarray[Any, Any]],
-    plain: list[tuple[Path, Any]],
-) -> None:
-    for name, value in payload.items():
-        path = (*above, name)
-        if isinstance(value, torch.Tensor):
-            tensor = value.detach().cpu()
-            if tensor.dtype is torch.bfloat16:
-                leaves.append((path, _BFLOAT16, tuple(tensor.shape)))
-                columns.append(tensor.view(torch.int16).numpy())
-                continue
-            value = tensor.numpy()
-        if isinstance(value, np.ndarray):
-            array = value.astype(value.dtype.newbyteorder("="), copy=False)
-            dtype = _NAMES.get(array.dtype)
-            if dtype is None:
-                raise InvalidRequestError(f"{show_key(path)} has dtype {array.dtype}, which does not travel")
-            leaves.append((path, dtype, array.shape))
-            columns.append(array)
-        elif is_non_tensor(value):
-            plain.append((path, value.tolist()))
-        elif isinstance(value, TensorDictBase | Mapping):
-            _flatten(value, path, leaves, columns, plain)  # type: ignore[arg-type]
-        else:
-            plain.append((path, value))
+class _Flat:
+    """The entries of a payload, or of stacked ones, with their whole keys.
+
+    Args:
+        stacked: whether each has a first dimension for payloads.
+        size: the batch size that nested TensorDicts have if nothing else is said.
+    """
+
+    def __init__(self, stacked: bool, size: Sequence[int]) -> None:
+        self._first = 1 if stacked else 0
+        self._size = tuple(size)
+        self.sizes: list[tuple[Path, Sequence[int]]] = []
+        self.leaves: list[tuple[Path, str, Sequence[int]]] = []
+        self.columns: list[Array] = []
+        self.plain: list[tuple[Path, Any]] = []
+
+    def add(self, payload: Payload, above: Path = ()) -> None:
+        for name, value in (entries(payload) if isinstance(payload, TensorDictBase) else payload).items():
+            path = (*above, name)
+            if isinstance(value, torch.Tensor):
+                if value.dtype is torch.bfloat16:
+                    self._add_column(path, value.view(torch.int16).numpy(force=True), _BFLOAT16)
+                else:
+                    self._add_column(path, value.numpy(force=True))
+            elif isinstance(value, np.ndarray):
+                self._add_column(path, value)
+            elif _is_nested(value):
+                size = tuple(value.batch_size[self._first :]) if isinstance(value, TensorDictBase) else None
+                if size is not None and (size != self._size or not len(value.keys())):
+                    self.sizes.append((path, size))
+                self.add(value, path)  # type: ignore[arg-type]
+            else:
+                self.plain.append((path, _plain(value)))
+
+    def _add_column(self, path: Path, array: Array, name: str = "") -> None:
+        name = name or _NAMES[array.dtype]
+        if array.ndim - self._first > MAX_DIMENSIONS or len(self.columns) == MAX_COLUMNS:
+            raise InvalidRequestError(f"more than {MAX_DIMENSIONS} dimensions, or {MAX_COLUMNS} tensors, do not travel")
+        self.leaves.append((path, name, array.shape[self._first :]))
+        self.columns.append(array if self._first else array[None])
 
 
-def encode_message(header: dict[str, Any], groups: Sequence[tuple[dict[str, Any], Group]]) -> bytes:
+def _group(indices: Sequence[int], payload: Payload, *, by_name: bool) -> Group:
+    """Make a group of stacked payloads, or of one that is not stacked."""
+    stacked = isinstance(payload, TensorDictBase)
+    size = tuple(payload.batch_size[1:]) if isinstance(payload, TensorDictBase) else ()
+    flat = _Flat(stacked, size)
+    flat.add(payload)
+    plain: list[list[tuple[Path, Any]]] | None = None
+    if flat.plain:
+        plain = [
+            [(path, value[row] if stacked else value) for path, value in flat.plain] for row in range(len(indices))
+        ]
+    return Group(indices, by_name, size, flat.sizes, flat.leaves, flat.columns, plain)
+
+
+def encode_message(header: Mapping[str, Any], groups: Sequence[tuple[Mapping[str, Any], Group]] = ()) -> bytes:
     """Put a message together.
 
     Args:
         header: what there is beside groups.
-        groups: each with what is to be said of it.
+        groups: each with what is to be said of it: at least ``numbers``, one for each payload.
 
     Raises:
-        InvalidRequestError: a plain value does not travel.
+        Exception: a payload does not travel.
     """
     parts: list[Any] = [b"", b""]
     described: list[dict[str, Any]] = []
@@ -158,112 +266,196 @@ def encode_message(header: dict[str, Any], groups: Sequence[tuple[dict[str, Any]
         described.append(
             {
                 **about,
-                "count": len(group.indices),
                 "by_name": group.by_name,
                 "batch_size": group.batch_size,
+                "sizes": group.sizes,
                 "leaves": group.leaves,
                 "plain": group.plain,
             }
         )
-        for column in group.columns:
+        for (_, name, _), column in zip(group.leaves, group.columns, strict=True):
             if column.size:
-                parts.append(np.ascontiguousarray(column))
+                parts.append(np.ascontiguousarray(column, _WIRE_DTYPES[name]).data.cast("B"))
                 parts.append(bytes(-column.nbytes % 8))
-    try:
-        packed = msgpack.packb({**header, "groups": described})
-    except (TypeError, ValueError, OverflowError) as error:
-        raise InvalidRequestError(f"an entry does not travel: {error}") from None
+    packed = msgpack.packb({**header, "groups": described}, default=_as_number)
+    if len(packed) > MAX_HEADER:
+        raise InvalidRequestError(f"{len(packed)} bytes of lists and texts do not travel; make them arrays")
     parts[0] = _LENGTH.pack(len(packed))
     parts[1] = packed + bytes(-(len(packed) + _LENGTH.size) % 8)
     return b"".join(parts)
 
 
-def decode_message(message: bytes) -> tuple[dict[str, Any], list[tuple[dict[str, Any], list[Payload]]]]:
-    """Take a message of a stranger apart: its header, and the payloads of each group beside what is said of it.
+# -- decoding --------------------------------------------------------------------------------------------------
 
-    Arrays are read-only, and share the memory of the message.
+
+def decode_header(message: bytes) -> tuple[dict[str, Any], list[dict[str, Any]], int]:
+    """Read the header of a stranger's message.
+
+    Returns:
+        It, what is said of each group, and where the columns of the first one begin. All groups together have at most
+        as many payloads as the message has bytes.
 
     Raises:
         InvalidRequestError: it is malformed.
     """
     try:
         (length,) = _LENGTH.unpack_from(message)
-        header = msgpack.unpackb(message[_LENGTH.size : _LENGTH.size + length])
+        if length > MAX_HEADER or _LENGTH.size + length > len(message):
+            raise InvalidRequestError(f"the message is malformed: a header of {length} bytes in {len(message)}")
+        header = msgpack.unpackb(memoryview(message)[_LENGTH.size : _LENGTH.size + length])
         groups = header.pop("groups")
-        position = _LENGTH.size + length + -(length + _LENGTH.size) % 8
-        found = []
-        for about in groups:
-            payloads, position = _payloads(about, message, position)
-            found.append((about, payloads))
+        if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+            raise InvalidRequestError("the message is malformed: its groups are no list of maps")
+        for group in groups:
+            check_numbers(group["numbers"])
     except InvalidRequestError:
         raise
-    except Exception as error:
-        raise InvalidRequestError(f"the message is malformed: {type(error).__qualname__}: {error}") from None
-    if position != len(message):
-        raise InvalidRequestError(f"the message has {len(message)} bytes, {position} were expected")
-    return header, found
+    except Exception as error:  # of msgpack, or of what is not there
+        raise _malformed(error) from None
+    return header, groups, _LENGTH.size + length + -(length + _LENGTH.size) % 8
 
 
-def _payloads(about: dict[str, Any], message: bytes, position: int) -> tuple[list[Payload], int]:
-    count, size, by_name = about["count"], about["batch_size"], about["by_name"]
-    columns: list[tuple[Path, Any]] = []
-    _check_shape([count, *size])
+def check_numbers(numbers: Any) -> None:
+    """Raise :class:`InvalidRequestError` unless these are numbers of requests, each of them once."""
+    if (
+        not isinstance(numbers, list)
+        or not all([type(number) is int and 0 <= number < 2**63 for number in numbers])  # noqa: C419 - faster
+        or len(set(numbers)) != len(numbers)
+    ):
+        raise InvalidRequestError("the message is malformed: the numbers of its requests are not one for each")
+
+
+def decode_group(about: Mapping[str, Any], message: bytes, position: int) -> tuple[list[Payload], int]:
+    """Read the payloads of a group of a stranger's message.
+
+    Arrays of entries by name are read-only, and share the memory of the message; other tensors are copies.
+
+    Args:
+        about: as :func:`decode_header` returned it.
+        message: all of it.
+        position: where the columns of the group begin.
+
+    Returns:
+        The payloads, and where the columns of the next group begin.
+
+    Raises:
+        InvalidRequestError: it is malformed.
+    """
+    try:
+        return _decode_group(about, message, position)
+    except InvalidRequestError:
+        raise
+    except Exception as error:  # of a header that does not say what it should
+        raise _malformed(error) from None
+
+
+def _malformed(error: Exception) -> InvalidRequestError:
+    return InvalidRequestError(f"the message is malformed: {type(error).__qualname__}: {str(error)[:200]}")
+
+
+def _decode_group(about: Mapping[str, Any], message: bytes, position: int) -> tuple[list[Payload], int]:
+    count, by_name, plain = len(about["numbers"]), about["by_name"] is True, about["plain"]
+    size = _shape(about["batch_size"], message)
+    if count * math.prod(size) > len(message):  # rows without elements: nothing else bounds them
+        raise InvalidRequestError("the message is malformed: it has more rows than bytes")
+    if len(about["leaves"]) + len(about["sizes"]) > MAX_COLUMNS or (plain is not None and len(plain) != count):
+        raise InvalidRequestError("the message is malformed: it has too many columns, or other plain values")
+    sizes = {_path(path): _shape(own, message) for path, own in about["sizes"]}
+    paths: list[Path] = []
+    columns: list[Any] = []
     for path, name, shape in about["leaves"]:
-        _check_shape(shape)
-        dtype = np.dtype(np.int16) if name == _BFLOAT16 else _DTYPES[name]
-        nbytes = count * math.prod(shape) * dtype.itemsize
+        dtype = _WIRE_DTYPES[name]
+        full = (count, *_shape(shape, message))
+        nbytes = math.prod(full) * dtype.itemsize
         if position + nbytes > len(message):
-            raise InvalidRequestError("the message is cut short")
-        array = np.ndarray((count, *shape), dtype, message, position)
-        columns.append(
-            (_path(path), array if name != _BFLOAT16 else torch.from_numpy(array.copy()).view(torch.bfloat16))
-        )
+            raise InvalidRequestError("the message is malformed: it is cut short")
+        column: Any = np.ndarray(full, dtype, message, position if nbytes else 0)
+        paths.append(_path(path))
+        columns.append(torch.from_numpy(column.copy()).view(torch.bfloat16) if name == _BFLOAT16 else column)
         position += nbytes + -nbytes % 8
-    plain = about["plain"]
-    if plain is not None and len(plain) != count:
-        raise InvalidRequestError("the message has another number of plain values")
     if not by_name and plain is None:  # most replies
-        source: dict[str, Any] = {}
-        for path, column in columns:
-            _put(source, path, column)
-        return list(rows(_as_td(source, torch.Size((count, *size))))), position
-    payloads = [_entries(columns, index, () if plain is None else plain[index], by_name) for index in range(count)]
-    return payloads if by_name else [_as_td(one, torch.Size(size)) for one in payloads], position
+        stacked = _nest(zip(paths, columns, strict=True), sizes)
+        return list(rows(_as_td(stacked, (count, *size), sizes, (count,)))), position
+    found: list[Payload] = []
+    for index, values in enumerate(_rows(columns, count)):
+        own = list(zip(paths, values, strict=True))
+        if plain is not None:
+            own += [(_path(path), value if by_name else _non_tensor(value, size)) for path, value in plain[index]]
+        nested = _nest(own, sizes)
+        found.append(_as_entries(nested, sizes) if by_name else _as_td(nested, size, sizes))
+    return found, position
 
 
-def _entries(columns: Sequence[tuple[Path, Any]], index: int, plain: Any, by_name: bool) -> Entries:
-    made: Entries = {}
-    for path, column in columns:
-        _put(made, path, column[index])
-    for path, value in plain:
-        _put(made, _path(path), value if by_name else NonTensorData(value))
-    return made
+def _rows(columns: Sequence[Any], count: int) -> Sequence[Sequence[Any]]:
+    """For each row, its part of each column, which is an array also where it is a number."""
+    if not columns:
+        return [()] * count
+    parts = [list(column) if column.ndim > 1 else [column[index, ...] for index in range(count)] for column in columns]
+    return list(zip(*parts, strict=True))
 
 
-def _as_td(source: Entries, size: torch.Size) -> TensorDict:
-    made = {
-        name: torch.from_numpy(value.copy())
-        if isinstance(value, np.ndarray)
-        else _as_td(value, size)
-        if isinstance(value, dict)
-        else value
-        for name, value in source.items()
-    }
+def _nest(flat: Iterable[tuple[Path, Any]], sizes: Iterable[Path]) -> dict[str, Any]:
+    """Put values that are named by their whole keys into maps of maps, also where a map has no value."""
+    nested: dict[str, Any] = {}
+    for path in sizes:
+        _inner(nested, path)
+    for path, value in flat:
+        _inner(nested, path[:-1])[path[-1]] = value
+    return nested
+
+
+def _inner(nested: dict[str, Any], path: Path) -> dict[str, Any]:
+    for name in path:
+        nested = nested.setdefault(name, {})
+        if type(nested) is not dict:
+            raise InvalidRequestError(f"the message is malformed: {show_key(path[:4])} is no map")
+    return nested
+
+
+def _non_tensor(value: Any, size: tuple[int, ...]) -> Any:
+    return NonTensorStack.from_list(value) if size else NonTensorData(value)
+
+
+def _as_td(
+    nested: dict[str, Any],
+    size: tuple[int, ...],
+    sizes: Mapping[Path, tuple[int, ...]],
+    first: tuple[int, ...] = (),
+    above: Path = (),
+) -> TensorDict:
+    made: dict[str, Any] = {}
+    for name, value in nested.items():
+        if type(value) is dict:
+            path = (*above, name)
+            own = (*first, *sizes[path]) if path in sizes else size
+            made[name] = _as_td(value, own, sizes, first, path)
+        else:
+            made[name] = torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
     return TensorDict(made, batch_size=size)
 
 
-def _put(entries: dict[str, Any], path: Path, value: Any) -> None:
-    for name in path[:-1]:
-        entries = entries.setdefault(name, {})
-    entries[path[-1]] = value
+def _as_entries(nested: dict[str, Any], sizes: Mapping[Path, tuple[int, ...]], above: Path = ()) -> Entries:
+    """Entries by name, of which those that were TensorDicts are some again."""
+    if not sizes:
+        return nested
+    made: Entries = {}
+    for name, value in nested.items():
+        path = (*above, name)
+        if path in sizes:
+            made[name] = _as_td(value, sizes[path], sizes, (), path)
+        else:
+            made[name] = _as_entries(value, sizes, path) if type(value) is dict else value
+    return made
 
 
 def _path(path: Any) -> Path:
-    if not isinstance(path, list) or not path or not all(isinstance(name, str) for name in path):
-        raise InvalidRequestError(f"a key is a list of strings, got {str(path)[:50]}")
+    if not isinstance(path, list) or not 0 < len(path) <= MAX_DEPTH or not all(isinstance(name, str) for name in path):
+        raise InvalidRequestError(f"the message is malformed: there is no key {str(path)[:50]}")
     return tuple(path)
 
 
-def _check_shape(shape: Any) -> None:
-    if len(shape) > MAX_DIMENSIONS or not all(type(size) is int and 0 <= size < 2**48 for size in shape):
-        raise InvalidRequestError(f"there is no shape {str(shape)[:100]}")
+def _shape(shape: Any, message: bytes) -> tuple[int, ...]:
+    """A shape, of which no dimension is larger than the message, also where there are no elements."""
+    if len(shape) > MAX_DIMENSIONS or not all(type(size) is int and 0 <= size <= len(message) for size in shape):
+        raise InvalidRequestError(f"the message is malformed: there is no shape {str(shape)[:50]}")
+    return tuple(shape)

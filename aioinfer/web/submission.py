@@ -1,0 +1,197 @@
+"""How the requests of a stream reach the server: straight into the queue of one in this process, or by its clients."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+from tensordict import TensorDictBase
+
+from aioinfer.batching import Caller
+from aioinfer.errors import InferenceError, ServerOverloadedError
+from aioinfer.interaction_type import Mode, requests_carry
+from aioinfer.server import InferenceServer
+from aioinfer.transports import ThreadingTransport
+from aioinfer.transports.network.messages import Payload
+from aioinfer.transports.replies import ReplySink
+from aioinfer.transports.request import NamedRequest, Request
+from aioinfer.web.backend import Backend, PendingReply
+
+__all__ = ["Asked", "Submission", "submission_to"]
+
+_RETRY_AFTER = 0.005  # seconds
+
+
+class Receiver(Protocol):
+    """Takes the outcome of a request."""
+
+    def done(self) -> bool:
+        """Whether nobody waits for it any more. Any thread."""
+        ...
+
+
+class Asked(NamedTuple):
+    """A request.
+
+    Attributes:
+        payload: what is asked.
+        receiver: takes the outcome.
+        mode: the exploration mode.
+        wait: whether it waits for space where the queue is full.
+        caller: who makes one after the other, if that is known.
+    """
+
+    payload: Payload
+    receiver: Receiver
+    mode: Mode
+    wait: bool
+    caller: Caller | None
+
+
+Settle: TypeAlias = Callable[[Sequence[Any], Sequence[TensorDictBase | Exception]], None]
+"""Takes receivers, and a reply or an error for each, on the event loop."""
+
+
+class Submission(ABC):
+    """Hands requests to the server. Loop thread only.
+
+    Args:
+        settle: takes what comes back.
+    """
+
+    def __init__(self, settle: Settle) -> None:
+        self._settle = settle
+
+    @abstractmethod
+    def submit(self, asked: Sequence[Asked]) -> None:
+        """Ask; returns at once. The receivers of those that the server refuses are settled."""
+
+    @abstractmethod
+    def cancel(self, receiver: Any) -> None:
+        """A receiver is done: its request need not be computed any more."""
+
+    def count_rejections(self, count: int) -> None:
+        """Note that so many requests were refused by the caller's process, where the server counts them."""
+        return
+
+
+def submission_to(backend: Backend, settle: Settle) -> Submission:
+    """The fastest way to a server: to put requests into its queue, where its tasks put theirs."""
+    if isinstance(backend.server, InferenceServer):
+        for transport in backend.server.transports:
+            if isinstance(transport, ThreadingTransport):
+                return _QueueSubmission(transport, settle)
+    return _ClientSubmission(backend, settle)
+
+
+class _QueueSubmission(Submission, ReplySink):
+    """Puts requests into the queue of a server in this process. It is the sink of their replies."""
+
+    def __init__(self, transport: ThreadingTransport, settle: Settle) -> None:
+        super().__init__(settle)
+        self.transport = transport
+        self._loop = asyncio.get_running_loop()
+
+    def submit(self, asked: Sequence[Asked]) -> None:
+        queue = self.transport.queue
+        admission = queue.admission
+        now = time.perf_counter()
+        together: list[Request] = []
+        for payload, receiver, mode, wait, caller in asked:
+            try:
+                batched = admission.check(payload)
+            except InferenceError as error:
+                self._settle([receiver], [error])
+                continue
+            if caller is not None:
+                caller.asked_at = now
+            request = (
+                NamedRequest(payload, admission.batch_size, receiver, self, now, mode, caller)
+                if type(payload) is dict
+                else Request(payload, receiver, self, now, mode, caller)  # type: ignore[arg-type]
+            )
+            if batched:
+                request.set_rows()
+            if wait:
+                queue.put_remote(request, wait=True)
+            else:
+                together.append(request)
+        queue.put_remote_all(together)
+        queue.notify()
+
+    def cancel(self, receiver: Any) -> None:
+        pass  # the queue drops requests whose receivers are done
+
+    def count_rejections(self, count: int) -> None:
+        for _ in range(count):
+            self.transport.queue.admission.stats.reject()
+
+    def set_results(self, receivers: Sequence[Any], replies: Sequence[TensorDictBase]) -> None:
+        self._call_soon(receivers, replies)
+
+    def set_exceptions(self, receivers: Sequence[Any], errors: Sequence[Exception]) -> None:
+        self._call_soon(receivers, errors)
+
+    def _call_soon(self, receivers: Sequence[Any], outcomes: Sequence[Any]) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._settle, receivers, outcomes)
+        except RuntimeError:  # the loop is closed, and the connection with it
+            pass
+
+
+class _ClientSubmission(Submission):
+    """Asks by clients of the server."""
+
+    def __init__(self, backend: Backend, settle: Settle) -> None:
+        super().__init__(settle)
+        self._backend = backend
+        self._under_way: dict[Any, PendingReply | asyncio.Task[TensorDictBase]] = {}
+
+    def submit(self, asked: Sequence[Asked]) -> None:
+        for one in asked:
+            try:
+                self._submit(one)
+            except InferenceError as error:
+                self._settle([one.receiver], [error])
+
+    def _submit(self, one: Asked) -> None:
+        if one.wait:
+            task = asyncio.create_task(self._ask_until_taken(one))
+            self._under_way[one.receiver] = task
+            task.add_done_callback(partial(self._done, one.receiver, None))
+        else:
+            pending = self._ask(one)
+            self._under_way[one.receiver] = pending
+            pending.future.add_done_callback(partial(self._done, one.receiver, pending))
+
+    def _ask(self, one: Asked) -> PendingReply:
+        with requests_carry(one.mode):  # type: ignore[arg-type]
+            return self._backend.submit(one.payload, time.perf_counter())
+
+    async def _ask_until_taken(self, one: Asked) -> TensorDictBase:
+        """Ask until the queue has space, instead of waiting for it: a mode is in force between two awaits only."""
+        while True:
+            try:
+                return await self._ask(one).reply()
+            except ServerOverloadedError:
+                await asyncio.sleep(_RETRY_AFTER)
+
+    def _done(self, receiver: Any, pending: PendingReply | None, future: asyncio.Future[TensorDictBase]) -> None:
+        self._under_way.pop(receiver, None)
+        error: BaseException | None
+        if future.cancelled():
+            error = None if pending is None else pending.error
+            if error is None:  # its receiver is done
+                return
+        else:
+            error = future.exception()
+        self._settle([receiver], [error if isinstance(error, Exception) else future.result()])
+
+    def cancel(self, receiver: Any) -> None:
+        pending = self._under_way.pop(receiver, None)
+        if pending is not None:
+            pending.cancel()
