@@ -53,6 +53,16 @@ def stress(session: nox.Session) -> None:
 
 
 @nox.session
+def browser(session: nox.Session) -> None:
+    """Look at the status page in a headless Chromium, where there is one (Debian's package: chromium).
+
+    The pictures of the documentation are made anew with ``-- --screenshots docs/images``.
+    """
+    install(session, "test", package=".[demo,web]")
+    run_tests(session, "-m", "browser", "-rs", "--maxprocesses=2")
+
+
+@nox.session
 def oldest(session: nox.Session) -> None:
     """Run the tests beside torchrl, which brings the oldest tensordict that is supported.
 

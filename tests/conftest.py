@@ -30,6 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--stress-count", type=int, default=1, help="how often each test marked stress is run, each time anew at random"
     )
+    parser.addoption("--screenshots", help="folder that tests marked browser write pictures of the documentation to")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

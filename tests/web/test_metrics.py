@@ -26,7 +26,7 @@ from aioinfer.web import App, create_app
 from tests.hosted import make_policy
 from tests.limits import HANG
 
-DASHBOARD = Path(__file__).parents[2] / "docs" / "grafana.json"
+DOCS = Path(__file__).parents[2] / "docs"
 ROW = {"observation": [1.0, 2.0, 3.0, 4.0]}
 
 
@@ -227,7 +227,7 @@ async def test_the_dashboard_shows_metrics_that_there_are() -> None:
         text = (await client.get("/metrics")).text
     there = {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")}
     there |= {sample.name for family in parse(text) for sample in family.samples}
-    dashboard = json.loads(DASHBOARD.read_text())
+    dashboard = json.loads((DOCS / "grafana.json").read_text())
     shown = names_in_expressions(dashboard)
     assert len(shown) > 10
     assert shown <= there
@@ -260,3 +260,11 @@ async def test_callers_without_a_token_are_counted_and_get_no_figures() -> None:
         stats = (await client.get("/stats")).json()
     assert value(metrics["aioinfer_refused_callers"], "_total", reason="token") == 4
     assert stats["front"]["refused_callers"] == {"token": 4}
+
+
+async def test_every_metric_is_described() -> None:
+    described = set(re.findall(r"`(aioinfer_\w+)[`{]", (DOCS / "howto" / "watch.md").read_text()))
+    async with serving() as (_, _, client):
+        text = (await client.get("/metrics")).text
+    there = {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")}
+    assert described - {"aioinfer_trainer_connected"} == there  # no trainer is expected here
