@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -68,6 +69,7 @@ def serve(options: argparse.Namespace) -> int:
     finally:
         _remove_socket(settings, inode)
     if not service.is_loading:
+        gc.freeze()  # else the interpreter looks at all that torch has made once more, which takes a second
         return status
     sys.stdout.flush()
     sys.stderr.flush()
@@ -152,7 +154,7 @@ class Service:
         """Serve until :meth:`stop`; return the exit status."""
         settings = self._settings
         await self._listener.open()
-        self._say(f"loading {settings.source.reference}; {self._url}/readyz says when it serves")
+        self._say(f"loading {settings.source.reference}; listening at {settings.uds or self._url}")
         starting = asyncio.create_task(self._start())
         stopping = asyncio.create_task(self._stopping.wait())
         server: Server | None = None
@@ -260,7 +262,7 @@ class Service:
         deadline = asyncio.get_running_loop().time() + seconds
         if not await app.drain(seconds):
             _log.warning("requests were not answered within %g seconds (--drain)", seconds)
-        app.front.backend.close()
+        app.close()
         with suppress(InferenceError):
             await server.aclose(max(0.0, deadline - asyncio.get_running_loop().time()), drain=True)
 

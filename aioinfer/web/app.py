@@ -149,6 +149,11 @@ class App:
             return False
         return True
 
+    def close(self) -> None:
+        """Free what the app itself holds: its clients of the server, and tasks. Idempotent; the last call."""
+        self._monitor.close()
+        self.front.backend.close()
+
     async def _until_idle(self) -> None:
         while self._requests:
             self._idle.clear()
@@ -168,10 +173,9 @@ class App:
                 await send({"type": "lifespan.startup.complete"})
             else:
                 await self.drain()
-                self._monitor.close()
                 if started:
                     await self.front.backend.stop()
-                self.front.backend.close()
+                self.close()
                 await send({"type": "lifespan.shutdown.complete"})
                 return
 
