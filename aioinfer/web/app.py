@@ -14,10 +14,10 @@ from aioinfer.client import AsyncInferenceClient, ClientMaker
 from aioinfer.web.access import Access, Refusal
 from aioinfer.web.act import ActEndpoint
 from aioinfer.web.arrays import packb
-from aioinfer.web.asgi import ASGIApp, Disconnected, Receive, Scope, Send, headers_of
+from aioinfer.web.asgi import Disconnected, Headers, Receive, Scope, Send, headers_of
 from aioinfer.web.backend import Backend
 from aioinfer.web.front import Front
-from aioinfer.web.http import respond_failure
+from aioinfer.web.http import InferEndpoint, respond_failure
 from aioinfer.web.limits import Limits
 from aioinfer.web.metrics import metrics_routes
 from aioinfer.web.monitor import Monitor
@@ -48,7 +48,7 @@ class App:
         self._monitor = Monitor(front)
         self._greeting = packb(dict(front.metadata))
         infer = OpenInferenceEndpoint(front)
-        self._hot: dict[str, ASGIApp] = {
+        self._infer_endpoints: dict[str, InferEndpoint[Any]] = {
             "/act": ActEndpoint(front),
             f"/v2/models/{front.name}/infer": infer,
             f"/v2/models/{front.name}/versions/1/infer": infer,
@@ -56,7 +56,7 @@ class App:
         self._router = Router(
             [
                 *probe_routes(front),
-                *open_inference_routes(front),
+                *open_inference_routes(self._monitor, infer),
                 *metrics_routes(self._monitor, registry),
                 *status_routes(self._monitor),
             ]
@@ -76,12 +76,15 @@ class App:
             await self._serve_http(scope, receive, send)
 
     async def _serve_http(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = get_route_path(scope)
+        path, headers = get_route_path(scope), headers_of(scope)
         self._requests += 1
         try:
-            self._check(scope, path)
-            endpoint: ASGIApp | None = self._hot.get(path) if scope["method"] == "POST" else None
-            await (self._router if endpoint is None else endpoint)(scope, receive, send)
+            self._check(headers, path)
+            endpoint = self._infer_endpoints.get(path) if scope["method"] == "POST" else None
+            if endpoint is None:
+                await self._router(scope, receive, send)
+            else:  # past the router: these are most requests
+                await endpoint.serve(headers, receive, send)
         except Refusal as refusal:
             self.front.stats.refuse(refusal)
             await respond_failure(send, self.front.failure_of(refusal))
@@ -90,8 +93,7 @@ class App:
             if not self._requests:
                 self._idle.set()
 
-    def _check(self, scope: Scope, path: str) -> None:
-        headers = headers_of(scope)
+    def _check(self, headers: Headers, path: str) -> None:
         self.front.access.check_page(headers)
         if path not in _OPEN_PATHS:
             self.front.access.check_token(headers)

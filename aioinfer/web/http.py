@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
+import orjson
 from tensordict import TensorDictBase
 
 from aioinfer.errors import InvalidRequestError
@@ -20,7 +20,7 @@ from aioinfer.web.failures import Failure
 from aioinfer.web.front import Front
 from aioinfer.web.limits import Charge, Limits
 
-__all__ = ["InferEndpoint", "Response", "parse_json", "read_body", "respond", "respond_failure", "respond_json"]
+__all__ = ["InferEndpoint", "Response", "parse_json", "respond", "respond_failure", "respond_json", "to_json"]
 
 _JSON = (b"content-type", b"application/json")
 _WINDOW_BITS = {b"gzip": 31, b"deflate": 15}
@@ -49,29 +49,31 @@ class InferEndpoint(ABC, Generic[Request]):
 
     def __init__(self, front: Front) -> None:
         self._front = front
+        self._senders = _Senders(front.limits)
         self._callers = _Callers()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
+        await self.serve(headers_of(scope), receive, send)
+
+    async def serve(self, headers: Headers, receive: Receive, send: Send) -> None:
+        """Serve one request, whose headers were read already."""
         front = self._front
+        pending: PendingReply | None = None
         with front.bytes_in_flight.charge() as charge:
             try:
-                try:
-                    headers = headers_of(scope)
-                    body = await read_body(receive, headers, front.limits, charge)
-                    received_at = time.perf_counter()
-                    request = self.decode(headers, body)
-                    pending = self.submit(request, len(body), received_at)
-                except Exception as error:
-                    front.count_refusal(self.protocol, error)
-                    raise
+                body = await self._senders.read(receive, headers, charge)
+                received_at = time.perf_counter()
+                request = self.decode(headers, body)
+                pending = self.submit(request, len(body), received_at)
                 response = self.encode(request, await self._callers.reply(pending, receive))
-            except Disconnected:
-                return
             except Exception as error:
-                await respond_failure(send, front.failure_of(error))
-                return
-            await respond(send, 200, response.headers, response.body)
+                if pending is None:
+                    front.count_refusal(self.protocol, error)
+                if not isinstance(error, Disconnected):
+                    await respond_failure(send, front.failure_of(error))
+            else:
+                await respond(send, 200, response.headers, response.body)
 
     @abstractmethod
     def decode(self, headers: Headers, body: bytes) -> Request:
@@ -139,36 +141,76 @@ def _is_being_cancelled() -> bool:
     return task is not None and task.cancelling() > 0
 
 
-async def read_body(receive: Receive, headers: Headers, limits: Limits, charge: Charge) -> bytes:
-    """Read the body of a request, and inflate it where it says so.
+class _Senders:
+    """Reads bodies, and gives up those that take too long, without a timer for each request: most come whole.
 
     Args:
-        receive: of ASGI.
-        headers: of the request.
-        limits: how large it may be, also once it is inflated, and how long it may take.
-        charge: counts its bytes.
-
-    Raises:
-        Refusal: it is too large, or takes too long.
-        ServerOverloadedError: there are too many bytes in flight.
-        InvalidRequestError: it can't be inflated.
-        Disconnected: the caller is gone.
+        limits: how large a body may be, also once it is inflated, and how long it may take.
     """
-    max_size = limits.max_message_size
-    length = headers.get(b"content-length")
-    if length is not None and (not length.isdigit() or int(length) > max_size):
-        raise _too_large(max_size)
-    try:
-        async with asyncio.timeout(limits.body_timeout):
-            body = await _whole_body(receive, max_size, charge)
-    except TimeoutError:
-        raise Refusal(408, f"the request took more than {limits.body_timeout:g} seconds to arrive") from None
-    encoding = headers.get(b"content-encoding", b"identity").lower()
-    if encoding == b"identity":
-        return body
-    inflated = _inflate(body, encoding, max_size)
-    charge.add(len(inflated))
-    return inflated
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._reading: dict[asyncio.Task[Any], float] = {}  # since when, the oldest first
+        self._expired: set[asyncio.Task[Any]] = set()
+        self._sweep: asyncio.TimerHandle | None = None
+
+    async def read(self, receive: Receive, headers: Headers, charge: Charge) -> bytes:
+        """Read the body of a request, and inflate it where it says so.
+
+        Args:
+            receive: of ASGI.
+            headers: of the request.
+            charge: counts its bytes.
+
+        Raises:
+            Refusal: it is too large, or takes too long.
+            ServerOverloadedError: there are too many bytes in flight.
+            InvalidRequestError: it can't be inflated.
+            Disconnected: the caller is gone.
+        """
+        max_size = self._limits.max_message_size
+        length = headers.get(b"content-length")
+        if length is not None and (not length.isdigit() or int(length) > max_size):
+            raise _too_large(max_size)
+        body = await self._read_in_time(receive, max_size, charge)
+        encoding = headers.get(b"content-encoding")
+        if encoding is None or encoding.lower() == b"identity":
+            return body
+        inflated = _inflate(body, encoding.lower(), max_size)
+        charge.add(len(inflated))
+        return inflated
+
+    async def _read_in_time(self, receive: Receive, max_size: int, charge: Charge) -> bytes:
+        task = asyncio.current_task()
+        assert task is not None
+        self._reading[task] = time.perf_counter()
+        if self._sweep is None:
+            self._look_later()
+        try:
+            return await _whole_body(receive, max_size, charge)
+        except asyncio.CancelledError:
+            if task not in self._expired or task.uncancel():
+                raise
+            seconds = self._limits.body_timeout
+            raise Refusal(408, f"the request took more than {seconds:g} seconds to arrive") from None
+        finally:
+            del self._reading[task]
+            self._expired.discard(task)
+
+    def _look_later(self) -> None:
+        self._sweep = asyncio.get_running_loop().call_later(self._limits.body_timeout / 8, self._look)
+
+    def _look(self) -> None:
+        self._sweep = None
+        latest = time.perf_counter() - self._limits.body_timeout
+        for task, since in self._reading.items():
+            if since > latest:
+                break
+            if task not in self._expired:
+                self._expired.add(task)
+                task.cancel()
+        if self._reading:
+            self._look_later()
 
 
 async def _whole_body(receive: Receive, max_size: int, charge: Charge) -> bytes:
@@ -205,16 +247,21 @@ def _inflate(body: bytes, encoding: bytes, max_size: int) -> bytes:
     return inflated
 
 
-def parse_json(body: bytes) -> Any:
+def parse_json(body: bytes | memoryview) -> Any:
     """Parse JSON.
 
     Raises:
         InvalidRequestError: it is none.
     """
     try:
-        return json.loads(body)
-    except (ValueError, RecursionError) as error:
+        return orjson.loads(body)
+    except ValueError as error:
         raise InvalidRequestError(f"the request is no JSON: {error}") from None
+
+
+def to_json(value: Any) -> bytes:
+    """Write JSON, with arrays in it as nested lists; ``null`` stands for numbers that are not finite."""
+    return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 async def respond(send: Send, status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> None:
@@ -226,7 +273,7 @@ async def respond(send: Send, status: int, headers: Sequence[tuple[bytes, bytes]
 
 async def respond_json(send: Send, status: int, value: Any, headers: Sequence[tuple[bytes, bytes]] = (_JSON,)) -> None:
     """Send a reply of JSON."""
-    await respond(send, status, headers, json.dumps(value).encode())
+    await respond(send, status, headers, to_json(value))
 
 
 async def respond_failure(send: Send, failure: Failure) -> None:

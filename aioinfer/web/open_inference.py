@@ -5,14 +5,17 @@ https://github.com/kserve/open-inference-protocol and Triton's "binary tensor da
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from starlette.routing import BaseRoute
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.responses import Response as Response_
+from starlette.routing import BaseRoute, Route
 from tensordict import TensorDict, TensorDictBase
 
 from aioinfer.errors import InvalidRequestError, ModelError
@@ -20,7 +23,8 @@ from aioinfer.web.arrays import MAX_DIMENSIONS
 from aioinfer.web.asgi import Headers
 from aioinfer.web.backend import PendingReply
 from aioinfer.web.front import Front
-from aioinfer.web.http import InferEndpoint, Response
+from aioinfer.web.http import InferEndpoint, Response, parse_json, to_json
+from aioinfer.web.monitor import Monitor
 
 __all__ = ["HEADER_LENGTH", "InferRequest", "OpenInferenceEndpoint", "decode", "encode", "open_inference_routes"]
 
@@ -36,6 +40,7 @@ _DTYPES = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
+_VERSION = "1"
 _OCTETS = (b"content-type", b"application/octet-stream")
 
 
@@ -43,20 +48,26 @@ class InferRequest(NamedTuple):
     """A request to infer.
 
     Attributes:
-        entries: by name, each ``[n, ...]``, or one string.
+        entries: by name, each ``[n, ...]``.
         rows: ``n``.
         request_id: to be repeated in the reply.
         deadline: seconds.
         outputs: the entries that are asked for, in order, and whether each is to be binary; ``None``: all.
         binary: whether those of which nothing is said are.
+        sequence_id: the session whose request it is.
+        sequence_start: whether that begins anew.
+        sequence_end: whether it ends.
     """
 
-    entries: dict[str, Any]
+    entries: dict[str, np.ndarray[Any, Any]]
     rows: int
     request_id: str | None
     deadline: float | None
     outputs: Mapping[str, bool | None] | None
     binary: bool
+    sequence_id: str | None = None
+    sequence_start: bool = False
+    sequence_end: bool = False
 
 
 def decode(body: bytes, header_length: bytes | None) -> InferRequest:
@@ -70,142 +81,175 @@ def decode(body: bytes, header_length: bytes | None) -> InferRequest:
         InvalidRequestError: it is malformed.
     """
     end = len(body) if header_length is None else _header_length(header_length, len(body))
-    try:
-        message = json.loads(body[:end] if end < len(body) else body)
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequestError(f"the request is no JSON: {error}") from None
+    message = parse_json(memoryview(body)[:end])
     parameters = _parameters(message)
     inputs = message.get("inputs")
-    if not isinstance(inputs, list) or not inputs:
+    if type(inputs) is not list or not inputs:
         raise InvalidRequestError('a request has "inputs", a list of at least one tensor')
-    entries: dict[str, Any] = {}
-    rows: int | None = None
+    entries: dict[str, np.ndarray[Any, Any]] = {}
+    rows = None
     for tensor in inputs:
-        if not isinstance(tensor, dict) or not isinstance(name := tensor.get("name"), str):
+        if type(tensor) is not dict or type(name := tensor.get("name")) is not str:
             raise InvalidRequestError("an input is an object with a name")
         if name in entries:
-            raise InvalidRequestError(f"the input {name!r} is there twice")
-        shape = _shape(tensor)
+            raise InvalidRequestError(f"the input {name[:100]!r} is there twice")
+        dtype, shape = _dtype(name, tensor), _shape(name, tensor)
         if rows is None:
             rows = shape[0]
         elif shape[0] != rows:
-            raise InvalidRequestError(f"the input {name!r} has {shape[0]} rows, those before it {rows}")
+            raise InvalidRequestError(f"the input {name[:100]!r} has {shape[0]} rows, those before it {rows}")
         size = _parameters(tensor).get("binary_data_size")
         if size is None:
-            entries[name] = _from_json(name, tensor, shape)
-        else:
-            if type(size) is not int or not 0 <= size <= len(body) - end:
-                raise InvalidRequestError(f"the input {name!r} has {size!r} bytes, {len(body) - end} are there")
-            entries[name] = _from_bytes(name, tensor, shape, body, end, size)
-            end += size
+            entries[name] = _from_json(name, tensor, dtype, shape)
+            continue
+        if type(size) is not int or not 0 <= size <= len(body) - end:
+            raise InvalidRequestError(f"the input {name[:100]!r} has {size!r} bytes, {len(body) - end} are there")
+        if math.prod(shape) * dtype.itemsize != size:
+            raise InvalidRequestError(f"the input {name[:100]!r}, {dtype} {shape}, can't have {size} bytes")
+        entries[name] = _from_bytes(name, dtype, shape, body, end)
+        end += size
     if end != len(body):
         raise InvalidRequestError(f"{len(body) - end} bytes are left behind the last tensor")
+    assert rows is not None
     return InferRequest(
         entries,
-        rows or 0,
+        rows,
         _request_id(message),
         _deadline(parameters),
         _outputs(message),
         parameters.get("binary_data_output") is True,
+        *_sequence(parameters),
     )
 
 
 def _header_length(value: bytes, size: int) -> int:
-    if not value.isdigit() or not 0 < (length := int(value)) <= size:
+    if not value.isdigit() or len(value) > 18 or not 0 < (length := int(value)) <= size:
         raise InvalidRequestError(f"the body has {size} bytes, of which {value.decode('latin-1')[:20]} can't be JSON")
     return length
 
 
 def _parameters(message: Any) -> dict[str, Any]:
-    if not isinstance(message, dict):
+    if type(message) is not dict:
         raise InvalidRequestError(f"expected an object, got {type(message).__name__}")
-    parameters = message.get("parameters", {})
-    if not isinstance(parameters, dict):
+    parameters = message.get("parameters")
+    if parameters is None:
+        return {}
+    if type(parameters) is not dict:
         raise InvalidRequestError(f"parameters are an object, got {type(parameters).__name__}")
     return parameters
 
 
-def _shape(tensor: Mapping[str, Any]) -> list[int]:
+def _shape(name: str, tensor: Mapping[str, Any]) -> list[int]:
     shape = tensor.get("shape")
-    if (
-        not isinstance(shape, list)
-        or not 0 < len(shape) <= MAX_DIMENSIONS
-        or not all(type(size) is int and 0 <= size < 2**31 for size in shape)
-    ):
-        raise InvalidRequestError(
-            f"the shape of {tensor['name']!r} is a list of 1 to {MAX_DIMENSIONS} integers, of which the first is the "
-            f"number of rows; got {str(shape)[:100]}"
-        )
-    return shape
+    if type(shape) is list and 0 < len(shape) <= MAX_DIMENSIONS:
+        for size in shape:
+            if type(size) is not int or not 0 <= size < 2**31:
+                break
+        else:
+            return shape
+    raise InvalidRequestError(
+        f"the shape of {name[:100]!r} is a list of 1 to {MAX_DIMENSIONS} integers, of which the first is the number of "
+        f"rows; got {str(shape)[:100]}"
+    )
 
 
-def _dtype(tensor: Mapping[str, Any]) -> np.dtype[Any]:
-    dtype = _DTYPES.get(str(tensor.get("datatype")))
+def _dtype(name: str, tensor: Mapping[str, Any]) -> np.dtype[Any]:
+    datatype = tensor.get("datatype")
+    dtype = _DTYPES.get(datatype) if type(datatype) is str else None
     if dtype is None:
-        raise InvalidRequestError(
-            f"{tensor['name']!r} is of datatype {str(tensor.get('datatype'))[:20]!r}, not of {', '.join(_DTYPES)}"
-        )
+        raise InvalidRequestError(f"{name[:100]!r} is of datatype {str(datatype)[:20]!r}, not of {', '.join(_DTYPES)}")
     return dtype
 
 
-def _from_json(name: str, tensor: Mapping[str, Any], shape: list[int]) -> np.ndarray[Any, Any]:
+def _from_json(
+    name: str, tensor: Mapping[str, Any], dtype: np.dtype[Any], shape: Sequence[int]
+) -> np.ndarray[Any, Any]:
     data = tensor.get("data")
-    if not isinstance(data, list):
-        raise InvalidRequestError(f'the input {name!r} has neither "data" nor "binary_data_size"')
+    if type(data) is not list:
+        raise InvalidRequestError(f'the input {name[:100]!r} has neither "data" nor "binary_data_size"')
+    if dtype.itemsize == 2 and dtype.kind == "f":
+        raise InvalidRequestError(f"the input {name[:100]!r} is of FP16, which JSON has not; send it binary")
     try:
-        return np.array(data, _dtype(tensor)).reshape(shape)
-    except (ValueError, TypeError, OverflowError) as error:
+        with np.errstate(over="raise"):
+            return np.array(data, dtype).reshape(shape)
+    except (ValueError, TypeError, ArithmeticError, RecursionError) as error:
         raise InvalidRequestError(
-            f"the data of {name!r} is no {tensor['datatype']} of shape {shape}: {error}"
+            f"the data of {name[:100]!r} is no {tensor['datatype']} of shape {shape}: {str(error)[:200]}"
         ) from None
 
 
-def _from_bytes(
-    name: str, tensor: Mapping[str, Any], shape: list[int], body: bytes, start: int, size: int
-) -> np.ndarray[Any, Any]:
-    dtype = _dtype(tensor)
-    if math.prod(shape) * dtype.itemsize != size:
-        raise InvalidRequestError(f"the input {name!r} of {tensor['datatype']} {shape} can't have {size} bytes")
-    return np.ndarray(shape, dtype, body, start)
+def _from_bytes(name: str, dtype: np.dtype[Any], shape: Sequence[int], body: bytes, start: int) -> np.ndarray[Any, Any]:
+    try:
+        return np.ndarray(shape, dtype, body, start)
+    except ValueError as error:  # one dimension is 0, and the others too large
+        raise InvalidRequestError(f"there is no input {name[:100]!r} of shape {shape}: {error}") from None
 
 
 def _request_id(message: Mapping[str, Any]) -> str | None:
     request_id = message.get("id")
-    if not isinstance(request_id, str | None):
+    if request_id is not None and type(request_id) is not str:
         raise InvalidRequestError(f"the id is a string, got {type(request_id).__name__}")
     return request_id
 
 
 def _deadline(parameters: Mapping[str, Any]) -> float | None:
     timeout = parameters.get("timeout")
-    if timeout is None:
+    if timeout is None or timeout == 0:
         return None
-    if type(timeout) not in (int, float) or not timeout > 0:
-        raise InvalidRequestError(f"the timeout is a number of microseconds above 0, got {str(timeout)[:50]}")
+    if type(timeout) not in (int, float) or not 0 < timeout < 1e15:
+        raise InvalidRequestError(f"the timeout is a number of microseconds, got {str(timeout)[:50]}")
     return float(timeout) / 1e6
+
+
+def _sequence(parameters: Mapping[str, Any]) -> tuple[str | None, bool, bool]:
+    sequence_id = parameters.get("sequence_id")
+    if sequence_id is None or sequence_id in (0, ""):  # Triton's names for none
+        return None, False, False
+    if type(sequence_id) not in (int, str) or len(str(sequence_id)) > 100:
+        raise InvalidRequestError(f"the sequence_id is a short string, or a number, got {str(sequence_id)[:50]}")
+    return str(sequence_id), parameters.get("sequence_start") is True, parameters.get("sequence_end") is True
 
 
 def _outputs(message: Mapping[str, Any]) -> dict[str, bool | None] | None:
     outputs = message.get("outputs")
     if not outputs:
         return None
-    if not isinstance(outputs, list) or not all(
-        isinstance(one, dict) and isinstance(one.get("name"), str) for one in outputs
-    ):
+    if type(outputs) is not list:
         raise InvalidRequestError('"outputs" is a list of objects with a name')
-    return {one["name"]: _parameters(one).get("binary_data") for one in outputs}
+    chosen: dict[str, bool | None] = {}
+    for output in outputs:
+        binary = _parameters(output).get("binary_data")
+        if type(name := output.get("name")) is not str:
+            raise InvalidRequestError('"outputs" is a list of objects with a name')
+        chosen[name] = None if binary is None else binary is True
+    return chosen
 
 
 def make_rows(request: InferRequest) -> TensorDictBase | dict[str, Any]:
-    """What is asked of the server: one row by name, or a TensorDict of several."""
+    """What is asked: one row by name, or a TensorDict of several. ``a.b`` is an entry of the entry ``a``."""
     if request.rows == 1:
-        return {name: value[0] for name, value in request.entries.items()}
-    tensors = {name: torch.from_numpy(np.require(value, requirements="W")) for name, value in request.entries.items()}
-    return TensorDict(tensors, batch_size=[request.rows])
+        entries: dict[str, Any] = {}
+        for name, value in request.entries.items():
+            _put(entries, name, value[0])
+        return entries
+    td = TensorDict({}, batch_size=[request.rows])
+    for name, value in request.entries.items():
+        key = tuple(name.split(".")) if "." in name else name
+        td.set(key, torch.from_numpy(np.require(value, requirements="W")))
+    return td
+
+
+def _put(entries: dict[str, Any], name: str, value: Any) -> None:
+    while "." in name:
+        above, _, name = name.partition(".")
+        entries = entries.setdefault(above, {})
+        if type(entries) is not dict:
+            raise InvalidRequestError(f"{above!r} is an entry, and has entries")
+    entries[name] = value
 
 
 def encode(request: InferRequest, model_name: str, reply: TensorDictBase) -> tuple[bytes, int | None]:
-    """Write a reply.
+    """Write a reply. Values that are not finite are ``null`` in JSON, which has none.
 
     Args:
         request: that it answers.
@@ -219,59 +263,131 @@ def encode(request: InferRequest, model_name: str, reply: TensorDictBase) -> tup
         InvalidRequestError: there is no output of a name that is asked for.
         ModelError: an output has no datatype of the protocol.
     """
-    arrays = dict(_arrays(reply, reply.batch_dims == 0))
-    names: Iterable[str] = arrays if request.outputs is None else request.outputs
+    arrays = dict(arrays_of(reply))
+    one = not reply.batch_dims
     outputs: list[dict[str, Any]] = []
     tail: list[bytes] = []
-    for name in names:
+    for name in arrays if request.outputs is None else request.outputs:
         array = arrays.get(name)
         if array is None:
-            raise InvalidRequestError(f"there is no output {name!r}, there are {', '.join(arrays)}")
+            raise InvalidRequestError(f"there is no output {name[:100]!r}, there are {', '.join(arrays)}")
+        binary = None if request.outputs is None else request.outputs[name]
         datatype = _NAMES.get(array.dtype)
         if datatype is None:
             raise ModelError(f"the output {name!r} has dtype {array.dtype}, of which the protocol knows nothing")
-        output: dict[str, Any] = {"name": name, "datatype": datatype, "shape": array.shape}
-        binary = request.outputs.get(name) if request.outputs is not None else None
+        shape = (1, *array.shape) if one else array.shape
+        output: dict[str, Any] = {"name": name, "datatype": datatype, "shape": shape}
         if request.binary if binary is None else binary:
             tail.append(array.tobytes())
-            output["parameters"] = {"binary_data_size": len(tail[-1])}
+            output["parameters"] = {"binary_data_size": array.nbytes}
         else:
-            output["data"] = array.ravel().tolist()
+            output["data"] = array.ravel()
         outputs.append(output)
-    message: dict[str, Any] = {"model_name": model_name, "model_version": "1", "outputs": outputs}
+    message = {"model_name": model_name, "model_version": _VERSION, "outputs": outputs}
     if request.request_id is not None:
         message["id"] = request.request_id
-    head = json.dumps(message, allow_nan=False).encode()
+    head = to_json(message)
     return (head, None) if not tail else (b"".join([head, *tail]), len(head))
 
 
-def _arrays(reply: TensorDictBase, one: bool, above: str = "") -> Iterable[tuple[str, np.ndarray[Any, Any]]]:
+def arrays_of(reply: TensorDictBase, above: str = "") -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
+    """The tensors of a reply as arrays, by name; those of an entry ``a`` are ``a.b``."""
     for name, value in reply.items():
-        if isinstance(value, TensorDictBase):
-            yield from _arrays(value, one, f"{above}{name}.")
-        else:
-            array = value.float().numpy() if value.dtype is torch.bfloat16 else value.numpy()
-            yield above + name, array[None] if one else array
+        if type(value) is torch.Tensor:
+            yield above + name, (value.float() if value.dtype is torch.bfloat16 else value).numpy()
+        elif isinstance(value, TensorDictBase):
+            yield from arrays_of(value, f"{above}{name}.")
 
 
 class OpenInferenceEndpoint(InferEndpoint[InferRequest]):
-    """``POST /v2/models/{name}/infer``."""
+    """``POST /v2/models/{name}/infer``.
+
+    Attributes:
+        inputs: of the latest request with other entries than before that was answered; ``None`` before the first.
+        outputs: the entries of its reply.
+    """
 
     protocol = "open-inference"
+
+    def __init__(self, front: Front) -> None:
+        super().__init__(front)
+        self.inputs: list[dict[str, Any]] | None = None
+        self.outputs: list[dict[str, Any]] | None = None
 
     def decode(self, headers: Headers, body: bytes) -> InferRequest:
         return decode(body, headers.get(HEADER_LENGTH))
 
     def submit(self, request: InferRequest, size: int, received_at: float) -> PendingReply:
-        return self._front.submit(
-            make_rows(request), protocol=self.protocol, size=size, received_at=received_at, deadline=request.deadline
+        session = None
+        if request.sequence_id is not None:
+            session = self._front.sessions.find(request.sequence_id)
+            if request.sequence_start:
+                session.reset()
+        pending = self._front.submit(
+            make_rows(request),
+            protocol=self.protocol,
+            size=size,
+            received_at=received_at,
+            deadline=request.deadline,
+            session=session,
         )
+        if request.sequence_end and request.sequence_id is not None:
+            self._front.sessions.forget(request.sequence_id)
+        return pending
 
     def encode(self, request: InferRequest, reply: TensorDictBase) -> Response:
+        if self.inputs is None or len(self.inputs) != len(request.entries):
+            self.inputs = [_tensor(name, array.dtype, array.shape[1:]) for name, array in request.entries.items()]
+            own = reply.batch_dims
+            self.outputs = [_tensor(name, array.dtype, array.shape[own:]) for name, array in arrays_of(reply)]
         body, head = encode(request, self._front.name, reply)
         return Response(body) if head is None else Response(body, (_OCTETS, (HEADER_LENGTH, b"%d" % head)))
 
 
-def open_inference_routes(front: Front) -> list[BaseRoute]:
-    """The six ``GET`` endpoints."""
-    return []
+def _tensor(name: str, dtype: np.dtype[Any], shape: Sequence[int]) -> dict[str, Any]:
+    return {"name": name, "datatype": _NAMES.get(dtype, ""), "shape": [-1, *shape]}
+
+
+def open_inference_routes(monitor: Monitor, infer: OpenInferenceEndpoint) -> list[BaseRoute]:
+    """The ``GET`` endpoints: of the server, and of its one model.
+
+    Args:
+        monitor: knows whether the server is ready.
+        infer: knows what requests and replies look like.
+    """
+    front = monitor.front
+
+    async def live(_: Request) -> Response_:
+        return JSONResponse({"live": True})
+
+    async def ready(_: Request) -> Response_:
+        reason = monitor.trouble(await monitor.read())
+        about = {"live": True, "ready": not reason, "name": front.name}
+        return JSONResponse(about if not reason else {**about, "error": reason}, 503 if reason else 200)
+
+    async def server(_: Request) -> Response_:
+        extensions = ["binary_tensor_data", "schedule_policy", "sequence", "parameters"]
+        return JSONResponse({"name": "aioinfer", "version": version("aioinfer"), "extensions": extensions})
+
+    async def model(_: Request) -> Response_:
+        inputs = infer.inputs or [{"name": name, "datatype": "", "shape": [-1]} for name in sorted(front.in_keys)]
+        about = {"name": front.name, "versions": [_VERSION], "platform": "pytorch", "inputs": inputs}
+        return JSONResponse({**about, "outputs": infer.outputs or []})
+
+    async def unknown(request: Request) -> Response_:
+        what = f"the policy is {front.name!r}, of version {_VERSION!r}"
+        return JSONResponse({"error": f"there is nothing at {request.url.path[:200]!r}; {what}"}, 404)
+
+    path = f"/v2/models/{front.name}"
+    return [
+        Route("/v2", server),
+        Route("/v2/", server),
+        Route("/v2/health/live", live),
+        Route("/v2/health/ready", ready),
+        *(
+            route
+            for model_path in (path, f"{path}/versions/{_VERSION}")
+            for route in (Route(model_path, model), Route(f"{model_path}/ready", ready))
+        ),
+        Route("/v2/{rest:path}", unknown, methods=["GET", "POST"]),
+    ]

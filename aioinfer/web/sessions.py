@@ -108,3 +108,7 @@ class Sessions:
         else:
             self._sessions.move_to_end(session_id)
         return session
+
+    def forget(self, session_id: str) -> None:
+        """End a session, if there is one of this name."""
+        self._sessions.pop(session_id, None)
