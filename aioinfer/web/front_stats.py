@@ -19,7 +19,7 @@ _REASONS = {401: "token", 403: "origin", 421: "host", 503: "unavailable"}
 
 
 class FrontStats:
-    """Counted on the app's event loop, in some 0.7 us for each request.
+    """Counted on the app's event loop, in about a microsecond for each request.
 
     Attributes:
         requests: that have ended, by protocol and outcome: ok, error, invalid, rejected, expired, superseded,

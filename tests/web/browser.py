@@ -24,6 +24,9 @@ EXECUTABLE = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"
 class Page:
     """A tab.
 
+    Args:
+        socket: to the browser.
+
     Attributes:
         errors: what its code has raised, or has written to the console as errors.
         network_errors: what could not be loaded.
@@ -37,19 +40,17 @@ class Page:
         self._replies: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._session: str | None = None
 
-    @classmethod
     @asynccontextmanager
-    async def opened(cls, socket: ClientConnection) -> AsyncIterator[Self]:
-        """Open an empty tab inside an ``async with`` block."""
-        page = cls(socket)
-        receiving = asyncio.create_task(page._receive())
+    async def opened(self) -> AsyncIterator[Self]:
+        """Open it, empty, inside an ``async with`` block."""
+        receiving = asyncio.create_task(self._receive())
         try:
-            target = await page.call("Target.createTarget", url="about:blank")
-            attached = await page.call("Target.attachToTarget", targetId=target["targetId"], flatten=True)
-            page._session = attached["sessionId"]
+            target = await self.call("Target.createTarget", url="about:blank")
+            attached = await self.call("Target.attachToTarget", targetId=target["targetId"], flatten=True)
+            self._session = attached["sessionId"]
             for domain in ("Page", "Runtime", "Log"):
-                await page.call(f"{domain}.enable")
-            yield page
+                await self.call(f"{domain}.enable")
+            yield self
         finally:
             receiving.cancel()
             await asyncio.gather(receiving, return_exceptions=True)
@@ -133,7 +134,7 @@ async def browsing(profile: Path) -> AsyncIterator[Page]:
         )
     try:
         address = await _address(process, profile)
-        async with connect(address, compression=None, max_size=None) as socket, Page.opened(socket) as page:
+        async with connect(address, compression=None, max_size=None) as socket, Page(socket).opened() as page:
             yield page
     finally:
         with suppress(ProcessLookupError):

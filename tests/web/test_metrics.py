@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -194,18 +195,23 @@ async def test_a_client_is_served_without_the_figures_of_its_server() -> None:
 async def test_a_process_that_hangs_is_told_and_not_waited_for(spawned_in_a_moment: None) -> None:
     async with ProcessInferenceServer(make_policy, MPTransport(), startup_timeout=HANG) as server:
         assert server.pid is not None
-        async with asking(create_app(server)) as client:
+        registry = CollectorRegistry()
+        async with asking(create_app(server, registry=registry)) as client:
+            elsewhere = (await asyncio.to_thread(generate_latest, registry)).decode()
             up = await until(lambda found: value(found["aioinfer_up"]) == 1, client)
             assert value(up["aioinfer_weights_version"]) == 0
             os.kill(server.pid, signal.SIGSTOP)
             try:
                 silent = await until(lambda found: value(found["aioinfer_up"]) == 0, client)
                 stats = (await client.get("/stats")).json()
+                silent_elsewhere = (await asyncio.to_thread(generate_latest, registry)).decode()
             finally:
                 os.kill(server.pid, signal.SIGCONT)
             again = await until(lambda found: value(found["aioinfer_up"]) == 1, client)
             os.kill(server.pid, signal.SIGKILL)
             dead = await until(lambda found: value(found["aioinfer_up"]) == 0, client)
+    assert "aioinfer_up 1.0" in elsewhere
+    assert "aioinfer_up 0.0" in silent_elsewhere
     assert "aioinfer_items" not in silent
     assert value(silent["aioinfer_ready"]) == 0
     assert (stats["server"], stats["ready"]) == (None, False)
@@ -248,6 +254,25 @@ async def test_requests_under_way_are_seen() -> None:
         gate.set()
         assert (await asked).status_code == 200
         await until(lambda found: value(found["aioinfer_inflight_requests"]) == 0, client)
+
+
+async def test_an_app_that_is_drained_is_not_ready() -> None:
+    async with serving() as (_, app, client):
+        assert await app.drain(HANG)
+        metrics = await families(client)
+        stats = (await client.get("/stats")).json()
+    assert (value(metrics["aioinfer_ready"]), value(metrics["aioinfer_up"])) == (0, 1)
+    assert (stats["ready"], stats["reason"]) == (False, "the server is shutting down")
+
+
+async def test_an_event_loop_that_is_blocked_is_seen() -> None:
+    async with serving() as (_, _, client):
+        async with asyncio.timeout(HANG):
+            while (await client.get("/stats")).json()["event_loop_lag_seconds"] < 0.1:
+                time.sleep(0.25)  # noqa: ASYNC251 - it blocks the loop
+                await asyncio.sleep(0)
+        metrics = await families(client)
+    assert value(metrics["aioinfer_event_loop_lag_seconds"], "_sum") >= 0.1
 
 
 async def test_callers_without_a_token_are_counted_and_get_no_figures() -> None:
