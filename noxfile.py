@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import nox
 
@@ -90,6 +91,13 @@ def oldest(session: nox.Session) -> None:
         "collectors/test_steppers_[!t]*",
     )
     run_tests(session, *[f"--ignore-glob=tests/{name}.py" for name in left_out])
+
+
+@nox.session
+def clients(session: nox.Session) -> None:
+    """Run clients that others have written against our servers; openpi's needs numpy 1, hence its own environment."""
+    install(session, "test", "clients", package=".[serve]")
+    run_tests(session, *sorted(map(str, Path("tests/web").glob("test_*_clients.py"))))
 
 
 @nox.session
