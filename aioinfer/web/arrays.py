@@ -9,6 +9,7 @@ the process.
 from __future__ import annotations
 
 import math
+import threading
 from typing import Any
 
 import msgpack
@@ -24,6 +25,7 @@ MAX_NESTING = 32
 """Of maps and lists in a message, at most: code that follows them calls itself."""
 
 _CONTAINERS = (dict, list)
+_own = threading.local()  # a packer for each thread, as its buffer takes longer to allocate than a reply to pack
 
 _DTYPES = {
     name: dtype.newbyteorder("=")
@@ -40,7 +42,11 @@ def packb(value: Any) -> bytes:
     Raises:
         TypeError: there is something else in it.
     """
-    packed: bytes = msgpack.packb(value, default=_pack)
+    try:
+        packer = _own.packer
+    except AttributeError:
+        packer = _own.packer = msgpack.Packer(default=_pack)
+    packed: bytes = packer.pack(value)
     return packed
 
 

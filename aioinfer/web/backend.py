@@ -33,14 +33,14 @@ class PendingReply:
         client: that was asked.
     """
 
-    __slots__ = ("_client", "error", "future", "received_at", "timer")
+    __slots__ = ("client", "error", "future", "received_at", "timer")
 
     def __init__(
         self, future: asyncio.Future[TensorDictBase], received_at: float, client: AsyncInferenceClient
     ) -> None:
         self.future = future
         self.received_at = received_at
-        self._client = client
+        self.client = client
         self.error: Exception | None = None
         self.timer: asyncio.TimerHandle | None = None
 
@@ -56,7 +56,7 @@ class PendingReply:
 
     def waits(self) -> bool | None:
         """Whether no batch has taken the request yet; ``None`` if that is not known."""
-        return False if self.future.done() else self._client.is_pending(self.future)
+        return False if self.future.done() else self.client.is_pending(self.future)
 
     async def reply(self) -> TensorDictBase:
         """Wait for the reply, or raise the error."""
@@ -66,9 +66,6 @@ class PendingReply:
             if self.error is None:
                 raise
             raise self.error from None
-        finally:
-            if self.timer is not None:
-                self.timer.cancel()
 
 
 class Backend:
@@ -108,7 +105,7 @@ class Backend:
         deadline: float | None = None,
         defaults: Mapping[str, Any] | None = None,
     ) -> PendingReply:
-        """Ask; returns at once.
+        """Ask; returns at once. When the future of the request is done, :meth:`finish` is to be called.
 
         Args:
             entries: of one row, or of ``n`` rows where the server has a ``request_spec``.
@@ -126,13 +123,18 @@ class Backend:
         except BaseException:
             self._give_back(client)
             raise
-        future.add_done_callback(lambda _: self._give_back(client))
         pending = PendingReply(future, received_at, client)
         seconds = self.deadline if deadline is None else deadline
         if seconds is not None:
             left = received_at + seconds - time.perf_counter()
             pending.timer = future.get_loop().call_later(max(0.0, left), self._expire, pending, seconds)
         return pending
+
+    def finish(self, pending: PendingReply) -> None:
+        """Free what a request had, which has ended."""
+        if pending.timer is not None:
+            pending.timer.cancel()
+        self._give_back(pending.client)
 
     @staticmethod
     def _expire(pending: PendingReply, seconds: float) -> None:

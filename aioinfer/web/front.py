@@ -13,7 +13,7 @@ from aioinfer.web.backend import Backend, PendingReply
 from aioinfer.web.failures import Failure, failure_of, outcome_of
 from aioinfer.web.front_stats import FrontStats
 from aioinfer.web.limits import BytesInFlight, Limits
-from aioinfer.web.sessions import Session, Sessions
+from aioinfer.web.sessions import SESSION_KEYS, Session, Sessions
 
 __all__ = ["Front"]
 
@@ -61,6 +61,7 @@ class Front:
         self.sessions = Sessions(limits.max_sessions)
         self.bytes_in_flight = BytesInFlight(limits.max_bytes_in_flight)
         self.draining = ""
+        self._reads_session = not SESSION_KEYS.isdisjoint(self.in_keys)
 
     def submit(
         self,
@@ -92,7 +93,7 @@ class Front:
             pending = self.backend.submit(entries, received_at, deadline=deadline)
         else:
             replaced = session.replaceable() if self.newest_wins else ()
-            defaults = session.defaults(replaced)
+            defaults = session.defaults(replaced) if self._reads_session else None
             pending = self.backend.submit(entries, received_at, deadline=deadline, defaults=defaults)
             session.add(pending, replaced)
         self.stats.inflight += 1
@@ -100,6 +101,7 @@ class Front:
         return pending
 
     def _done(self, pending: PendingReply, protocol: str, size: int, session: Session | None, future: Any) -> None:
+        self.backend.finish(pending)
         self.stats.inflight -= 1
         error = pending.error if future.cancelled() else future.exception()
         outcome = "cancelled" if error is None and future.cancelled() else outcome_of(error)

@@ -174,10 +174,11 @@ class RobotSession(WebSocketSession):
             message = await self.connection.receive()
             if self._draining:
                 continue
+            # First, so that the other task waits for the reply before the model thread is woken and both want the GIL.
+            self._added.set()
             turn = self._take(message)
             self._bytes += turn.size
             self._turns.append(turn)
-            self._added.set()
             while len(self._turns) >= limits.max_pending_per_connection or self._bytes >= limits.max_message_size:
                 self._taken.clear()
                 await self._taken.wait()

@@ -11,7 +11,10 @@ import numpy as np
 from aioinfer.errors import SupersededError
 from aioinfer.web.backend import PendingReply
 
-__all__ = ["Session", "Sessions"]
+__all__ = ["SESSION_KEYS", "Session", "Sessions"]
+
+SESSION_KEYS = frozenset({"is_init", "seed"})
+"""Entries that a session adds to requests, where the policy reads them."""
 
 
 class Session:
