@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import uvicorn
 
+from aioinfer.serve.listener import bind
 from tests.limits import HANG
 
 
@@ -25,7 +25,7 @@ async def hosted(app: Any, *, port: int = 0, **options: Any) -> AsyncIterator[st
     Returns:
         Where it is: ``http://127.0.0.1:port``.
     """
-    listener = socket.create_server(("127.0.0.1", port))
+    (listener,) = bind("127.0.0.1", port)
     config = uvicorn.Config(app, **{"ws": "websockets-sansio", "lifespan": "on", "log_level": "warning", **options})
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
