@@ -36,7 +36,9 @@ def announce(settings: Settings, info: PolicyInfo, url: str) -> str:
         info: about the policy.
         url: where it is asked.
     """
-    robots = f"ws{url.removeprefix('http')}" if settings.uds is None else f"{settings.uds}, a WebSocket"
+    robots = f"ws{_from_elsewhere(settings, url).removeprefix('http')}"
+    if settings.uds is not None:
+        robots = f"{settings.uds}, a WebSocket"
     lines = {
         "robots": f"{robots}   (openpi; any path)",
         "clients": f'aioinfer.connect("{robots}")' if settings.uds is None else "",
@@ -47,6 +49,12 @@ def announce(settings: Settings, info: PolicyInfo, url: str) -> str:
         entries = ", ".join(f'"{_text(key)}": [...]' for key in info.in_keys)
         lines["request"] = " ".join([*_curl(settings), f"{url}/act -d '{{{entries}}}'"])
     return "\n".join([_headline(settings, info, url), *(f"  {name:8} {line}" for name, line in lines.items() if line)])
+
+
+def _from_elsewhere(settings: Settings, url: str) -> str:
+    """The URL for other machines, where they reach it."""
+    here = _ANYWHERE.get(settings.host)
+    return url if here is None else url.replace(f"[{here}]" if ":" in here else here, socket.gethostname())
 
 
 def _headline(settings: Settings, info: PolicyInfo, url: str) -> str:

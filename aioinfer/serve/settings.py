@@ -23,8 +23,6 @@ __all__ = ["Settings", "UsageError", "read_settings", "read_tokens"]
 KEY_VARIABLE = "AIOINFER_API_KEY"
 """The environment variable that may have a token."""
 
-_LOCAL = ("localhost", "127.0.0.1", "[::1]")
-
 _log = logging.getLogger("aioinfer.serve")
 
 
@@ -125,7 +123,7 @@ def read_settings(options: argparse.Namespace, environment: Mapping[str, str] = 
         deadline=options.deadline,
         newest_wins=options.newest_wins,
         tokens=tokens,
-        hosts=[*options.allow_host, options.host, *_LOCAL] if options.allow_host or not tokens else None,
+        hosts=[*options.allow_host, options.host, socket.gethostname()] if options.allow_host or not tokens else None,
         origins=options.allow_origin,
         limits=Limits(max_message_size=options.max_message_size),
         tls=_make_tls(options.ssl_certfile, options.ssl_keyfile),

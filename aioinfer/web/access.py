@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Mapping, Sequence
+from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 __all__ = ["Access", "Refusal"]
 
 _SCHEMES = ("bearer ", "api-key ")
-_LOCAL = ("localhost", "127.0.0.1", "[::1]")
 
 
 class Refusal(Exception):
@@ -30,16 +30,17 @@ class Access:
     Args:
         tokens: of which a caller needs one, as ``Authorization: Bearer`` or ``Api-Key``; none are needed if there are
             none.
-        hosts: names under which this server is asked: the ``Host`` header has one of them, whatever its port. A page
-            elsewhere whose name leads here by a trick of its DNS has another. ``None`` takes any.
+        hosts: names by which this server may be asked, beside IP addresses and ``localhost``: the ``Host`` header has
+            one of them, whatever its port. A page elsewhere whose name leads here by a trick of its DNS has another.
+            ``None`` takes any.
         origins: of pages that may ask from a browser, beside those of this server.
     """
 
     def __init__(
-        self, tokens: Sequence[str] = (), hosts: Sequence[str] | None = _LOCAL, origins: Sequence[str] = ()
+        self, tokens: Sequence[str] = (), hosts: Sequence[str] | None = (), origins: Sequence[str] = ()
     ) -> None:
         self._tokens = [token.encode() for token in tokens]
-        self._hosts = None if hosts is None else {host.lower() for host in hosts}
+        self._hosts = None if hosts is None else {"localhost", *[host.lower() for host in hosts]}
         self._origins = {origin.lower().rstrip("/") for origin in origins}
 
     def check_page(self, headers: Mapping[bytes, bytes]) -> None:
@@ -50,7 +51,7 @@ class Access:
         """
         host = headers.get(b"host", b"").decode("latin-1").lower()
         name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
-        if self._hosts is not None and name not in self._hosts:
+        if self._hosts is not None and name not in self._hosts and not _is_address(name):
             raise Refusal(421, f"this server is not asked by the name {name[:100]!r}; allow it with --allow-host")
         origin = headers.get(b"origin")
         if origin is None:
@@ -75,3 +76,12 @@ class Access:
                 if any([hmac.compare_digest(token, one) for one in self._tokens]):  # noqa: C419
                     return
         raise Refusal(401, "this server needs a token: Authorization: Bearer <token>, or Api-Key <token>")
+
+
+def _is_address(name: str) -> bool:
+    """Whether a host is an IP address, which no DNS has led here."""
+    try:
+        ip_address(name.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        return False
+    return True

@@ -233,7 +233,7 @@ def create_app(
         metadata = getattr(getattr(server, "model", None), "metadata", None)
     front = Front(
         backend,
-        Access(tokens, hosts, origins),
+        Access(tokens, () if hosts is None and not tokens else hosts, origins),
         Limits() if limits is None else limits,
         name=name,
         metadata=metadata if isinstance(metadata, Mapping) else {},

@@ -227,6 +227,13 @@ async def test_a_plain_module_is_served_by_the_names_of_its_arguments(
     assert "--in-keys observation --out-keys action" in capsys.readouterr().err
 
 
+async def test_it_is_asked_by_address_or_by_a_name_that_is_allowed(policies: Any) -> None:
+    async with served("--allow-host", "robots.example.org") as at, client(at) as http:
+        names = ["127.0.0.1", "[::1]:8000", "192.0.2.7:80", "localhost", "Robots.Example.org:443", "evil.example.org"]
+        statuses = [(await http.post("/act", json=EXAMPLE, headers={"host": name})).status_code for name in names]
+        assert statuses == [200, 200, 200, 200, 200, 421]
+
+
 async def test_what_it_says_can_be_pasted(policies: Any, key_file: Path) -> None:
     async with served("--api-key-file", str(key_file), AIOINFER_API_KEY="from-the-environment") as at:
         text = at.lines[-1]
