@@ -50,6 +50,11 @@ class _Handle(metaclass=_ClientType):
         """How many rows a request of this client may have at most; ``None``: as many as it likes."""
         return None
 
+    @property
+    def has_slot(self) -> bool:
+        """Whether this client has a slot, and so one request under way at most."""
+        return False
+
     def __copy__(self) -> Self:
         return self
 
@@ -172,6 +177,25 @@ class AsyncInferenceClient(_Handle):
         It is known to clients of the server's own process. A batch may take the request at any moment.
         """
         return None
+
+    def withdraw(self, future: AsyncFuture[TensorDictBase]) -> bool:
+        """Take the request of a future of this client back, if no batch has taken it yet; the future is cancelled then.
+
+        To cancel the future itself also keeps a request from being computed if no batch has taken it; but does not
+        tell, and nobody gets the reply where one has.
+
+        Returns:
+            Whether it was taken back; ``False`` as well where that can't be told, as :meth:`is_pending` can't.
+        """
+        return False
+
+    @property
+    def least_seconds(self) -> float:
+        """Seconds from when a batch takes a request to its reply, at least: the fastest of the latest 64 passes.
+
+        0 before the first pass, and where it is not known, as :meth:`is_pending` is not.
+        """
+        return 0.0
 
     @abstractmethod
     async def __call__(

@@ -340,6 +340,7 @@ class ModelThread:
             for outcome in self._forward(requests):
                 self._passes += 1
                 if outcome.error is None:
+                    self._queue.pass_seconds.append(outcome.seconds)
                     self._scheduler.on_pass(outcome.rows, outcome.seconds)
                 if self._alternate:
                     self._seconds_alone = outcome.seconds

@@ -62,6 +62,11 @@ class BaseServer(ClientMaker):
         """How requests and replies travel; the first one, if there are several."""
         return self.transports[0]
 
+    @property
+    @abstractmethod
+    def is_alive(self) -> bool:
+        """Whether the server's worker, or its process, runs."""
+
     def clients(self, count: int, *, copy: bool = True) -> list[InferenceClient]:
         return self.transport.clients(count, copy=copy)
 

@@ -73,6 +73,13 @@ class _LocalAsyncClient(RefusableAsyncClient):
     def is_pending(self, future: asyncio.Future[TensorDictBase]) -> bool | None:
         return self._transport.queue.holds(future)
 
+    def withdraw(self, future: asyncio.Future[TensorDictBase]) -> bool:
+        return self._transport.queue.withdraw(future) and future.cancel()
+
+    @property
+    def least_seconds(self) -> float:
+        return min(tuple(self._transport.queue.pass_seconds), default=0.0)
+
     def __reduce__(self) -> NoReturn:
         raise _does_not_pickle()
 
@@ -313,6 +320,8 @@ class _Slot:
 
 
 class _SlotClient(_LocalClient):
+    has_slot = True
+
     def __init__(self, slot: _Slot) -> None:
         self._slot = slot
         self._waiter: Waiter | None = None
@@ -377,6 +386,8 @@ class _SlotClient(_LocalClient):
 
 
 class _AsyncSlotClient(_LocalAsyncClient):
+    has_slot = True
+
     def __init__(self, slot: _Slot) -> None:
         self._slot = slot
         self._transport = slot.transport

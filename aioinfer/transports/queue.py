@@ -73,6 +73,7 @@ REFUSALS = (ServerClosedError, ServerPausedError, ServerOverloadedError)
 # has run for the one time, or until the other has passed. 64 threads take 0.4 to 1 ms on two cores.
 LINGER = 0.001
 MOST_LINGER = 0.005
+_LATEST_PASSES = 64
 
 _log = logging.getLogger("aioinfer")
 
@@ -366,11 +367,11 @@ class RequestQueue:
     A transport has a queue of its own until a server attaches it to the server's. Then its requests follow it there:
     those that are pending, and those that a caller puts here because it had looked before.
 
-    Any thread: ``put``, ``put_remote``, ``notify``, ``wake``, ``not_full``, ``attach``, ``pause``, ``refuse``,
-    ``close``, ``len``. Model thread only: ``wait``, ``stand_by``, ``get_batch``, ``oldest``. Requests are appended and
-    removed without a lock, which a deque allows; the thread that removes a request settles it. A thread that counts
-    requests against the bound holds ``_lock``; the model thread never waits for it, since an interrupted caller may
-    hold it for as long as a signal handler runs.
+    Any thread: ``put``, ``put_remote``, ``withdraw``, ``notify``, ``wake``, ``not_full``, ``attach``, ``pause``,
+    ``refuse``, ``close``, ``len``. Model thread only: ``wait``, ``stand_by``, ``get_batch``, ``oldest``. Requests are
+    appended and removed without a lock, which a deque allows; the thread that removes a request settles it. A thread
+    that counts requests against the bound holds ``_lock``; the model thread never waits for it, since an interrupted
+    caller may hold it for as long as a signal handler runs.
 
     Args:
         admission: the server's terms; by default those of a transport that has no server yet.
@@ -396,6 +397,8 @@ class RequestQueue:
         """An element for each wake-up that the last batch has caused, until its tasks or its thread have run, and for
         each tick of an event loop in which there were requests, until it ends."""
         self.not_full = NotFull(self.full)
+        self.pass_seconds: deque[float] = deque(maxlen=_LATEST_PASSES)
+        """Of the latest forward passes; the model thread appends to it."""
         self._requests: deque[Request] = deque()
         self._more_rows = RowCount()  # of these requests, beyond the first of each
         self._waiting_remote: deque[Request] = deque()  # requests of other processes that wait for space
@@ -443,7 +446,10 @@ class RequestQueue:
 
     def holds(self, receiver: Receiver) -> bool:
         """Whether the request of this receiver waits here: no batch has taken it yet."""
-        return any(request.receiver is receiver for request in tuple(self._requests))
+        return self._find(receiver) is not None
+
+    def _find(self, receiver: Receiver) -> Request | None:
+        return next((request for request in tuple(self._requests) if request.receiver is receiver), None)
 
     def _held(self) -> int:
         """How many rows of pending requests are still in their transports."""
@@ -642,6 +648,25 @@ class RequestQueue:
             call_uninterrupted(partial(self._requests.remove, request), self._more_rows.removing(request.rows - 1))
         except ValueError:
             return False
+        return True
+
+    def withdraw(self, receiver: Receiver) -> bool:
+        """Take the request of this receiver out; whoever calls settles the receiver.
+
+        Returns:
+            Whether it was here: then it is never computed. If not, a batch has taken it, or some of its rows, or is
+            about to.
+        """
+        request = self._find(receiver)
+        if request is None or not self._remove(request):
+            return False
+        self._drop([request])
+        if self._waiting_remote:
+            with self._lock:
+                self._move_waiting()
+            self.notify()
+        if self.not_full:
+            self.not_full.notify(request.rows)
         return True
 
     def reserve(self, rows: int, note: Callable[[], object]) -> bool:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,13 +12,11 @@ from tensordict import TensorDictBase
 
 from aioinfer.client import AsyncInferenceClient, ClientMaker
 from aioinfer.entries import check_entries, make_td
-from aioinfer.errors import DeadlineExceededError, InvalidRequestError
+from aioinfer.errors import ClientClosedError, DeadlineExceededError, InvalidRequestError
 from aioinfer.server import BaseServer
 from aioinfer.stats import Health, ServerStats
 
-__all__ = ["Backend", "PendingReply"]
-
-_FASTEST_OF = 64  # replies, of which the fastest says how long one takes at least
+__all__ = ["Backend", "Deadline", "PendingReply"]
 
 
 class PendingReply:
@@ -29,11 +26,14 @@ class PendingReply:
 
     Args:
         future: of the client.
-        received_at: when the request had arrived, by ``time.perf_counter``.
+        received_at: when the request had arrived, on the clock of the backend.
         client: that was asked.
+
+    Attributes:
+        deadline: if there is one.
     """
 
-    __slots__ = ("client", "error", "future", "received_at", "timer")
+    __slots__ = ("client", "deadline", "error", "future", "received_at")
 
     def __init__(
         self, future: asyncio.Future[TensorDictBase], received_at: float, client: AsyncInferenceClient
@@ -42,13 +42,23 @@ class PendingReply:
         self.received_at = received_at
         self.client = client
         self.error: Exception | None = None
-        self.timer: asyncio.TimerHandle | None = None
+        self.deadline: Deadline | None = None
 
     def withdraw(self, error: Exception) -> None:
         """End the request with an error, unless its reply is there; it is not computed if no batch has taken it."""
         if not self.future.done():
             self.error = error
             self.future.cancel()
+
+    def withdraw_waiting(self, error: Exception) -> bool:
+        """End the request with an error if it is certain that no batch has taken it; return whether it did."""
+        try:
+            withdrawn = self.client.withdraw(self.future)
+        except ClientClosedError:
+            return False
+        if withdrawn:
+            self.error = error
+        return withdrawn
 
     def cancel(self) -> None:
         """Its caller is gone."""
@@ -68,8 +78,67 @@ class PendingReply:
             raise self.error from None
 
 
+class Deadline:
+    """Ends a request where no reply comes in time, or can come.
+
+    A request that waits is given up where less time is left than the fastest of the latest forward passes took. It has
+    waited for half of its time then, in which a server with nothing else to do has taken it: so a deadline that the
+    latest passes did not meet is tried again.
+
+    Args:
+        pending: the request.
+        seconds: from the arrival of the request.
+        clock: of the time of arrival.
+    """
+
+    __slots__ = ("_clock", "_due", "_most_spared", "_pending", "_seconds", "_timer")
+
+    def __init__(self, pending: PendingReply, seconds: float, clock: Callable[[], float]) -> None:
+        self._pending = pending
+        self._seconds = seconds
+        self._clock = clock
+        self._due = pending.received_at + seconds
+        self._most_spared = (self._due - clock()) / 2
+        self._timer: asyncio.TimerHandle | None = None
+        self.look()
+
+    def look(self) -> None:
+        """End the request if it is time, or set the timer that calls this again."""
+        pending = self._pending
+        if pending.future.done():
+            return
+        left = self._due - self._clock()
+        needed = min(self._least_seconds(), self._most_spared)
+        if left <= 0:
+            pending.withdraw(self._error())
+        elif left > needed:
+            self._wait(left - needed)
+        elif not pending.withdraw_waiting(self._error()):
+            self._wait(left)
+
+    def _least_seconds(self) -> float:
+        try:
+            return self._pending.client.least_seconds
+        except ClientClosedError:
+            return 0.0
+
+    def stop(self) -> None:
+        """Look no more."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _wait(self, seconds: float) -> None:
+        self.stop()
+        self._timer = self._pending.future.get_loop().call_later(seconds, self.look)
+
+    def _error(self) -> DeadlineExceededError:
+        return DeadlineExceededError(f"no reply within {self._seconds:g} seconds of the request's arrival")
+
+
 class Backend:
     """Asks a server, and knows what can be known of it.
+
+    Clients that have a slot are asked by one request at a time; there are as many as there were requests at once.
 
     Loop thread only.
 
@@ -78,6 +147,7 @@ class Backend:
         in_keys: the entries of a message that make a request; others are left out. By default those that the model
             reads, where the server has the model; else all of them.
         deadline: seconds from the arrival of a request to its reply, if it names none; ``None`` is without end.
+        clock: seconds, of the times at which requests arrive.
     """
 
     def __init__(
@@ -86,16 +156,19 @@ class Backend:
         *,
         in_keys: Sequence[str] | None = None,
         deadline: float | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         if not isinstance(server, ClientMaker | AsyncInferenceClient):
             raise TypeError(f"expected a server, or an AsyncInferenceClient, got {type(server).__qualname__}")
         self.server = server
         self.deadline = deadline
+        self._clock = clock
         model_keys = getattr(getattr(server, "model", None), "in_keys", None)
         keys = in_keys or model_keys
         self.in_keys = {_root(key) for key in keys} if keys else None
-        self._clients: list[AsyncInferenceClient] = []
-        self._fastest: deque[float] = deque(maxlen=_FASTEST_OF)
+        self._made: set[AsyncInferenceClient] = set()
+        self._free: list[AsyncInferenceClient] = []  # with a slot, and no request under way
+        self._shared: AsyncInferenceClient | None = server if isinstance(server, AsyncInferenceClient) else None
 
     def submit(
         self,
@@ -109,36 +182,37 @@ class Backend:
 
         Args:
             entries: of one row, or of ``n`` rows where the server has a ``request_spec``.
-            received_at: when the message with them had arrived, by ``time.perf_counter``.
+            received_at: when the message with them had arrived, on the clock.
             deadline: seconds from then on; ``None`` takes that of the app.
             defaults: entries that the model gets where it reads them and ``entries`` lack them.
 
         Raises:
             InvalidRequestError: they make no request. What else the server refuses, the reply fails with.
+            DeadlineExceededError: the deadline has passed.
+            NoFreeSlotError: all slots of the server are taken.
         """
+        seconds = self.deadline if deadline is None else deadline
+        if seconds is not None and received_at + seconds <= self._clock():
+            raise DeadlineExceededError(f"{seconds:g} seconds had passed before the request could be asked")
         request = self._request(entries, defaults)
-        client = self._take_client()
+        client = self._shared
+        if client is None:
+            client = self._take_client()
         try:
             future = client.submit(request)
         except BaseException:
             self._give_back(client)
             raise
         pending = PendingReply(future, received_at, client)
-        seconds = self.deadline if deadline is None else deadline
         if seconds is not None:
-            left = received_at + seconds - time.perf_counter()
-            pending.timer = future.get_loop().call_later(max(0.0, left), self._expire, pending, seconds)
+            pending.deadline = Deadline(pending, seconds, self._clock)
         return pending
 
     def finish(self, pending: PendingReply) -> None:
         """Free what a request had, which has ended."""
-        if pending.timer is not None:
-            pending.timer.cancel()
+        if pending.deadline is not None:
+            pending.deadline.stop()
         self._give_back(pending.client)
-
-    @staticmethod
-    def _expire(pending: PendingReply, seconds: float) -> None:
-        pending.withdraw(DeadlineExceededError(f"no reply within {seconds:g} seconds of the request's arrival"))
 
     def _request(
         self, entries: Mapping[str, Any], defaults: Mapping[str, Any] | None
@@ -167,14 +241,18 @@ class Backend:
         return self.server if isinstance(self.server, AsyncInferenceClient) else self.server.async_client()
 
     def _take_client(self) -> AsyncInferenceClient:
-        """A client that has no request under way: one of a slot may have one only."""
-        if isinstance(self.server, AsyncInferenceClient):
-            return self.server
-        return self._clients.pop() if self._clients else self.server.async_client()
+        """A client that may be asked now."""
+        if self._free:
+            return self._free.pop()
+        client = self.client()
+        self._made.add(client)
+        if not client.has_slot:
+            self._shared = client
+        return client
 
     def _give_back(self, client: AsyncInferenceClient) -> None:
-        if client is not self.server:
-            self._clients.append(client)
+        if client is not self._shared and client in self._made:
+            self._free.append(client)
 
     async def stats(self) -> ServerStats | None:
         """What the server did; ``None`` where that can't be known."""
@@ -199,9 +277,13 @@ class Backend:
             await self.server.aclose(timeout=None, drain=True)
 
     def close(self) -> None:
-        """Close the clients that were made here."""
-        while self._clients:
-            self._clients.pop().close()
+        """Close the clients that were made here; others are made if there are more requests."""
+        made, self._made = self._made, set()
+        self._free.clear()
+        if self._shared is not self.server:
+            self._shared = None
+        for client in made:
+            client.close()
 
 
 def _root(key: Any) -> str:

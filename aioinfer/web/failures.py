@@ -8,6 +8,8 @@ import traceback
 from typing import NamedTuple
 
 from aioinfer.errors import (
+    ClientBusyError,
+    ClientClosedError,
     DeadlineExceededError,
     InferenceError,
     InvalidRequestError,
@@ -31,13 +33,15 @@ _STATUSES: dict[type[Exception], int] = {
     SupersededError: 409,
     ServerOverloadedError: 429,
     NoFreeSlotError: 429,
+    ClientBusyError: 429,
     ServerPausedError: 503,
     ServerClosedError: 503,
     ServerNotRunningError: 503,
+    ClientClosedError: 503,
     PeerDiedError: 503,
     DeadlineExceededError: 504,
 }
-_TEMPORARY = (ServerOverloadedError, NoFreeSlotError, ServerPausedError)
+_TEMPORARY = (ServerOverloadedError, NoFreeSlotError, ClientBusyError, ServerPausedError)
 
 _log = logging.getLogger("aioinfer.web")
 

@@ -86,6 +86,8 @@ class Front:
         Raises:
             InvalidRequestError: the entries make no request.
             ServerClosedError: the app is drained.
+            DeadlineExceededError: the deadline has passed.
+            NoFreeSlotError: all slots of the server are taken.
         """
         if self.draining:
             raise ServerClosedError(self.draining)
@@ -95,7 +97,7 @@ class Front:
             replaced = session.replaceable() if self.newest_wins else ()
             defaults = session.defaults(replaced) if self._reads_session else None
             pending = self.backend.submit(entries, received_at, deadline=deadline, defaults=defaults)
-            session.add(pending, replaced)
+            session.add(pending, () if pending.future.done() else replaced)  # unless the server refuses it
         self.stats.inflight += 1
         pending.future.add_done_callback(partial(self._done, pending, protocol, size, session))
         return pending

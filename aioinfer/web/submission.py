@@ -175,13 +175,18 @@ class _ClientSubmission(Submission):
     async def _ask_until_taken(self, one: Asked) -> TensorDictBase:
         """Ask until the queue has space, instead of waiting for it: a mode is in force between two awaits only."""
         while True:
+            pending = self._ask(one)
             try:
-                return await self._ask(one).reply()
+                return await pending.reply()
             except ServerOverloadedError:
                 await asyncio.sleep(_RETRY_AFTER)
+            finally:
+                self._backend.finish(pending)
 
     def _done(self, receiver: Any, pending: PendingReply | None, future: asyncio.Future[TensorDictBase]) -> None:
         self._under_way.pop(receiver, None)
+        if pending is not None:
+            self._backend.finish(pending)
         error: BaseException | None
         if future.cancelled():
             error = None if pending is None else pending.error

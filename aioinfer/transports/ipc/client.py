@@ -241,6 +241,10 @@ class ClientBase:
     def max_rows(self) -> int | None:
         return self._endpoint.codec.max_rows
 
+    @property
+    def has_slot(self) -> bool:
+        return self._endpoint.codec.exclusive
+
     def close(self) -> None:
         endpoint, self._endpoint = self._endpoint, _CLOSED
         endpoint.remove(self)
