@@ -170,6 +170,7 @@ class Service:
                 self._tell(error)
                 return 1
             self._say(announce(settings, info, self._url))
+            gc.freeze()  # what torch has made stays: to look at it now and then would stop all callers for a while
             self.ready.set()
             died = await self._watch(server, stopping)
             await self._drain(app, server)

@@ -13,13 +13,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.request import urlopen
 
 import torch
 
+from aioinfer import InferenceServer, ProcessSlotTransport, ThreadingTransport, cli
 from aioinfer.bench.models import Policy
 from aioinfer.bench.serving import peers
-from aioinfer.bench.serving.policies import make_robot_policy
+from aioinfer.bench.serving.policies import WORKLOAD_VARIABLE, make_policy, make_served_policy
 from aioinfer.bench.workloads import Job, Protocol, System, Workload, named
+from aioinfer.web import create_app
 
 __all__ = ["RunningServer", "running_server"]
 
@@ -48,7 +51,7 @@ def running_server(job: Job) -> Iterator[RunningServer]:
         command = [sys.executable, "-m", __name__, job.system, job.workload, str(server.port), server.address]
         process = subprocess.Popen(command, stdout=sys.stderr, start_new_session=True)
         try:
-            _wait_until_it_listens(process, server.port)
+            _wait_until_it_is_ready(process, job.system, server.port)
             yield server
         finally:
             _signal_group(process, signal.SIGTERM)
@@ -67,18 +70,27 @@ def _free_port() -> int:
         return port
 
 
-def _wait_until_it_listens(process: subprocess.Popen[bytes], port: int) -> None:
+def _wait_until_it_is_ready(process: subprocess.Popen[bytes], system: str, port: int) -> None:
     end = time.monotonic() + _START_LIMIT
     while time.monotonic() < end:
         if process.poll() is not None:
             raise RuntimeError(f"the server ended with status {process.returncode}")
-        try:
-            socket.create_connection((_HOST, port), 1.0).close()
-        except OSError:
-            time.sleep(0.05)
-        else:
+        if _is_ready(system, port):
             return
-    raise RuntimeError(f"the server did not listen within {_START_LIMIT:g} s")
+        time.sleep(0.05)
+    raise RuntimeError(f"the server was not ready within {_START_LIMIT:g} s")
+
+
+def _is_ready(system: str, port: int) -> bool:
+    """Whether a server listens; ours does so before it has its policy."""
+    try:
+        if system == System.OURS:
+            urlopen(f"http://{_HOST}:{port}/readyz", timeout=5.0).close()
+        else:
+            socket.create_connection((_HOST, port), 1.0).close()
+    except OSError:  # an HTTP status above 400 is one
+        return False
+    return True
 
 
 def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
@@ -94,7 +106,7 @@ def main() -> None:
     port, address = int(sys.argv[3]), sys.argv[4]
     torch.set_num_threads(1)
     if system is System.OPENPI:
-        peers.serve_openpi(_make_policy(workload), port)
+        peers.serve_openpi(make_policy(workload), port)
     elif system is System.LITSERVE:
         peers.serve_litserve(workload.model, port)
     elif system is System.MOSEC:
@@ -105,24 +117,15 @@ def main() -> None:
         _serve_ours(workload, port, address)
 
 
-def _make_policy(workload: Workload) -> Any:
-    assert workload.serving is not None
-    if workload.serving.protocol is Protocol.OPENPI:
-        return make_robot_policy(workload.serving)
-    return Policy(workload.model).module
-
-
 def _serve_ours(workload: Workload, port: int, address: str) -> None:
-    from aioinfer import InferenceServer, InferenceTransport, ProcessSlotTransport, ThreadingTransport
-    from aioinfer.web import create_app
-
-    transports: list[InferenceTransport] = [ThreadingTransport()]
-    if workload.serving is not None and workload.serving.protocol is Protocol.STREAM:
-        policy = Policy(workload.model)
-        transports.append(
-            ProcessSlotTransport(policy.request(), policy.reply(), num_slots=workload.callers, address=address)
-        )
-    with InferenceServer(_make_policy(workload), transports) as server:
+    assert workload.serving is not None
+    if workload.serving.protocol is not Protocol.STREAM:
+        os.environ[WORKLOAD_VARIABLE] = workload.name
+        reference = f"{make_served_policy.__module__}:{make_served_policy.__name__}"
+        sys.exit(cli.main(["serve", reference, "--port", str(port), "--log-level", "warning"]))
+    policy = Policy(workload.model)
+    slots = ProcessSlotTransport(policy.request(), policy.reply(), num_slots=workload.callers, address=address)
+    with InferenceServer(make_policy(workload), [ThreadingTransport(), slots]) as server:
         _run_app(create_app(server), port)
 
 
