@@ -26,7 +26,7 @@ Over a network, robots, HTTP callers and clients on other machines::
     web/app.py          web/openpi.py, web/stream.py, web/act.py   web/front.py      web/backend.py
     which path is   --> and web/open_inference.py:             --> limits and    --> asks a server, as
     served by what      a protocol each                            sessions          any client does
-    transports/network/ is the other end of web/stream.py
+    transports/network/ is the other end of web/stream.py, and serve/ the command ``aioinfer serve``
 
 New weights, from a trainer in another process, or (``server.update_weights``) in this one::
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -52,13 +53,13 @@ async def echo(scope: Scope, receive: Receive, send: Send) -> None:
 
 @asynccontextmanager
 async def listening(
-    app: ASGIApp = echo, *, most_bytes: int = 2**30, limits: Limits | None = None, **options: Any
+    app: ASGIApp = echo, *, most_bytes: int = 2**30, tls: ssl.SSLContext | None = None, **options: Any
 ) -> AsyncIterator[Listening]:
     """A listener on a free port; ``options`` are those of its guard."""
     guard = ConnectionGuard(bytes_in_flight=BytesInFlight(most_bytes), **options)
     sockets = bind("127.0.0.1", 0)
     port = sockets[0].getsockname()[1]
-    listener = Listener(app, sockets, guard=guard, limits=limits or Limits())
+    listener = Listener(app, sockets, guard=guard, limits=Limits(), tls=tls)
     await listener.open()
     try:
         yield Listening(listener, guard, port)

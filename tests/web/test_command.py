@@ -42,7 +42,7 @@ from aioinfer.serve.settings import UsageError, read_settings, read_tokens
 from aioinfer.web.arrays import packb, unpackb
 from tests.limits import HANG
 from tests.programs import Program, running
-from tests.web.listening import holds
+from tests.web.listening import connect, holds, listening
 
 PROGRAM = Path(__file__).with_name("serve_program.py")
 EXAMPLE = {"observation": [1.0, 2.0, 3.0]}
@@ -405,6 +405,13 @@ async def test_https_and_wss(policies: Any, certificate: Path) -> None:
             assert reply.json()["action"] == REPLY["action"]
         async with websocket.connect(f"wss:{url}", ssl=trusted, proxy=None) as secure:
             assert unpackb(bytes_of(await secure.recv())) == {"pose": [1, 2]}
+
+
+async def test_a_connection_that_begins_no_tls_is_closed(certificate: Path) -> None:
+    tls = read_settings(options("--ssl-certfile", str(certificate)), {}).tls
+    assert tls is not None
+    async with listening(tls=tls, head_timeout=0.05) as at, connect(at.port) as silent:
+        assert await silent.heard() == b""
 
 
 async def test_the_end_waits_for_replies_and_closes_websockets_after_them(policies: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, ExitStack, contextmanager, suppress
@@ -147,6 +148,19 @@ def half_open(port: int, count: int) -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def many_descriptors() -> Iterator[None]:
+    """This process may have both ends of a thousand connections."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 4096:
+        pytest.skip(f"a process may have {hard} descriptors")
+    if soft != resource.RLIM_INFINITY:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 4096), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.usefixtures("many_descriptors")
 async def test_a_thousand_half_open_connections_do_not_disturb_a_good_client() -> None:
     async with listening() as at, connect(at.port) as good:
         await good.ask()
