@@ -131,7 +131,11 @@ class Link(asyncio.Protocol):
                 elif isinstance(event, Response) and (refusal := self._websocket.handshake_exc) is not None:
                     self._fail(_refusal(self._address, refusal))
         except Exception as error:
-            unreadable = PeerDiedError(f"hung up on {self._address.url}, which says what can't be handled: {error}")
+            url = self._address.url
+            if self.hello.done():
+                unreadable: Exception = PeerDiedError(f"hung up on {url}, which says what can't be handled: {error}")
+            else:
+                unreadable = ServerClosedError(f"{url} is no inference server for these clients: {error}")
             unreadable.__cause__ = error
             self._fail(unreadable)
             return

@@ -16,7 +16,14 @@ from typing import Any, NamedTuple, TypeAlias
 import msgpack
 import numpy as np
 import torch
-from tensordict import NonTensorData, NonTensorStack, TensorDict, TensorDictBase, is_non_tensor
+from tensordict import (
+    LazyStackedTensorDict,
+    NonTensorData,
+    NonTensorStack,
+    TensorDict,
+    TensorDictBase,
+    is_non_tensor,
+)
 
 from aioinfer.entries import Entries, is_checked, stack_entries
 from aioinfer.errors import InvalidRequestError
@@ -43,9 +50,8 @@ MAX_HEADER = 4 * 2**20
 
 _LENGTH = struct.Struct("<I")
 _BFLOAT16 = "bf2"  # of which numpy knows nothing: it travels as the bits of int16
-_DTYPES = {np.dtype(kind).str[1:]: np.dtype(kind).newbyteorder("<") for kind in "?bBhHiIlLqQefd"}
-_WIRE_DTYPES = {**_DTYPES, _BFLOAT16: _DTYPES["i2"]}
 _NAMES = {np.dtype(kind): np.dtype(kind).str[1:] for kind in "?bBhHiIlLqQefd"}
+_WIRE_DTYPES = {name: np.dtype("<" + name) for name in _NAMES.values()} | {_BFLOAT16: np.dtype("<i2")}
 _TORCH_DTYPES = {torch.from_numpy(np.empty(0, dtype)).dtype for dtype in _NAMES} | {torch.bfloat16}
 _ONE_ROW = torch.Size([])
 
@@ -65,7 +71,8 @@ class Group(NamedTuple):
         sizes: the batch sizes of TensorDicts in it, with their keys, where they are others.
         leaves: of each column the key, the name of its dtype, and the shape of a row.
         columns: the arrays, each ``[k, *shape]``.
-        plain: for each payload, what is no tensor, with its key: numbers, strings and lists; ``None`` if there is none.
+        plain: for each payload, what is no tensor: its key, a number, text or list, and whether that is a list of one for
+            each row; ``None`` if there is none.
     """
 
     indices: Sequence[int]
@@ -74,7 +81,7 @@ class Group(NamedTuple):
     sizes: Sequence[tuple[Path, Sequence[int]]]
     leaves: Sequence[tuple[Path, str, Sequence[int]]]
     columns: Sequence[Array]
-    plain: Sequence[Sequence[tuple[Path, Any]]] | None
+    plain: Sequence[Sequence[tuple[Path, Any, bool]]] | None
 
 
 # -- what travels ----------------------------------------------------------------------------------------------
@@ -88,7 +95,10 @@ def check_payload(payload: Payload) -> tuple[Payload, int]:
     """
     if isinstance(payload, TensorDictBase) and not _is_plain_td(payload):
         try:
+            _check_alike(payload)
             payload = payload.to_tensordict()
+        except InvalidRequestError:
+            raise
         except Exception as error:  # a class of the user's may raise anything
             raise InvalidRequestError(f"the request can't be copied: {type(error).__qualname__}: {error}") from error
     return payload, _check(payload, ())
@@ -96,6 +106,17 @@ def check_payload(payload: Payload) -> tuple[Payload, int]:
 
 def _is_plain_td(td: TensorDictBase) -> bool:
     return type(td) is TensorDict and all(_is_plain_td(value) for value in entries(td).values() if is_nested(value))
+
+
+def _check_alike(td: TensorDictBase) -> None:
+    """Refuse lazy stacks of rows that have entries of their own: a copy would not have these."""
+    if isinstance(td, LazyStackedTensorDict):
+        if len(group_by_layout(td.tensordicts, [False] * len(td.tensordicts))) > 1:
+            raise InvalidRequestError("a lazy stack of unlike TensorDicts does not travel; ask for each of them")
+    else:
+        for value in entries(td).values():
+            if is_nested(value):
+                _check_alike(value)
 
 
 def _is_nested(value: Any) -> bool:
@@ -138,6 +159,9 @@ def _pack_plain(path: Path, value: Any) -> bytes:
 
 
 def _plain(value: Any) -> Any:
+    """What is packed of an entry that is no tensor."""
+    if isinstance(value, NonTensorData):
+        return value.data
     return value.tolist() if is_non_tensor(value) else value
 
 
@@ -226,7 +250,7 @@ class _Flat:
                     self.sizes.append((path, size))
                 self.add(value, path)  # type: ignore[arg-type]
             else:
-                self.plain.append((path, _plain(value)))
+                self.plain.append((path, value))
 
     def _add_column(self, path: Path, array: Array, name: str = "") -> None:
         name = name or _NAMES[array.dtype]
@@ -242,12 +266,17 @@ def _group(indices: Sequence[int], payload: Payload, *, by_name: bool) -> Group:
     size = tuple(payload.batch_size[1:]) if isinstance(payload, TensorDictBase) else ()
     flat = _Flat(stacked, size)
     flat.add(payload)
-    plain: list[list[tuple[Path, Any]]] | None = None
+    plain: list[list[tuple[Path, Any, bool]]] | None = None
     if flat.plain:
         plain = [
-            [(path, value[row] if stacked else value) for path, value in flat.plain] for row in range(len(indices))
+            [_packable(path, value[row] if stacked else value) for path, value in flat.plain]
+            for row in range(len(indices))
         ]
     return Group(indices, by_name, size, flat.sizes, flat.leaves, flat.columns, plain)
+
+
+def _packable(path: Path, value: Any) -> tuple[Path, Any, bool]:
+    return path, _plain(value), is_non_tensor(value) and not isinstance(value, NonTensorData)
 
 
 def encode_message(header: Mapping[str, Any], groups: Sequence[tuple[Mapping[str, Any], Group]] = ()) -> bytes:
@@ -380,7 +409,7 @@ def _decode_group(about: Mapping[str, Any], message: bytes, position: int) -> tu
     for index, values in enumerate(_rows(columns, count)):
         own = list(zip(paths, values, strict=True))
         if plain is not None:
-            own += [(_path(path), value if by_name else _non_tensor(value, size)) for path, value in plain[index]]
+            own += [(_path(path), _entry(value, by_name, several)) for path, value, several in plain[index]]
         nested = _nest(own, sizes)
         found.append(_as_entries(nested, sizes) if by_name else _as_td(nested, size, sizes))
     return found, position
@@ -412,8 +441,11 @@ def _inner(nested: dict[str, Any], path: Path) -> dict[str, Any]:
     return nested
 
 
-def _non_tensor(value: Any, size: tuple[int, ...]) -> Any:
-    return NonTensorStack.from_list(value) if size else NonTensorData(value)
+def _entry(value: Any, by_name: bool, several: bool) -> Any:
+    """The entry of a payload that is no tensor."""
+    if several:
+        return NonTensorStack.from_list(value)
+    return value if by_name else NonTensorData(value)
 
 
 def _as_td(
