@@ -18,6 +18,7 @@ _EXTRA = {
     "websockets": "websockets",
     "httptools": "httptools",
     "msgpack": "msgpack",
+    "orjson": "orjson",
     "prometheus_client": "prometheus-client",
 }
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
