@@ -55,7 +55,7 @@ class App:
         }
         self._router = Router(
             [
-                *probe_routes(front),
+                *probe_routes(self._monitor),
                 *open_inference_routes(self._monitor, infer),
                 *metrics_routes(self._monitor, registry),
                 *status_routes(self._monitor),

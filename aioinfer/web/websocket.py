@@ -61,12 +61,13 @@ class WebSocketConnection:
         self._sender: asyncio.Task[Any] | None = None  # while it sends
         self._sending_since = 0.0
         self._stalled = False
+        self._closed = False  # by the app
         self._timer: asyncio.TimerHandle | None = None
 
     async def accept(self) -> None:
         """Complete the handshake."""
         message = await self._receive()
-        if message["type"] != "websocket.connect":
+        if message["type"] != "websocket.connect" or self._closed:
             raise Disconnected
         await self._send({"type": "websocket.accept"})
 
@@ -101,6 +102,8 @@ class WebSocketConnection:
         Raises:
             Disconnected: the caller is gone, or does not read.
         """
+        if self._closed:
+            raise Disconnected
         message: Message = {"type": "websocket.send", "bytes" if isinstance(data, bytes) else "text": data}
         task = self._watch_sender()
         try:
@@ -145,7 +148,10 @@ class WebSocketConnection:
             self._timer.cancel()
 
     async def close(self, code: int, reason: str) -> None:
-        """Close the connection."""
+        """Close the connection, unless it is closed already."""
+        if self._closed:
+            return
+        self._closed = True
         try:
             async with asyncio.timeout(self._stall_timeout):
                 await self._send({"type": "websocket.close", "code": code, "reason": reason[:120]})
