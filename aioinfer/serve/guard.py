@@ -11,6 +11,7 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 from websockets.frames import Frame
 
 from aioinfer.errors import ServerOverloadedError
+from aioinfer.serve.joined_writes import JoiningTransport
 from aioinfer.web.limits import BytesInFlight
 from aioinfer.web.websocket import POLICY_VIOLATION
 
@@ -129,6 +130,8 @@ class GuardedHttp(HttpToolsProtocol):
         if full:
             transport.abort()
         else:
+            self._bare_transport = transport
+            self.transport = JoiningTransport(transport, self.loop)  # type: ignore[assignment]
             self._await_head()
 
     def data_received(self, data: bytes) -> None:
@@ -147,6 +150,7 @@ class GuardedHttp(HttpToolsProtocol):
 
     def handle_websocket_upgrade(self) -> None:
         self._upgraded = True
+        self.transport = self._bare_transport
         super().handle_websocket_upgrade()
 
     def connection_lost(self, exc: Exception | None) -> None:
