@@ -71,8 +71,8 @@ class Group(NamedTuple):
         sizes: the batch sizes of TensorDicts in it, with their keys, where they are others.
         leaves: of each column the key, the name of its dtype, and the shape of a row.
         columns: the arrays, each ``[k, *shape]``.
-        plain: for each payload, what is no tensor: its key, a number, text or list, and whether that is a list of one for
-            each row; ``None`` if there is none.
+        plain: for each payload, what is no tensor: its key, a number, text or list, and whether that is a list of one
+            for each row; ``None`` if there is none.
     """
 
     indices: Sequence[int]
@@ -405,6 +405,9 @@ def _decode_group(about: Mapping[str, Any], message: bytes, position: int) -> tu
     if not by_name and plain is None:  # most replies
         stacked = _nest(zip(paths, columns, strict=True), sizes)
         return list(rows(_as_td(stacked, (count, *size), sizes, (count,)))), position
+    if by_name and plain is None and not sizes and all([len(path) == 1 for path in paths]):  # most requests  # noqa: C419
+        names = [path[0] for path in paths]
+        return [dict(zip(names, values, strict=True)) for values in _rows(columns, count)], position
     found: list[Payload] = []
     for index, values in enumerate(_rows(columns, count)):
         own = list(zip(paths, values, strict=True))
