@@ -57,7 +57,7 @@ class Access:
         if origin is None:
             return
         text = origin.decode("latin-1").lower()
-        if text not in self._origins and urlsplit(text).netloc != host:
+        if text not in self._origins and (not host or _netloc(text) != host):
             raise Refusal(403, f"pages of {text[:100]!r} may not ask this server; allow them with --allow-origin")
 
     def check_token(self, headers: Mapping[bytes, bytes]) -> None:
@@ -76,6 +76,13 @@ class Access:
                 if any([hmac.compare_digest(token, one) for one in self._tokens]):  # noqa: C419
                     return
         raise Refusal(401, "this server needs a token: Authorization: Bearer <token>, or Api-Key <token>")
+
+
+def _netloc(origin: str) -> str:
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:  # brackets without an address
+        return ""
 
 
 def _is_address(name: str) -> bool:

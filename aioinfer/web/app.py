@@ -8,6 +8,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 from starlette._utils import get_route_path
+from starlette.exceptions import HTTPException
 from starlette.routing import Router
 
 from aioinfer.client import AsyncInferenceClient, ClientMaker
@@ -17,7 +18,7 @@ from aioinfer.web.arrays import packb
 from aioinfer.web.asgi import Disconnected, Headers, Receive, Scope, Send, headers_of
 from aioinfer.web.backend import Backend
 from aioinfer.web.front import Front
-from aioinfer.web.http import InferEndpoint, respond_failure
+from aioinfer.web.http import JSON, InferEndpoint, respond_failure, respond_json
 from aioinfer.web.limits import Limits
 from aioinfer.web.metrics import metrics_routes
 from aioinfer.web.monitor import Monitor
@@ -59,7 +60,8 @@ class App:
                 *open_inference_routes(self._monitor, infer),
                 *metrics_routes(self._monitor, registry),
                 *status_routes(self._monitor),
-            ]
+            ],
+            redirect_slashes=False,
         )
         self._sessions: set[WebSocketSession] = set()
         self._requests = 0
@@ -80,11 +82,17 @@ class App:
         self._requests += 1
         try:
             self._check(headers, path)
-            endpoint = self._infer_endpoints.get(path) if scope["method"] == "POST" else None
+            endpoint = self._infer_endpoints.get(path)
             if endpoint is None:
-                await self._router(scope, receive, send)
-            else:  # past the router: these are most requests
+                # With an app in its scope, the router raises what it would tell a caller itself.
+                await self._router({**scope, "app": self}, receive, send)
+            elif scope["method"] == "POST":  # past the router: these are most requests
                 await endpoint.serve(headers, receive, send)
+            else:
+                raise HTTPException(405, headers={"Allow": "POST"})
+        except HTTPException as error:
+            more = [(name.lower().encode(), value.encode()) for name, value in (error.headers or {}).items()]
+            await respond_json(send, error.status_code, {"error": error.detail}, (JSON, *more))
         except Refusal as refusal:
             self.front.stats.refuse(refusal)
             await respond_failure(send, self.front.failure_of(refusal))

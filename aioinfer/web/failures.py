@@ -11,7 +11,6 @@ from aioinfer.errors import (
     ClientBusyError,
     ClientClosedError,
     DeadlineExceededError,
-    InferenceError,
     InvalidRequestError,
     NoFreeSlotError,
     PeerDiedError,
@@ -61,6 +60,15 @@ class Failure(NamedTuple):
     retry_after: str | None = None
     error_id: str | None = None
 
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """Of an HTTP reply that tells of it."""
+        headers = []
+        if self.retry_after is not None:
+            headers.append((b"retry-after", self.retry_after.encode()))
+        if self.status == 401:
+            headers.append((b"www-authenticate", b"Bearer"))
+        return headers
+
 
 _OUTCOMES = {409: "superseded", 429: "rejected", 503: "rejected", 504: "expired"}
 
@@ -90,10 +98,15 @@ def failure_of(error: BaseException, *, debug: bool = False) -> Failure:
     """
     status = _status_of(error)
     if status != 500:
-        return Failure(status, str(error), _RETRY_AFTER if isinstance(error, _TEMPORARY) else None)
+        return Failure(status, _readable(str(error)), _RETRY_AFTER if isinstance(error, _TEMPORARY) else None)
     error_id = secrets.token_hex(4)
     _log.error("error %s: the model failed", error_id, exc_info=error)
     message = f"{describe(error)} (error id {error_id})"
-    if debug and not isinstance(error, InferenceError):
+    if debug:
         message += "\n" + "".join(traceback.format_exception(error))
-    return Failure(500, message, error_id=error_id)
+    return Failure(500, _readable(message), error_id=error_id)
+
+
+def _readable(message: str) -> str:
+    """A message that every protocol can carry: UTF-8 has no lone surrogates."""
+    return message.encode("utf-8", "backslashreplace").decode()

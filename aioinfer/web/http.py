@@ -20,9 +20,9 @@ from aioinfer.web.failures import Failure
 from aioinfer.web.front import Front
 from aioinfer.web.limits import Charge, Limits
 
-__all__ = ["InferEndpoint", "Response", "parse_json", "respond", "respond_failure", "respond_json", "to_json"]
+__all__ = ["JSON", "InferEndpoint", "Response", "parse_json", "respond", "respond_failure", "respond_json", "to_json"]
 
-_JSON = (b"content-type", b"application/json")
+JSON = (b"content-type", b"application/json")
 _WINDOW_BITS = {b"gzip": 31, b"deflate": 15}
 _BODY_UNREAD = (408, 413)
 _PATIENCE = 0.02  # seconds after which it is worth a task to notice that a caller has gone
@@ -34,7 +34,7 @@ class Response(NamedTuple):
     """A reply of status 200."""
 
     body: bytes
-    headers: tuple[tuple[bytes, bytes], ...] = (_JSON,)
+    headers: tuple[tuple[bytes, bytes], ...] = (JSON,)
 
 
 class InferEndpoint(ABC, Generic[Request]):
@@ -170,7 +170,7 @@ class _Senders:
         """
         max_size = self._limits.max_message_size
         length = headers.get(b"content-length")
-        if length is not None and (not length.isdigit() or int(length) > max_size):
+        if length is not None and (not length.isdigit() or len(length) > 18 or int(length) > max_size):
             raise _too_large(max_size)
         body = await self._read_in_time(receive, max_size, charge)
         encoding = headers.get(b"content-encoding")
@@ -271,18 +271,14 @@ async def respond(send: Send, status: int, headers: Sequence[tuple[bytes, bytes]
     await send({"type": "http.response.body", "body": body})
 
 
-async def respond_json(send: Send, status: int, value: Any, headers: Sequence[tuple[bytes, bytes]] = (_JSON,)) -> None:
+async def respond_json(send: Send, status: int, value: Any, headers: Sequence[tuple[bytes, bytes]] = (JSON,)) -> None:
     """Send a reply of JSON."""
     await respond(send, status, headers, to_json(value))
 
 
 async def respond_failure(send: Send, failure: Failure) -> None:
     """Tell a caller what its request failed of: ``{"error": message}``."""
-    headers = [_JSON]
-    if failure.retry_after is not None:
-        headers.append((b"retry-after", failure.retry_after.encode()))
-    if failure.status == 401:
-        headers.append((b"www-authenticate", b"Bearer"))
+    headers = [JSON, *failure.headers()]
     if failure.status in _BODY_UNREAD:
         headers.append((b"connection", b"close"))  # what is left of its body would be taken for a request
     await respond_json(send, failure.status, {"error": failure.message}, headers)

@@ -10,27 +10,39 @@ from aioinfer.web.monitor import Monitor
 
 __all__ = ["probe_routes"]
 
-_RETRY_AFTER = {"retry-after": "1"}
+_HEADERS = {"cache-control": "no-store"}
 
 
 def probe_routes(monitor: Monitor) -> list[BaseRoute]:
-    """``/livez``: the event loop runs. ``/readyz``: requests are served. ``/healthz``: the same, as openpi says it.
+    """Their routes.
+
+    =============  ================================================================  =================================
+    path           200                                                               503, with ``{"reason": ...}``
+    =============  ================================================================  =================================
+    ``/healthz``   always, ``OK``: clients of openpi wait for it                      never
+    ``/livez``     the server runs, also while it starts or is drained: leave it be   it has ended, or was not started
+    ``/readyz``    requests are served                                                they are not, for this reason
+    =============  ================================================================  =================================
 
     Args:
-        monitor: knows whether the server is ready.
+        monitor: knows how the server is, and waits at most a second for one in another process.
     """
 
+    async def health(_: Request) -> Response:
+        return PlainTextResponse("OK\n", headers=_HEADERS)
+
     async def live(_: Request) -> Response:
-        return JSONResponse({"live": True})
+        found = (await monitor.read()).health
+        dead = found is not None and not found.alive
+        return _answer("live", found.reason if found is not None and dead else "")
 
     async def ready(_: Request) -> Response:
-        reason = monitor.trouble(await monitor.read())
-        if not reason:
-            return JSONResponse({"ready": True})
-        return JSONResponse({"error": reason, "ready": False, "reason": reason}, 503, _RETRY_AFTER)
+        return _answer("ready", monitor.trouble(await monitor.read()))
 
-    async def healthy(_: Request) -> Response:
-        reason = monitor.trouble(await monitor.read())
-        return PlainTextResponse("OK\n") if not reason else PlainTextResponse(f"{reason}\n", 503, _RETRY_AFTER)
+    return [Route("/healthz", health), Route("/livez", live), Route("/readyz", ready)]
 
-    return [Route("/livez", live), Route("/readyz", ready), Route("/healthz", healthy)]
+
+def _answer(what: str, reason: str) -> Response:
+    if not reason:
+        return JSONResponse({what: True}, headers=_HEADERS)
+    return JSONResponse({what: False, "reason": reason}, 503, headers={**_HEADERS, "retry-after": "1"})

@@ -74,7 +74,7 @@ class WebSocketConnection:
     async def refuse(self, failure: Failure) -> None:
         """Answer the handshake with an HTTP status instead."""
         await self._receive()
-        headers = [(b"content-type", b"application/json")]
+        headers = [(b"content-type", b"application/json"), *failure.headers()]
         await self._send({"type": "websocket.http.response.start", "status": failure.status, "headers": headers})
         body = json.dumps({"error": failure.message}).encode()
         await self._send({"type": "websocket.http.response.body", "body": body})
