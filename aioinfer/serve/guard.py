@@ -122,6 +122,7 @@ class GuardedHttp(HttpToolsProtocol):
     guard: ClassVar[ConnectionGuard]
     _head_size = 0
     _awaits_head = False
+    _refused = False
     _upgraded = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -135,6 +136,8 @@ class GuardedHttp(HttpToolsProtocol):
             self._await_head()
 
     def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
         super().data_received(data)
         if self._serves() or self._upgraded:
             if self._awaits_head:
@@ -145,8 +148,7 @@ class GuardedHttp(HttpToolsProtocol):
             if not self._head_is_whole():  # else it is the rest of a body, which nobody wants any more
                 self._head_size += len(data)
                 if self._head_size > self.guard.max_head_size:
-                    self.transport.write(_HEAD_TOO_LARGE)
-                    self.transport.close()
+                    self._refuse_head()
 
     def handle_websocket_upgrade(self) -> None:
         self._upgraded = True
@@ -156,6 +158,15 @@ class GuardedHttp(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_awaiting()
         super().connection_lost(exc)
+
+    def _refuse_head(self) -> None:
+        """Say why, and wait, as for a head, until the caller closes: to close first, with bytes unread, resets it."""
+        self._refused = True
+        self.transport.write(_HEAD_TOO_LARGE)
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        else:  # TLS
+            self.transport.close()
 
     def _serves(self) -> bool:
         return self._head_is_whole() and self.cycle is not None and not self.cycle.response_complete

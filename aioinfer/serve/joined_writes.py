@@ -32,6 +32,11 @@ class JoiningTransport:
             self._held = data
             self._loop.call_soon(self._flush)
 
+    def write_eof(self) -> None:
+        """Close the way to the peer when all is sent."""
+        self._flush()
+        self._transport.write_eof()
+
     def close(self) -> None:
         """Close the connection when all is sent."""
         self._flush()
