@@ -34,6 +34,7 @@ class ConnectionGuard:
         max_fragments: parts of a WebSocket message: each takes memory of its own, however small it is.
         max_connections: that are open at once. Beyond, a new one takes the place of the one whose request head is
             awaited the longest; it is closed where there is none.
+        linger: seconds in which the caller of a WebSocket that was closed may read what was sent; then it is cut off.
         bytes_in_flight: counts what has arrived of a WebSocket message until the app takes it.
         clock: seconds; by default those of the event loop.
     """
@@ -45,6 +46,7 @@ class ConnectionGuard:
         max_head_size: int = 2**16,
         max_fragments: int = 2**14,
         max_connections: int = 10_000,
+        linger: float = 10.0,
         bytes_in_flight: BytesInFlight,
         clock: Callable[[], float] | None = None,
     ) -> None:
@@ -52,6 +54,7 @@ class ConnectionGuard:
         self.max_head_size = max_head_size
         self.max_fragments = max_fragments
         self.max_connections = max_connections
+        self.linger = linger
         self.bytes_in_flight = bytes_in_flight
         self._clock = clock
         self._awaited: dict[GuardedHttp, float] = {}  # until when; all wait equally long, so the first is due first
@@ -191,6 +194,7 @@ class GuardedWebSocket(WebSocketsSansIOProtocol):
 
     guard: ClassVar[ConnectionGuard]
     _counted = 0
+    _cut_off: asyncio.TimerHandle | None = None
 
     def data_received(self, data: bytes) -> None:
         try:
@@ -221,6 +225,11 @@ class GuardedWebSocket(WebSocketsSansIOProtocol):
         if not message.get("more_body"):
             self.handshake_complete = True  # else uvicorn logs that the app has not completed it
 
+    async def run_asgi(self) -> None:
+        await super().run_asgi()
+        if not self.disconnected:  # asyncio keeps a closed connection until all is read
+            self._cut_off = self.loop.call_later(self.guard.linger, self.transport.abort)
+
     async def receive(self) -> Any:
         message = await super().receive()
         if self.queue.empty():  # the app counts what it has; what is left is of the next message
@@ -228,6 +237,8 @@ class GuardedWebSocket(WebSocketsSansIOProtocol):
         return message
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if self._cut_off is not None:
+            self._cut_off.cancel()
         self._recount(0)
         super().connection_lost(exc)
 

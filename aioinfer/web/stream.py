@@ -35,13 +35,14 @@ from aioinfer.web.asgi import Disconnected
 from aioinfer.web.failures import outcome_of
 from aioinfer.web.front import Front
 from aioinfer.web.submission import Asked, submission_to
-from aioinfer.web.websocket import GOING_AWAY, WebSocketConnection, WebSocketSession
+from aioinfer.web.websocket import GOING_AWAY, POLICY_VIOLATION, WebSocketConnection, WebSocketSession
 
 __all__ = ["StreamSession"]
 
 _MESSAGE_BYTES = 2**20  # of tensors in a message of several replies
 _MOST_CALLERS = 4096  # of a connection that are known as such; then all of them are forgotten
 _MOST_REFUSED = 2**20  # that one message may count
+_PATIENCE = 2  # times as many requests as there may be: then a client that does not read their errors is closed
 
 
 class _Message:
@@ -136,6 +137,8 @@ class StreamSession(WebSocketSession):
         try:
             while True:
                 self._take(await self.connection.receive())
+                if len(self._pending) > _PATIENCE * self._front.limits.max_pending_per_connection:
+                    await self.connection.close(POLICY_VIOLATION, "requests are sent while the errors are not read")
         except Disconnected:
             pass
 
@@ -153,7 +156,7 @@ class StreamSession(WebSocketSession):
                 raise InvalidRequestError("the message is malformed: it has the number of another request")
         except InvalidRequestError as error:
             self._front.count_refusal(self.protocol, error)
-            self._malformed.append(str(error))
+            self._malformed = self._malformed or [str(error)]
             self._to_send.set()
             return
         for number in cancelled:
@@ -219,12 +222,22 @@ class StreamSession(WebSocketSession):
         default = self._front.backend.deadline
         seconds = default if deadline is None else deadline
         if seconds is not None and requests:
-            message = requests[0].message
-            left = message.received_at + seconds - time.perf_counter()
-            message.timers.append(self._loop.call_later(max(0.0, left), self._expire, requests, seconds))
+            left = requests[0].message.received_at + seconds - time.perf_counter()
+            self._look(requests, seconds, left / 2)
 
-    def _expire(self, requests: Sequence[_Request], seconds: float) -> None:
-        late = [request for request in requests if not request.settled]
+    def _look(self, requests: Sequence[_Request], seconds: float, most_spared: float) -> None:
+        """End requests whose deadline has passed, or that wait and can't be answered in time; see :class:`Deadline`."""
+        requests = [request for request in requests if not request.settled]
+        if not requests:
+            return
+        message = requests[0].message
+        left = message.received_at + seconds - time.perf_counter()
+        needed = min(self._submission.least_seconds, most_spared)
+        late = requests
+        if left > 0:
+            late = [one for one in requests if self._submission.withdraw(one)] if left <= needed else []
+            wait = left - needed if left > needed else left
+            message.timers.append(self._loop.call_later(wait, self._look, requests, seconds, most_spared))
         error = DeadlineExceededError(f"no reply within {seconds:g} seconds of the request's arrival")
         self._settle(late, [error] * len(late))
         for request in late:

@@ -74,6 +74,15 @@ class Submission(ABC):
     def cancel(self, receiver: Any) -> None:
         """A receiver is done: its request need not be computed any more."""
 
+    @property
+    def least_seconds(self) -> float:
+        """Seconds from when a batch takes a request to its reply, at least; 0 if that is not known."""
+        return 0.0
+
+    def withdraw(self, receiver: Any) -> bool:
+        """Take the request of a receiver back, if it is certain that no batch has taken it; return whether."""
+        return False
+
     def count_rejections(self, count: int) -> None:
         """Note that so many requests were refused by the caller's process, where the server counts them."""
         return
@@ -125,6 +134,13 @@ class _QueueSubmission(Submission, ReplySink):
 
     def cancel(self, receiver: Any) -> None:
         pass  # the queue drops requests whose receivers are done
+
+    @property
+    def least_seconds(self) -> float:
+        return min(tuple(self.transport.queue.pass_seconds), default=0.0)
+
+    def withdraw(self, receiver: Any) -> bool:
+        return self.transport.queue.withdraw(receiver)
 
     def count_rejections(self, count: int) -> None:
         for _ in range(count):

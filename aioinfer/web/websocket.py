@@ -13,6 +13,7 @@ from aioinfer.web.failures import Failure
 __all__ = ["GOING_AWAY", "POLICY_VIOLATION", "TOO_LARGE", "WebSocketConnection", "WebSocketSession"]
 
 POLICY_VIOLATION, GOING_AWAY, TOO_LARGE = 1008, 1001, 1009
+_CLOSING = 1.0  # seconds for what was sent before to leave
 
 
 class WebSocketSession(ABC):
@@ -148,12 +149,15 @@ class WebSocketConnection:
             self._timer.cancel()
 
     async def close(self, code: int, reason: str) -> None:
-        """Close the connection, unless it is closed already."""
+        """Close the connection, unless it is closed already; a caller that does not read may not hear of it."""
         if self._closed:
             return
         self._closed = True
         try:
-            async with asyncio.timeout(self._stall_timeout):
+            async with asyncio.timeout(_CLOSING):
                 await self._send({"type": "websocket.close", "code": code, "reason": reason[:120]})
         except (OSError, RuntimeError, TimeoutError):  # it is closed
             pass
+        except BaseException:
+            self._closed = False
+            raise

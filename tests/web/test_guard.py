@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import resource
 import socket
 from collections.abc import AsyncIterator, Iterator
@@ -188,6 +189,20 @@ async def code_after(connection: websocket.ClientConnection, message: bytes | As
     with suppress(ConnectionClosed):
         await connection.recv()
     return connection.close_code
+
+
+async def test_a_websocket_whose_caller_does_not_read_to_the_end_is_cut_off() -> None:
+    async def talk(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        await send({"type": "websocket.accept"})
+        await send({"type": "websocket.send", "bytes": bytes(2**26)})
+
+    before = len(os.listdir("/proc/self/fd"))
+    async with listening(talk, linger=0.01) as at, websocket.connect(f"ws://127.0.0.1:{at.port}") as robot:
+        robot.transport.pause_reading()
+        listener_and_robot = 2
+        await holds(lambda: len(os.listdir("/proc/self/fd")) == before + listener_and_robot)
+        robot.transport.abort()
 
 
 async def test_bytes_of_a_message_that_arrives_are_counted_until_the_app_takes_it() -> None:

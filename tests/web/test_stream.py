@@ -144,6 +144,31 @@ async def test_a_deadline_counts_from_the_receipt(of_app: bool) -> None:
     assert model.seen == {0}
 
 
+async def test_what_waits_and_can_not_be_answered_in_time_is_not_computed() -> None:
+    model = GatedModel()
+    async with serving(model) as service, streaming(service.url) as stream:
+        service.server.transport.queue.pass_seconds.append(HANG)  # type: ignore[attr-defined]
+        await stream.socket.send(ask_message([0], deadline=10 * HANG))
+        await entered(model)
+        await stream.socket.send(ask_message([1, 2], first=1, deadline=0.1))
+        await stream.socket.send(ask_message([3], first=3, deadline=10 * HANG))
+        for number in (1, 2):
+            assert isinstance(await stream.outcome(number), DeadlineExceededError)
+        model.open()
+        assert is_double(await stream.outcome(0), 0)
+        assert is_double(await stream.outcome(3), 3)
+    assert model.seen == {0, 3}
+
+
+async def test_a_client_that_asks_far_more_than_it_may_is_closed() -> None:
+    async with serving(limits=Limits(max_pending_per_connection=4)) as service, streaming(service.url) as stream:
+        await stream.socket.send(ask_message(range(9)))
+        with pytest.raises(ConnectionClosed) as closed:
+            await stream.outcome(99)
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == 1008
+
+
 async def test_requests_wait_for_space_where_they_say_so() -> None:
     model = GatedModel()
     async with serving(model, max_pending=1, max_batch_size=1) as service, streaming(service.url) as stream:
