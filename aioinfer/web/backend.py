@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from tensordict import TensorDictBase
 
 from aioinfer.client import AsyncInferenceClient, ClientMaker
 from aioinfer.entries import check_entries, make_td
-from aioinfer.errors import ClientClosedError, DeadlineExceededError, InvalidRequestError
-from aioinfer.server import BaseServer
+from aioinfer.errors import (
+    ClientClosedError,
+    DeadlineExceededError,
+    InvalidRequestError,
+    NoFreeSlotError,
+    ServerNotRunningError,
+)
+from aioinfer.process_server import ProcessInferenceServer
+from aioinfer.server import InferenceServer
 from aioinfer.stats import Health, ServerStats
 
 __all__ = ["Backend", "Deadline", "PendingReply"]
+
+_KeyTree: TypeAlias = "dict[str, _KeyTree | None]"
+"""Names of entries, and of those in them; ``None`` is all that there is."""
 
 
 class PendingReply:
@@ -160,15 +171,25 @@ class Backend:
     ) -> None:
         if not isinstance(server, ClientMaker | AsyncInferenceClient):
             raise TypeError(f"expected a server, or an AsyncInferenceClient, got {type(server).__qualname__}")
+        if isinstance(in_keys, str):
+            raise TypeError(f"in_keys must be a sequence of keys, got {in_keys!r}")
+        if deadline is not None and not deadline > 0:
+            raise ValueError(f"the deadline must be above 0 seconds, got {deadline}")
         self.server = server
         self.deadline = deadline
         self._clock = clock
         model_keys = getattr(getattr(server, "model", None), "in_keys", None)
         keys = in_keys or model_keys
-        self.in_keys = {_root(key) for key in keys} if keys else None
+        self._keys = _key_tree(keys) if keys else None
+        self._local = server if isinstance(server, InferenceServer | ProcessInferenceServer) else None
         self._made: set[AsyncInferenceClient] = set()
         self._free: list[AsyncInferenceClient] = []  # with a slot, and no request under way
         self._shared: AsyncInferenceClient | None = server if isinstance(server, AsyncInferenceClient) else None
+
+    @property
+    def in_keys(self) -> Collection[str] | None:
+        """The first names of the entries that make a request; ``None`` if all do."""
+        return None if self._keys is None else self._keys.keys()
 
     def submit(
         self,
@@ -183,14 +204,17 @@ class Backend:
         Args:
             entries: of one row, or of ``n`` rows where the server has a ``request_spec``.
             received_at: when the message with them had arrived, on the clock.
-            deadline: seconds from then on; ``None`` takes that of the app.
+            deadline: seconds from then on; ``None`` takes that of the app, ``math.inf`` is without end.
             defaults: entries that the model gets where it reads them and ``entries`` lack them.
 
         Raises:
             InvalidRequestError: they make no request. What else the server refuses, the reply fails with.
             DeadlineExceededError: the deadline has passed.
             NoFreeSlotError: all slots of the server are taken.
+            ServerNotRunningError: the server was not started, or has ended.
         """
+        if self._local is not None and not self._local.is_alive:
+            raise ServerNotRunningError("the server does not run")
         seconds = self.deadline if deadline is None else deadline
         if seconds is not None and received_at + seconds <= self._clock():
             raise DeadlineExceededError(f"{seconds:g} seconds had passed before the request could be asked")
@@ -204,7 +228,7 @@ class Backend:
             self._give_back(client)
             raise
         pending = PendingReply(future, received_at, client)
-        if seconds is not None:
+        if seconds is not None and seconds != math.inf:
             pending.deadline = Deadline(pending, seconds, self._clock)
         return pending
 
@@ -212,7 +236,11 @@ class Backend:
         """Free what a request had, which has ended."""
         if pending.deadline is not None:
             pending.deadline.stop()
-        self._give_back(pending.client)
+        client = pending.client
+        if client in self._made and _found_no_slot(pending.future):
+            self._made.discard(client)
+            client.close()
+        self._give_back(client)
 
     def _request(
         self, entries: Mapping[str, Any], defaults: Mapping[str, Any] | None
@@ -221,8 +249,8 @@ class Backend:
             return entries
         if not isinstance(entries, Mapping):
             raise InvalidRequestError(f"a request is a map of entries, got {type(entries).__name__}")
-        keys = self.in_keys
-        chosen = dict(entries) if keys is None else {name: entries[name] for name in keys if name in entries}
+        keys = self._keys
+        chosen = dict(entries) if keys is None else _choose(entries, keys)
         if defaults and keys is not None:
             chosen |= {name: value for name, value in defaults.items() if name in keys and name not in chosen}
         texts = {name: value for name, value in chosen.items() if isinstance(value, str)}
@@ -266,15 +294,15 @@ class Backend:
 
     async def start(self) -> bool:
         """Start the server, unless it runs, or is not ours to start; whether it was started here."""
-        if not isinstance(self.server, BaseServer) or self.server.is_alive:
+        if self._local is None or self._local.is_alive:
             return False
-        await self.server.__aenter__()
+        await self._local.__aenter__()
         return True
 
     async def stop(self) -> None:
         """Shut the server down, after its last reply."""
-        if isinstance(self.server, BaseServer):
-            await self.server.aclose(timeout=None, drain=True)
+        if self._local is not None:
+            await self._local.aclose(timeout=None, drain=True)
 
     def close(self) -> None:
         """Close the clients that were made here; others are made if there are more requests."""
@@ -286,6 +314,28 @@ class Backend:
             client.close()
 
 
-def _root(key: Any) -> str:
-    name: str = key if isinstance(key, str) else key[0]
-    return name
+def _found_no_slot(future: asyncio.Future[TensorDictBase]) -> bool:
+    return future.done() and not future.cancelled() and isinstance(future.exception(), NoFreeSlotError)
+
+
+def _key_tree(keys: Sequence[Any]) -> _KeyTree:
+    tree: _KeyTree = {}
+    for key in keys:
+        *above, last = [key] if isinstance(key, str) else key
+        branch: _KeyTree | None = tree
+        for name in above:
+            if branch is not None:
+                branch = branch.setdefault(name, {})
+        if branch is not None:  # else all that is there is chosen already
+            branch[last] = None
+    return tree
+
+
+def _choose(entries: Mapping[str, Any], keys: _KeyTree) -> dict[str, Any]:
+    """The entries that make a request."""
+    chosen = {}
+    for name, inner in keys.items():
+        if name in entries:
+            value = entries[name]
+            chosen[name] = _choose(value, inner) if inner is not None and isinstance(value, dict) else value
+    return chosen

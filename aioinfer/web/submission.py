@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -186,7 +187,8 @@ class _ClientSubmission(Submission):
 
     def _ask(self, one: Asked) -> PendingReply:
         with requests_carry(one.mode):  # type: ignore[arg-type]
-            return self._backend.submit(one.payload, time.perf_counter())
+            # The stream keeps the deadlines.
+            return self._backend.submit(one.payload, time.perf_counter(), deadline=math.inf)
 
     async def _ask_until_taken(self, one: Asked) -> TensorDictBase:
         """Ask until the queue has space, instead of waiting for it: a mode is in force between two awaits only."""
