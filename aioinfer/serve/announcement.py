@@ -75,7 +75,8 @@ def _curl(settings: Settings) -> list[str]:
     if settings.certificate is not None:
         words += ["--cacert", shlex.quote(str(settings.certificate))]
     if settings.key_file is not None:  # the token itself is not shown
-        words += ["-H", f"\"Authorization: Bearer $(grep -m1 '^[^#]' {shlex.quote(str(settings.key_file))})\""]
+        token = f"tr -d ' \\t\\r' < {shlex.quote(str(settings.key_file))} | grep -m1 '^[^#]'"
+        words += ["-H", f'"Authorization: Bearer $({token})"']
     elif settings.tokens:
         words += ["-H", f'"Authorization: Bearer ${KEY_VARIABLE}"']
     return words

@@ -196,6 +196,10 @@ class GuardedWebSocket(WebSocketsSansIOProtocol):
     _counted = 0
     _cut_off: asyncio.TimerHandle | None = None
 
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.conn.debug = False  # else websockets logs the headers, of which one has the token
+
     def data_received(self, data: bytes) -> None:
         try:
             self.guard.bytes_in_flight.add(len(data))

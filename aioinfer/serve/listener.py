@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import fcntl
 import ipaddress
+import logging
 import os
 import socket
 import ssl
 import stat
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,11 @@ _BACKLOG = 2048
 _KEEP_ALIVE = 75  # seconds: longer than the 60 of most proxies, which would send a request as we close
 _LOOK_EVERY = 0.01  # seconds, while connections end
 _ABORT_GRACE = 1.0  # seconds for the tasks of connections that were cut
+_MORE_PORTS = 100
+_MISSING = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}
+"""Errors of addresses that this machine does not have, such as ``::1`` of ``localhost`` where there is no IPv6."""
+
+_log = logging.getLogger("aioinfer.serve")
 
 
 class AddressError(Exception):
@@ -42,7 +50,7 @@ def is_local(host: str) -> bool:
 
 
 def bind(host: str, port: int) -> list[socket.socket]:
-    """Make sockets for all addresses of a host.
+    """Make sockets for all addresses of a host that this machine has.
 
     Args:
         host: a name, or an address.
@@ -51,30 +59,57 @@ def bind(host: str, port: int) -> list[socket.socket]:
     Raises:
         AddressError: the name is unknown, or the port is taken.
     """
+    addresses = sorted(_resolve(host, port))
+    for _ in range(0 if port else _MORE_PORTS):
+        with suppress(_TakenError):  # what is free at one address may be taken at another
+            return _bind(addresses, port)
+    return _bind(addresses, port)
+
+
+class _TakenError(AddressError):
+    """Somebody else listens there."""
+
+
+def _bind(addresses: Sequence[tuple[int, tuple[Any, ...]]], port: int) -> list[socket.socket]:
+    sockets: list[socket.socket] = []
+    missing: list[AddressError] = []
     with ExitStack() as made:
-        sockets: list[socket.socket] = []
-        for family, address in sorted(_resolve(host, port)):
-            # Of TCP by number, not by default: asyncio switches off Nagle's algorithm, which costs 40 ms, only then.
-            listening = made.enter_context(socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP))
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        for family, address in addresses:
             chosen = sockets[0].getsockname()[1] if sockets else port
             try:
-                listening.bind((address[0], chosen, *address[2:]))
-                listening.listen(_BACKLOG)  # at once: until then another one may bind the same port
+                sockets.append(made.enter_context(_listen(family, (address[0], chosen, *address[2:]))))
             except OSError as error:
-                raise AddressError(f"can't listen on {address[0]}, port {chosen}: {error.strerror}") from None
-            sockets.append(listening)
+                kind = _TakenError if error.errno == errno.EADDRINUSE else AddressError
+                told = kind(f"can't listen on {address[0]}, port {chosen}: {error.strerror}")
+                if error.errno not in _MISSING:
+                    raise told from None
+                missing.append(told)
         made.pop_all()
+    if not sockets:
+        raise missing[0]
+    for told in missing:
+        _log.info("%s", told)
     return sockets
+
+
+def _listen(family: int, address: tuple[Any, ...]) -> socket.socket:
+    with ExitStack() as made:
+        # Of TCP by number, not by default: asyncio switches off Nagle's algorithm, which costs 40 ms, only then.
+        listening = made.enter_context(socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP))
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listening.bind(address)
+        listening.listen(_BACKLOG)  # at once: until then another one may bind the same port
+        made.pop_all()
+    return listening
 
 
 def _resolve(host: str, port: int) -> set[tuple[int, tuple[Any, ...]]]:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except OSError as error:
-        raise AddressError(f"can't listen on {host!r}: {error.strerror}") from None
+    except (OSError, UnicodeError) as error:  # the latter of a name that is too long
+        raise AddressError(f"can't listen on {host!r}: {getattr(error, 'strerror', None) or error}") from None
     return {(family, address) for family, _, _, _, address in found}
 
 
@@ -86,28 +121,41 @@ def bind_unix(path: Path) -> socket.socket:
     Raises:
         AddressError: a server listens there, or there is another file.
     """
-    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        with suppress(FileNotFoundError):
-            if not stat.S_ISSOCK(os.lstat(path).st_mode):
-                raise AddressError(f"{path} is there, and is no socket")
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-                probe.settimeout(1.0)
-                try:
-                    probe.connect(str(path))
-                except ConnectionRefusedError:
-                    path.unlink(missing_ok=True)
-                else:
-                    raise AddressError(f"a server listens on {path} already")
-        listening.bind(str(path))
-        listening.listen(_BACKLOG)  # at once: until then it looks as if nobody listened any more
-    except OSError as error:
-        listening.close()
-        raise AddressError(f"can't listen on {path}: {error.strerror or error}") from None
-    except AddressError:
-        listening.close()
-        raise
+    with _locked(path.parent), ExitStack() as made:
+        try:
+            with suppress(FileNotFoundError):
+                _remove_unused(path)
+            listening = made.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            listening.bind(str(path))
+            listening.listen(_BACKLOG)
+        except OSError as error:
+            raise AddressError(f"can't listen on {path}: {error.strerror or error}") from None
+        made.pop_all()
     return listening
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Be the only server that takes a place in a folder: two of them may find the same socket unused."""
+    with ExitStack() as stack:
+        with suppress(OSError):  # of a folder that can't be read, or a file system without locks
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+
+
+def _remove_unused(path: Path) -> None:
+    if not stat.S_ISSOCK(os.lstat(path).st_mode):
+        raise AddressError(f"{path} is there, and is no socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink(missing_ok=True)
+        else:
+            raise AddressError(f"a server listens on {path} already")
 
 
 def unlink(path: Path, inode: int) -> None:

@@ -6,6 +6,7 @@ import importlib
 import inspect
 import os
 import pickle
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -145,7 +146,9 @@ class PolicyFactory:
     info: Connection
 
     def __call__(self) -> Model:
-        """Make the policy."""
+        """Make the policy. Main thread only."""
+        # An init system sends it to all processes of a service at once; the one that started this one decides.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         model = self.source.load()
         with self.info:
             self.info.send_bytes(dumps(PolicyInfo.of(model, self.in_keys)))

@@ -213,6 +213,7 @@ def _make_tls(certificate: Path | None, key: Path | None) -> ssl.SSLContext | No
     try:
         context.load_cert_chain(certificate, key, password="")  # an encrypted key is refused, instead of asked for
     except (OSError, ValueError) as error:
+        hint = "; expected a certificate and its key, both in PEM, and the key without a password"
         files = f"--ssl-certfile {certificate}" + ("" if key is None else f" --ssl-keyfile {key}")
-        raise UsageError(one_line(f"{files}: {error}")) from None
+        raise UsageError(one_line(f"{files}: {error}{hint if isinstance(error, ssl.SSLError) else ''}")) from None
     return context

@@ -85,10 +85,15 @@ class Client:
             except ConnectionResetError:
                 return b""
 
+    async def head(self) -> bytes:
+        """The head of a reply."""
+        async with asyncio.timeout(HANG):
+            return await self._reader.readuntil(b"\r\n\r\n")
+
     async def reply(self) -> bytes:
         """The head of a reply, whose body is ``ok``."""
         async with asyncio.timeout(HANG):
-            head = await self._reader.readuntil(b"\r\n\r\n")
+            head = await self.head()
             assert await self._reader.readexactly(2) == b"ok"
             return head
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import importlib.util
 import json
+import logging
 import os
 import shlex
 import shutil
@@ -18,7 +20,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PosixPath
 from types import ModuleType
 from typing import Any
 
@@ -90,7 +92,7 @@ def policies() -> Iterator[Any]:
 def key_file(tmp_path: Path) -> Path:
     path = tmp_path / "keys"
     path.touch(0o600)
-    path.write_text("# ours\n\nfrom-a-file\n")
+    path.write_text("# ours\r\n\r\n \t\r\n  # theirs\r\n \tfrom-a-file \r\n")
     return path
 
 
@@ -260,6 +262,23 @@ async def test_tokens_are_asked_for(policies: Any, key_file: Path) -> None:
             assert (await http.post("/act", json=EXAMPLE, headers=headers)).status_code == 200
 
 
+async def test_no_token_is_logged(policies: Any, key_file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    upgrade = "upgrade: websocket\r\nconnection: upgrade\r\nsec-websocket-version: 13\r\n"
+    upgrade += f"sec-websocket-key: {base64.b64encode(bytes(16)).decode()}\r\n"
+    async with served("--api-key-file", str(key_file), "--log-level", "debug") as at:
+        for more, path in (("", "/stats"), (upgrade, "/robot")):
+            for token in ("from-a-file", "a-wrong-one"):
+                async with connect(at.port) as caller:
+                    head = f"GET {path} HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {token}\r\n{more}\r\n"
+                    caller.say(head.encode())
+                    assert (b" 401 " in await caller.head()) == (token == "a-wrong-one")
+    assert caplog.text.count("/stats") == 2, "requests are logged"
+    assert "/robot" in caplog.text
+    assert "from-a-file" not in caplog.text
+    assert "a-wrong-one" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -267,11 +286,13 @@ async def test_tokens_are_asked_for(policies: Any, key_file: Path) -> None:
         (["--host", "::"], "--host :: lets other machines ask"),
         (["--host", "192.0.2.1"], "lets other machines ask"),
         (["--host", "no.such.host.invalid"], "can't listen on 'no.such.host.invalid'"),
+        (["--host", "a" * 64 + ".invalid"], "can't listen on 'aaa.*label"),
         (["--api-key-file", "nowhere"], "--api-key-file nowhere: No such file"),
         (["--checkpoint", "nowhere"], "--checkpoint nowhere: there is no such file"),
         (["--metadata", "nowhere"], "--metadata nowhere: No such file"),
         (["--ssl-keyfile", "nowhere"], "--ssl-keyfile needs --ssl-certfile"),
         (["--ssl-certfile", "nowhere"], "--ssl-certfile nowhere: .*No such file"),
+        (["--ssl-certfile", __file__], "--ssl-certfile .*expected a certificate and its key, both in PEM"),
         (["--in-keys", "observation"], "needs both --in-keys and --out-keys"),
     ],
 )
@@ -360,6 +381,79 @@ def test_sockets_are_of_tcp_so_that_asyncio_sends_at_once() -> None:
     finally:
         for one in sockets:
             one.close()
+
+
+def addresses(monkeypatch: pytest.MonkeyPatch, *found: str) -> None:
+    """Let a host have these addresses."""
+
+    def getaddrinfo(host: str, port: int, **_: Any) -> list[Any]:
+        return [(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", (one, port)) for one in found]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+
+
+def test_addresses_that_this_machine_has_not_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a name leads to ``::1`` too, and there is no IPv6."""
+    addresses(monkeypatch, "240.0.0.1", "127.0.0.1")
+    (only,) = bind("robots", 0)
+    with only:
+        assert only.getsockname()[0] == "127.0.0.1"
+    addresses(monkeypatch, "240.0.0.1", "240.0.0.2")
+    with pytest.raises(AddressError, match=r"can't listen on 240\.0\.0\.1, port 0: Cannot assign"):
+        bind("robots", 0)
+
+
+def test_a_free_port_is_free_on_all_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    addresses(monkeypatch, "127.0.0.1", "127.0.0.2")
+    taken: list[socket.socket] = []
+
+    class Raced(socket.socket):
+        """Somebody takes the port on the second address, the first three times."""
+
+        def listen(self, backlog: int = 128) -> None:
+            super().listen(backlog)
+            address, port = self.getsockname()
+            if address == "127.0.0.1" and len(taken) < 3:
+                one = plain()
+                with suppress(OSError):  # a stranger has it
+                    one.bind(("127.0.0.2", port))
+                one.listen()
+                taken.append(one)
+
+    plain = socket.socket
+    monkeypatch.setattr(socket, "socket", Raced)
+    sockets = bind("robots", 0)
+    assert len({one.getsockname()[1] for one in sockets}) == 1
+    assert len(sockets) == 2
+    for one in [*taken, *sockets]:
+        one.close()
+
+
+def test_one_of_two_servers_takes_the_place_of_one_that_has_gone(tmp_path: Path) -> None:
+    taken: list[socket.socket] = []
+
+    def take(path: Path) -> None:
+        with suppress(AddressError):
+            taken.append(bind_unix(path))
+
+    class Raced(PosixPath):
+        """The other server comes before this one removes what nobody uses, and has a moment to be too fast."""
+
+        def unlink(self, missing_ok: bool = False) -> None:
+            other.start()
+            other.join(0.2)
+            super().unlink(missing_ok)
+
+    path = tmp_path / "policy"
+    with socket.socket(socket.AF_UNIX) as gone:
+        gone.bind(str(path))
+    other = threading.Thread(target=take, args=(path,))
+    take(Raced(path))
+    other.join(HANG)
+    assert not other.is_alive()
+    for one in taken:
+        one.close()
+    assert len(taken) == 1
 
 
 async def test_a_unix_socket(policies: Any, tmp_path: Path) -> None:
@@ -554,6 +648,13 @@ async def test_callers_are_told_when_the_process_of_a_policy_is_killed_and_the_p
         assert policy != at.program.pid
         async with websocket.connect(f"ws://127.0.0.1:{at.port}", proxy=None) as connected:
             assert unpackb(bytes_of(await connected.recv())) == {"pose": [1, 2]}
+            asking = asyncio.create_task(http.post("/act", json=EXAMPLE))
+            await at.entered()
+            os.kill(policy, signal.SIGTERM)  # as an init system does, which tells all processes of a service
+            (tmp_path / "open").touch()
+            assert (await asyncio.wait_for(asking, HANG)).json()["action"] == REPLY["action"]
+            (tmp_path / "open").unlink()
+            (tmp_path / "entered").unlink()
             asking = asyncio.create_task(http.post("/act", json=EXAMPLE))
             await at.entered()
             await connected.send(packb({"observation": torch.ones(3).numpy()}))
