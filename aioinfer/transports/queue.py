@@ -440,7 +440,7 @@ class RequestQueue:
         """How many rows wait, those of cancelled requests left out."""
         while True:
             held = self._held()
-            queued = sum([request.rows for request in tuple(self._requests) if not request.receiver.done()])
+            queued = sum([request.rows for request in self._requests.copy() if not request.receiver.done()])
             if held == self._held():  # else some may have moved into the queue meanwhile, and count twice or never
                 return held + queued
 
@@ -449,7 +449,7 @@ class RequestQueue:
         return self._find(receiver) is not None
 
     def _find(self, receiver: Receiver) -> Request | None:
-        return next((request for request in tuple(self._requests) if request.receiver is receiver), None)
+        return next((request for request in self._requests.copy() if request.receiver is receiver), None)
 
     def _held(self) -> int:
         """How many rows of pending requests are still in their transports."""
@@ -698,7 +698,7 @@ class RequestQueue:
 
     def _remove_cancelled(self) -> list[Request]:
         """Take cancelled requests out, which must be dropped then. Under the lock."""
-        cancelled = [request for request in tuple(self._requests) if request.receiver.done()]
+        cancelled = [request for request in self._requests.copy() if request.receiver.done()]
         return [request for request in cancelled if self._remove(request)]
 
     def _has_space_for_waiting(self) -> bool:
