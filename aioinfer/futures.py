@@ -17,6 +17,8 @@ __all__ = ["Future", "LockFreeFuture", "lock_timeout", "run_in_thread"]
 
 T = TypeVar("T")
 
+_DONE = ("CANCELLED", "CANCELLED_AND_NOTIFIED", "FINISHED")
+
 _log = logging.getLogger("aioinfer")
 
 
@@ -57,6 +59,9 @@ class Future(concurrent.futures.Future[T]):
                 self.set_exception(error)
         except concurrent.futures.InvalidStateError:
             pass
+
+    def done(self) -> bool:
+        return self._state in _DONE  # without the lock, which one look does not need
 
     def set_running_or_notify_cancel(self) -> bool:
         return self._state != "CANCELLED_AND_NOTIFIED" and super().set_running_or_notify_cancel()

@@ -75,7 +75,11 @@ class StartingApp:
 
     async def _hold(self, scope: Scope, receive: Receive, send: Send) -> None:
         connection = WebSocketConnection(
-            receive, send, max_message_size=self._limits.max_message_size, stall_timeout=self._limits.stall_timeout
+            scope,
+            receive,
+            send,
+            max_message_size=self._limits.max_message_size,
+            stall_timeout=self._limits.stall_timeout,
         )
         try:
             self._access.check_page(headers_of(scope))

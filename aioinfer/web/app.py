@@ -110,7 +110,7 @@ class App:
         path = get_route_path(scope)
         front, limits = self.front, self.front.limits
         connection = WebSocketConnection(
-            receive, send, max_message_size=limits.max_message_size, stall_timeout=limits.stall_timeout
+            scope, receive, send, max_message_size=limits.max_message_size, stall_timeout=limits.stall_timeout
         )
         try:
             front.access.check_page(headers_of(scope))

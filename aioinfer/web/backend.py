@@ -79,6 +79,12 @@ class PendingReply:
         """Whether no batch has taken the request yet; ``None`` if that is not known."""
         return False if self.future.done() else self.client.is_pending(self.future)
 
+    def result(self) -> TensorDictBase:
+        """The reply to a request that has ended, or raise the error."""
+        if self.future.cancelled():
+            raise self.error or ClientClosedError("the request was withdrawn")
+        return self.future.result()
+
     async def reply(self) -> TensorDictBase:
         """Wait for the reply, or raise the error."""
         try:

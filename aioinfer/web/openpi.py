@@ -115,6 +115,7 @@ class _Turn(NamedTuple):
     size: int  # bytes of the message, of those that count
     dialect: Dialect
     answer: PendingReply | Message
+    received_at: float | None = None  # of a request
 
 
 class RobotSession(WebSocketSession):
@@ -139,7 +140,7 @@ class RobotSession(WebSocketSession):
         self._session_name: str | None = None
         self._turns = deque([_Turn(0, dialect, greeting)])
         self._bytes = 0  # of the messages that wait for their turn
-        self._added = asyncio.Event()
+        self._ready = asyncio.Event()  # set where the task that writes has something to send
         self._taken = asyncio.Event()
         self._draining = False
         self._previous_ms: float | None = None
@@ -148,6 +149,7 @@ class RobotSession(WebSocketSession):
         """Serve until the caller goes."""
         try:
             await self.connection.accept()
+            self._ready.set()
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._read())
                 tasks.create_task(self._write())
@@ -174,11 +176,13 @@ class RobotSession(WebSocketSession):
             message = await self.connection.receive()
             if self._draining:
                 continue
-            # First, so that the other task waits for the reply before the model thread is woken and both want the GIL.
-            self._added.set()
             turn = self._take(message)
             self._bytes += turn.size
             self._turns.append(turn)
+            if isinstance(turn.answer, PendingReply):
+                turn.answer.future.add_done_callback(self._answer)
+            else:
+                self._answer()
             while len(self._turns) >= limits.max_pending_per_connection or self._bytes >= limits.max_message_size:
                 self._taken.clear()
                 await self._taken.wait()
@@ -212,7 +216,7 @@ class RobotSession(WebSocketSession):
         except Exception as error:
             self._front.count_refusal(self.protocol, error)
             return _Turn(counted, dialect, dialect.failure(self._front.failure_of(error)))
-        return _Turn(counted, dialect, pending)
+        return _Turn(counted, dialect, pending, received_at)
 
     def _choose_session(self, entries: dict[Any, Any]) -> None:
         """Go to the session that a message names; without a name, the connection stays in the one that it is in."""
@@ -231,23 +235,40 @@ class RobotSession(WebSocketSession):
 
     # -- what it is answered ---------------------------------------------------------------------------
 
-    async def _write(self) -> None:
-        while True:
-            while not self._turns:
-                self._added.clear()
-                await self._added.wait()
-            turn = self._turns[0]
-            answer = turn.answer
-            if isinstance(answer, PendingReply):
-                await self.connection.send(await self._reply(turn.dialect, answer))
-                self._previous_ms = _ms_since(answer.received_at)
-            else:
-                await self.connection.send(answer)
-            self._end_turn()
+    def _answer(self, _: object = None) -> None:
+        """Send what is ready, in order, as long as there is room: a task would have to be woken for each reply."""
+        while (message := self._next_message()) is not None:
+            if not self.connection.send_now(message):
+                self._ready.set()
+                return
+            self._end_turn(sent=True)
 
-    async def _reply(self, dialect: Dialect, pending: PendingReply) -> Message:
+    async def _write(self) -> None:
+        """Send what has to wait for room."""
+        while True:
+            await self._ready.wait()
+            self._ready.clear()
+            while (message := self._next_message()) is not None:
+                await self.connection.send(message)
+                self._end_turn(sent=True)
+
+    def _next_message(self) -> Message | None:
+        """What is sent next; ``None``: it is not there yet."""
+        if not self._turns:
+            return None
+        turn = self._turns[0]
+        answer = turn.answer
+        if not isinstance(answer, PendingReply):
+            return answer
+        if not answer.future.done():
+            return None
+        message = self._message(turn.dialect, answer)
+        self._turns[0] = turn._replace(answer=message)
+        return message
+
+    def _message(self, dialect: Dialect, pending: PendingReply) -> Message:
         try:
-            reply = await pending.reply()
+            reply = pending.result()
             timing = {"infer_ms": _ms_since(pending.received_at)}
             if self._previous_ms is not None:
                 timing["prev_total_ms"] = self._previous_ms
@@ -255,8 +276,10 @@ class RobotSession(WebSocketSession):
         except Exception as error:
             return dialect.failure(self._front.failure_of(error))
 
-    def _end_turn(self) -> _Turn:
+    def _end_turn(self, *, sent: bool = False) -> _Turn:
         turn = self._turns.popleft()
+        if sent and turn.received_at is not None:
+            self._previous_ms = _ms_since(turn.received_at)
         self._bytes -= turn.size
         self._front.bytes_in_flight.remove(turn.size)
         self._taken.set()

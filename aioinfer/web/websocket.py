@@ -7,11 +7,13 @@ import json
 from abc import ABC, abstractmethod
 from typing import Any
 
-from aioinfer.web.asgi import Disconnected, Message, Receive, Send
+from aioinfer.web.asgi import Disconnected, Message, Receive, Scope, Send
 from aioinfer.web.failures import Failure
 
-__all__ = ["GOING_AWAY", "POLICY_VIOLATION", "TOO_LARGE", "WebSocketConnection", "WebSocketSession"]
+__all__ = ["GOING_AWAY", "POLICY_VIOLATION", "SEND_NOW", "TOO_LARGE", "WebSocketConnection", "WebSocketSession"]
 
+SEND_NOW = "aioinfer.send_now"
+"""An extension of ASGI: its ``"send"`` sends bytes or a text where there is room, and returns whether it did."""
 POLICY_VIOLATION, GOING_AWAY, TOO_LARGE = 1008, 1001, 1009
 _CLOSING = 1.0  # seconds for what was sent before to leave
 
@@ -48,15 +50,19 @@ class WebSocketConnection:
     Loop thread only. One task at a time receives, and one at a time sends.
 
     Args:
+        scope: of ASGI.
         receive: of ASGI.
         send: of ASGI.
         max_message_size: bytes of a message that is received, at most; larger ones end the connection.
         stall_timeout: seconds that sending may take where the caller does not read; then the connection is closed.
     """
 
-    def __init__(self, receive: Receive, send: Send, *, max_message_size: int, stall_timeout: float) -> None:
+    def __init__(
+        self, scope: Scope, receive: Receive, send: Send, *, max_message_size: int, stall_timeout: float
+    ) -> None:
         self._receive = receive
         self._send = send
+        self._send_now = scope.get("extensions", {}).get(SEND_NOW, {}).get("send", _can_not_send_now)
         self._max_message_size = max_message_size
         self._stall_timeout = stall_timeout
         self._sender: asyncio.Task[Any] | None = None  # while it sends
@@ -119,6 +125,10 @@ class WebSocketConnection:
         finally:
             self._sender = None
 
+    def send_now(self, data: bytes | str) -> bool:
+        """Send a message, if there is room for it and no task sends one; return whether it was sent."""
+        return not self._closed and self._sender is None and self._send_now(data)
+
     def _watch_sender(self) -> asyncio.Task[Any]:
         """Have the running task cancelled if what it does takes too long.
 
@@ -161,3 +171,7 @@ class WebSocketConnection:
         except BaseException:
             self._closed = False
             raise
+
+
+def _can_not_send_now(_: bytes | str) -> bool:
+    return False
