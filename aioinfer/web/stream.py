@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from tensordict import TensorDictBase
@@ -21,10 +21,12 @@ from aioinfer.errors import (
     ServerClosedError,
     ServerOverloadedError,
 )
+from aioinfer.interaction_type import Mode
 from aioinfer.transports.network.errors import pack_error
 from aioinfer.transports.network.messages import (
     Payload,
     check_numbers,
+    columns_size,
     decode_group,
     decode_header,
     encode_message,
@@ -42,6 +44,8 @@ __all__ = ["StreamSession"]
 _MESSAGE_BYTES = 2**20  # of tensors in a message of several replies
 _MOST_CALLERS = 4096  # of a connection that are known as such; then all of them are forgotten
 _MOST_REFUSED = 2**20  # that one message may count
+_MOST_COMPLAINT = 1024  # characters
+_ERRORS_LENGTH = 2**18  # characters of the errors in one message
 _PATIENCE = 2  # times as many requests as there may be: then a client that does not read their errors is closed
 
 
@@ -73,6 +77,7 @@ class _Request:
 
 
 _Reply: TypeAlias = tuple[_Request, TensorDictBase]
+_PackedError: TypeAlias = tuple[int, str, str, str]  # the number of a request, and a WireError
 
 
 class StreamSession(WebSocketSession):
@@ -156,7 +161,7 @@ class StreamSession(WebSocketSession):
                 raise InvalidRequestError("the message is malformed: it has the number of another request")
         except InvalidRequestError as error:
             self._front.count_refusal(self.protocol, error)
-            self._malformed = self._malformed or [str(error)]
+            self._malformed = self._malformed or [str(error)[:_MOST_COMPLAINT]]
             self._to_send.set()
             return
         for number in cancelled:
@@ -190,15 +195,27 @@ class StreamSession(WebSocketSession):
     def _asked(
         self, data: bytes, groups: Sequence[Mapping[str, Any]], position: int, requests: Sequence[_Request]
     ) -> list[Asked]:
-        """Decode all requests of a message, or raise :class:`InvalidRequestError`."""
+        """Decode the requests of a message; those of a group that can't be read fail.
+
+        Raises:
+            InvalidRequestError: nothing of the message can be read.
+        """
         asked: list[Asked] = []
+        first = 0
         for about in groups:
-            payloads, position = decode_group(about, data, position)
-            own = requests[len(asked) : len(asked) + len(payloads)]
-            mode, wait = MODES_BY_NAME[about["mode"]], about["wait"]
+            own = requests[first : first + len(about["numbers"])]
+            first += len(own)
+            try:
+                mode = _mode_of(about)
+                payloads, end = decode_group(about, data, position)
+            except InvalidRequestError as error:
+                self._settle(own, [error] * len(own))
+                position += columns_size(about)
+                continue
+            position = end
             callers = map(self._caller, about["callers"])
             asked += [
-                Asked(payload, request, mode, wait, caller)
+                Asked(payload, request, mode, about["wait"], caller)
                 for payload, request, caller in zip(payloads, own, callers, strict=True)
             ]
             self._set_deadline(own, about["deadline"])
@@ -283,11 +300,11 @@ class StreamSession(WebSocketSession):
         errors, self._errors = self._errors, []
         malformed, self._malformed = self._malformed, []
         messages = self._encoded(replies, errors) if replies else []
-        if errors or malformed:
-            header: dict[str, Any] = {"errors": [self._packed(request, error) for request, error in errors]}
-            if malformed:
-                header["malformed"] = malformed[0]
-            messages.append(encode_message(header))
+        if errors:
+            packed = [self._packed(request, error) for request, error in errors]
+            messages += [encode_message({"errors": some}) for some in _portions(packed)]
+        if malformed:
+            messages.append(encode_message({"errors": [], "malformed": malformed[0]}))
         for message in messages:
             await self.connection.send(message)
         for request, _ in replies:
@@ -313,7 +330,7 @@ class StreamSession(WebSocketSession):
             errors.append((replies.pop()[0], failed))
             return []
 
-    def _packed(self, request: _Request, error: Exception) -> tuple[Any, ...]:
+    def _packed(self, request: _Request, error: Exception) -> _PackedError:
         failure = self._front.failure_of(error)
         note = ""
         if failure.error_id is not None:
@@ -343,6 +360,20 @@ def _cut(replies: list[_Reply]) -> tuple[list[_Reply], list[_Reply]]:
     return replies[:count], replies[count:]
 
 
+def _portions(errors: Sequence[_PackedError]) -> Iterator[list[_PackedError]]:
+    """The errors that go into one message each."""
+    some: list[_PackedError] = []
+    length = 0
+    for error in errors:
+        _, _, text, note = error
+        length += len(text) + len(note)
+        if some and length > _ERRORS_LENGTH:
+            yield some
+            some, length = [], len(text) + len(note)
+        some.append(error)
+    yield some
+
+
 def _size(reply: Payload) -> int:
     return sum([value.nbytes for value in reply.values() if hasattr(value, "nbytes")])
 
@@ -356,6 +387,13 @@ def _checked_header(header: Mapping[str, Any]) -> tuple[list[int], int]:
     return cancelled, refused
 
 
+def _mode_of(about: Mapping[str, Any]) -> Mode:
+    try:
+        return MODES_BY_NAME[about["mode"]]
+    except KeyError:
+        raise InvalidRequestError(f"this server knows no exploration mode {about['mode'][:50]!r}") from None
+
+
 def _check_group(about: Mapping[str, Any]) -> None:
     callers, deadline = about.get("callers"), about.get("deadline")
     if (
@@ -363,7 +401,6 @@ def _check_group(about: Mapping[str, Any]) -> None:
         or len(callers) != len(about["numbers"])
         or not all([type(caller) is int for caller in callers])  # noqa: C419 - faster
         or not isinstance(about.get("mode"), str)
-        or about["mode"] not in MODES_BY_NAME
         or type(about.get("wait")) is not bool
         or not (deadline is None or (type(deadline) in (int, float) and math.isfinite(deadline)))
     ):

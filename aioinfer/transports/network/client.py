@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import ssl
 import threading
 import time
@@ -128,6 +129,9 @@ class ClientBase:
             if self._endpoint is None:
                 raise client_closed()
             connection = self._connection = connection_of(self._endpoint.address, self)
+            if self._endpoint is None:  # another thread has closed the client meanwhile
+                self.close()
+                raise client_closed()
         return connection
 
     def _check(self, connection: Connection, td: Any) -> tuple[Payload, int]:
@@ -158,7 +162,6 @@ class ClientBase:
         wait: bool,
         timeout: float | None,
     ) -> Call:
-        mode = MODE_NAMES[mode_code(caller_mode())]
         return Call(
             payload,
             size,
@@ -166,9 +169,9 @@ class ClientBase:
             sink,
             owner=self._number,
             caller=caller,
-            mode=mode,
-            wait=wait,
-            timeout=timeout,
+            mode=MODE_NAMES[mode_code(caller_mode())],
+            wait=bool(wait),
+            timeout=None if timeout is None or not math.isfinite(timeout) else float(timeout),
         )
 
 

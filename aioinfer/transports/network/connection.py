@@ -14,12 +14,20 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from aioinfer.errors import ClientClosedError, InvalidRequestError, PeerDiedError, ServerClosedError, clone_exception
+from aioinfer.errors import (
+    ClientClosedError,
+    InvalidRequestError,
+    ModelError,
+    PeerDiedError,
+    ServerClosedError,
+    clone_exception,
+)
 from aioinfer.futures import Future
 from aioinfer.transports.network.errors import error_of
 from aioinfer.transports.network.link import Address, Hello, Link, UnreachableError, open_link
 from aioinfer.transports.network.messages import (
     Payload,
+    columns_size,
     decode_group,
     decode_header,
     encode_message,
@@ -352,12 +360,20 @@ class Connection:
         if "malformed" in header:
             raise InvalidRequestError(f"it does not understand this client: {header['malformed']}")
         for about in groups:
-            replies, position = decode_group(about, message, position)
-            self._settle(about["numbers"], replies)
+            try:
+                replies, end = decode_group(about, message, position)
+            except InvalidRequestError as error:
+                unreadable = ModelError(f"the reply can't be read: {error}")
+                self._fail([call for number in about["numbers"] if (call := self._calls.pop(number, None))], unreadable)
+                end = position + columns_size(about)
+            else:
+                self._settle(about["numbers"], replies)
+            position = end
         for number, *packed in header["errors"]:
+            told = error_of(packed)
             call = self._calls.pop(number, None)
             if call is not None and not call.over:
-                call.sink.set_exceptions([call.receiver], [error_of(packed)])
+                call.sink.set_exceptions([call.receiver], [told])
         self._send()  # the server has room again
 
     def _settle(self, numbers: Sequence[int], replies: Sequence[Any]) -> None:
@@ -413,11 +429,12 @@ def connection_of(address: Address, user: object) -> Connection:
     """The connection of this process to a server, for a user who will :func:`release` it, or is forgotten."""
     with _lock:
         connection = _pool.get(address)
+        if connection is not None:
+            connection.users.add(id(user))  # first: the garbage collector may release the last other user at any line
         if connection is None or connection.closed:
             connection = _pool[address] = Connection(address)
-        if id(user) not in connection.users:
             connection.users.add(id(user))
-            weakref.finalize(user, _release, connection, id(user)).atexit = False
+        weakref.finalize(user, _release, connection, id(user)).atexit = False
         return connection
 
 

@@ -35,9 +35,14 @@ def pack_error(error: BaseException, *, note: str = "") -> WireError:
     """
     kind = type(error)
     if _CLASSES.get(kind.__name__) is not kind:
-        return "", describe(error)[:_MOST_TEXT], note[:_MOST_TEXT]
+        return "", _shorten(describe(error)), _shorten(note)
     text = error.args[0] if len(error.args) == 1 and isinstance(error.args[0], str) else str(error)
-    return kind.__name__, text[:_MOST_TEXT], note[:_MOST_TEXT]
+    return kind.__name__, _shorten(text), _shorten(note)
+
+
+def _shorten(text: str) -> str:
+    """A text that travels: UTF-8 has no lone surrogates."""
+    return text[:_MOST_TEXT].encode("utf-8", "backslashreplace").decode()
 
 
 def error_of(packed: Any) -> Exception:

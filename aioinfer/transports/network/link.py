@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from websockets.client import ClientProtocol
-from websockets.exceptions import InvalidHandshake, InvalidStatus
+from websockets.exceptions import InvalidHandshake, InvalidStatus, InvalidURI
 from websockets.frames import Frame, Opcode
-from websockets.http11 import Response
 from websockets.protocol import State
 from websockets.uri import parse_uri
 
@@ -128,8 +127,9 @@ class Link(asyncio.Protocol):
             for event in self._websocket.events_received():
                 if isinstance(event, Frame):
                     self._take_frame(event)
-                elif isinstance(event, Response) and (refusal := self._websocket.handshake_exc) is not None:
-                    self._fail(_refusal(self._address, refusal))
+            if (refusal := self._websocket.handshake_exc) is not None:
+                self._fail(_refusal(self._address, refusal))
+                return
         except Exception as error:
             url = self._address.url
             if self.hello.done():
@@ -264,17 +264,20 @@ def stream_url(url: str) -> str:
 
 def check_url(url: str) -> None:
     """Raise :class:`ValueError` unless this is the URL of a WebSocket."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("ws", "wss") or not parts.hostname:
-        raise ValueError(f"expected ws://host:port or wss://host:port, got {url!r}")
-    parse_uri(stream_url(url))
+    try:
+        parse_uri(stream_url(url))
+    except (ValueError, InvalidURI) as error:
+        raise ValueError(f"expected ws://host:port or wss://host:port, got {url!r}: {error}") from None
 
 
 def _hello(message: Any) -> Hello:
     header, _, _ = decode_header(message)
     if header.get("protocol") != PROTOCOL:
         raise InvalidRequestError(f"protocol {header.get('protocol')!r}; this client speaks {PROTOCOL}")
-    return Hello(str(header["policy"]), int(header["max_message_size"]), int(header["max_pending"]))
+    hello = Hello(header["policy"], header["max_message_size"], header["max_pending"])
+    if type(hello.policy) is not str or not all(type(limit) is int and limit > 0 for limit in hello[1:]):
+        raise InvalidRequestError(f"it has no name, or no room for requests: {hello}")
+    return hello
 
 
 def _refusal(address: Address, error: Exception) -> Exception:

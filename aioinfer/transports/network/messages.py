@@ -33,6 +33,7 @@ __all__ = [
     "Group",
     "Payload",
     "check_payload",
+    "columns_size",
     "decode_group",
     "decode_header",
     "encode_message",
@@ -54,6 +55,7 @@ _NAMES = {np.dtype(kind): np.dtype(kind).str[1:] for kind in "?bBhHiIlLqQefd"}
 _WIRE_DTYPES = {name: np.dtype("<" + name) for name in _NAMES.values()} | {_BFLOAT16: np.dtype("<i2")}
 _TORCH_DTYPES = {torch.from_numpy(np.empty(0, dtype)).dtype for dtype in _NAMES} | {torch.bfloat16}
 _ONE_ROW = torch.Size([])
+_ALWAYS_READABLE = (str, bool, int, float, type(None))
 
 Payload: TypeAlias = TensorDictBase | Entries
 """A request or a reply: a TensorDict, or entries by name."""
@@ -149,8 +151,11 @@ def _check(payload: Payload, above: Path) -> int:
 
 
 def _pack_plain(path: Path, value: Any) -> bytes:
+    plain = _plain(value)
     try:
-        packed: bytes = msgpack.packb(_plain(value), default=_as_number)
+        packed: bytes = msgpack.packb(plain, default=_as_number)
+        if type(plain) not in _ALWAYS_READABLE:
+            msgpack.unpackb(packed)  # which refuses what some packed maps have for keys
     except Exception as error:  # whatever the value's own methods raise
         raise InvalidRequestError(f"{show_key(path)} does not travel: {error}") from error
     if len(packed) > MAX_HEADER // 2:
@@ -276,6 +281,7 @@ def _group(indices: Sequence[int], payload: Payload, *, by_name: bool) -> Group:
 
 
 def _packable(path: Path, value: Any) -> tuple[Path, Any, bool]:
+    _pack_plain(path, value)
     return path, _plain(value), is_non_tensor(value) and not isinstance(value, NonTensorData)
 
 
@@ -376,6 +382,22 @@ def decode_group(about: Mapping[str, Any], message: bytes, position: int) -> tup
         raise
     except Exception as error:  # of a header that does not say what it should
         raise _malformed(error) from None
+
+
+def columns_size(about: Mapping[str, Any]) -> int:
+    """How many bytes the columns take of a group that :func:`decode_group` has refused, for those behind it.
+
+    Raises:
+        InvalidRequestError: that is not known.
+    """
+    try:
+        count = len(about["numbers"])
+        sizes = [math.prod(shape) * count * _WIRE_DTYPES[name].itemsize for _, name, shape in about["leaves"]]
+        if not all(type(size) is int and size >= 0 for size in sizes):
+            raise ValueError("a shape is none")
+    except Exception as error:
+        raise _malformed(error) from None
+    return sum([size + -size % 8 for size in sizes])
 
 
 def _malformed(error: Exception) -> InvalidRequestError:
