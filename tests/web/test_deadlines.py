@@ -32,8 +32,8 @@ from aioinfer.testing import GatedModel, double, request
 from aioinfer.testing.callers import is_double, request_of
 from aioinfer.web import create_app
 from aioinfer.web.backend import Backend, PendingReply
-from tests.hosted import make_double
-from tests.limits import HANG, IMPORTS
+from tests.hosted import forked, make_double
+from tests.limits import HANG
 from tests.stepped import Steps
 from tests.transports import FiveVerbs
 from tests.web.hosting import hosted
@@ -505,7 +505,7 @@ async def test_a_server_that_runs_already_goes_on_when_the_app_ends() -> None:
 
 
 async def test_an_app_that_runs_alone_starts_a_server_in_a_process_of_its_own() -> None:
-    server = ProcessInferenceServer(make_double, MPTransport(), startup_timeout=IMPORTS)
+    server = forked(make_double)
     async with hosted(create_app(server)) as url, httpx.AsyncClient(base_url=url, timeout=HANG) as http:
         assert server.is_alive
         await asyncio.gather(*[ask(http, value) for value in range(4)])

@@ -9,11 +9,11 @@ import httpx
 from starlette.applications import Starlette
 from starlette.routing import Mount
 
-from aioinfer import InferenceServer, MPTransport, ProcessInferenceServer, ThreadingTransport
+from aioinfer import InferenceServer, ThreadingTransport
 from aioinfer.testing import GatedModel, double
 from aioinfer.web.app import App, create_app
-from tests.hosted import make_double, raise_error
-from tests.limits import HANG, IMPORTS
+from tests.hosted import forked, make_double, raise_error
+from tests.limits import HANG
 from tests.web.hosting import hosted
 from tests.web.robots import until
 
@@ -46,7 +46,7 @@ class Lifespan:
 
     async def tell(self, event: str) -> dict[str, Any]:
         self._received.put_nowait({"type": f"lifespan.{event}"})
-        async with asyncio.timeout(IMPORTS):
+        async with asyncio.timeout(HANG):
             answer: dict[str, Any] = await self._sent.get()
             return answer
 
@@ -63,7 +63,7 @@ async def test_the_app_starts_the_server_and_ends_it() -> None:
 
 
 async def test_the_app_starts_a_server_in_a_process_and_ends_it() -> None:
-    server = ProcessInferenceServer(make_double, MPTransport(), startup_timeout=IMPORTS)
+    server = forked(make_double)
     lifespan = Lifespan(app := create_app(server))
     assert await lifespan.tell("startup") == {"type": "lifespan.startup.complete"}
     async with hosted(app, lifespan="off") as url:
@@ -82,7 +82,7 @@ async def test_a_server_that_runs_already_is_left_running() -> None:
 
 
 async def test_a_process_that_does_not_start_is_told() -> None:
-    server = ProcessInferenceServer(raise_error, MPTransport(), startup_timeout=IMPORTS)
+    server = forked(raise_error)
     lifespan = Lifespan(create_app(server))
     answer = await lifespan.tell("startup")
     assert answer["type"] == "lifespan.startup.failed"
@@ -152,7 +152,7 @@ async def test_requests_under_way_fail_when_the_server_ends() -> None:
 
 
 async def test_a_process_that_starts_later_and_dies_earlier_than_the_app() -> None:
-    server = ProcessInferenceServer(make_double, MPTransport(), startup_timeout=IMPORTS)
+    server = forked(make_double)
     async with hosted(create_app(server), lifespan="off") as url:
         assert "does not run" in await refusal(url)
         async with server:

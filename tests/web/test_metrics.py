@@ -22,9 +22,9 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import nn
 
-from aioinfer import InferenceServer, MPTransport, ProcessInferenceServer, ThreadingTransport, connect
+from aioinfer import InferenceServer, MPTransport, ThreadingTransport, connect
 from aioinfer.web import App, create_app
-from tests.hosted import make_policy
+from tests.hosted import forked, make_policy
 from tests.limits import HANG
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -192,8 +192,8 @@ async def test_a_client_is_served_without_the_figures_of_its_server() -> None:
     assert not {"aioinfer_up", "aioinfer_items"} & set(metrics)
 
 
-async def test_a_process_that_hangs_is_told_and_not_waited_for(spawned_in_a_moment: None) -> None:
-    async with ProcessInferenceServer(make_policy, MPTransport(), startup_timeout=HANG) as server:
+async def test_a_process_that_hangs_is_told_and_not_waited_for() -> None:
+    async with forked(make_policy) as server:
         assert server.pid is not None
         registry = CollectorRegistry()
         async with asking(create_app(server, registry=registry)) as client:
