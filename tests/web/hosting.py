@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import socket
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import uvicorn
 
 from aioinfer.serve.listener import bind
 from tests.limits import HANG
+
+KEEP_ALIVE = 3600  # seconds: else a caller that is suspended for a while asks as its connection is closed
+
+
+@contextmanager
+def reserved_port() -> Iterator[int]:
+    """A port of 127.0.0.1 that no stranger gets, where one server may come after the other."""
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
 
 
 @asynccontextmanager
@@ -26,7 +38,8 @@ async def hosted(app: Any, *, port: int = 0, **options: Any) -> AsyncIterator[st
         Where it is: ``http://127.0.0.1:port``.
     """
     (listener,) = bind("127.0.0.1", port)
-    config = uvicorn.Config(app, **{"ws": "websockets-sansio", "lifespan": "on", "log_level": "warning", **options})
+    usual = {"ws": "websockets-sansio", "lifespan": "on", "log_level": "warning", "timeout_keep_alive": KEEP_ALIVE}
+    config = uvicorn.Config(app, **{**usual, **options})
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:

@@ -55,7 +55,9 @@ async def echo(scope: Scope, receive: Receive, send: Send) -> None:
 async def listening(
     app: ASGIApp = echo, *, most_bytes: int = 2**30, tls: ssl.SSLContext | None = None, **options: Any
 ) -> AsyncIterator[Listening]:
-    """A listener on a free port; ``options`` are those of its guard."""
+    """A listener on a free port; ``options`` are those of its guard, whose clock stands still unless they say more."""
+    if "head_timeout" not in options:
+        options = {"clock": Clock(), **options}
     guard = ConnectionGuard(bytes_in_flight=BytesInFlight(most_bytes), **options)
     sockets = bind("127.0.0.1", 0)
     port = sockets[0].getsockname()[1]

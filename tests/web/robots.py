@@ -103,7 +103,9 @@ class Robot:
 @asynccontextmanager
 async def robot(url: str, path: str = "/", **options: Any) -> AsyncIterator[Robot]:
     """Connect inside an ``async with`` block, as openpi's client does."""
-    async with connect(url.replace("http", "ws") + path, compression=None, max_size=None, **options) as socket:
+    async with connect(
+        url.replace("http", "ws") + path, compression=None, max_size=None, open_timeout=HANG, **options
+    ) as socket:
         greeting = await socket.recv()
         assert isinstance(greeting, bytes)
         yield Robot(socket, unpack(greeting))

@@ -69,7 +69,7 @@ class Stream:
 async def streaming(url: str, **options: Any) -> AsyncIterator[Stream]:
     """Connect to the app at a URL, inside an ``async with`` block."""
     url = url.replace("http", "ws", 1) + "/v1/stream"
-    async with connect(url, compression=None, max_size=None, **options) as socket:
+    async with connect(url, compression=None, max_size=None, open_timeout=HANG, **options) as socket:
         hello = await socket.recv()
         assert isinstance(hello, bytes)
         header, _, _ = decode_header(hello)

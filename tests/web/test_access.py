@@ -83,14 +83,14 @@ async def test_websockets_are_refused_with_the_same_statuses() -> None:
             where = url.replace("http", "ws") + path
             for headers, origin, status in (({}, None, 401), (token, "http://evil.example", 403)):
                 with pytest.raises(InvalidStatus) as refused:
-                    await connect(where, additional_headers=headers, origin=origin)  # type: ignore[arg-type]
+                    await connect(where, additional_headers=headers, origin=origin, open_timeout=HANG)  # type: ignore[arg-type]
                 assert refused.value.response.status_code == status
                 assert ("www-authenticate" in refused.value.response.headers) == (status == 401)
         async with robot(url, additional_headers=token) as one:
             await one.act(2)
         await app.drain()
         with pytest.raises(InvalidStatus) as refused:
-            await connect(where, additional_headers=token)
+            await connect(where, additional_headers=token, open_timeout=HANG)
         assert refused.value.response.status_code == 503
 
 

@@ -138,13 +138,12 @@ async def test_it_is_dark_for_who_prefers_that(tmp_path: Path) -> None:
     assert dark < 150
 
 
-async def test_it_says_that_the_server_is_gone_and_goes_on_when_it_is_back(tmp_path: Path) -> None:
+async def test_it_says_that_the_server_is_gone_and_goes_on_when_it_is_back(tmp_path: Path, port: int) -> None:
     async with browsing(tmp_path) as page:
-        async with server() as served, hosted(create_app(served, name="first")) as url:
+        async with server() as served, hosted(create_app(served, name="first"), port=port) as url:
             await page.open(url)
             await page.until(SERVING)
         await page.until(f"{text_of('state')} === 'not reachable'")
-        port = int(url.rpartition(":")[2])
         async with hosted(Starlette(routes=[Route("/stats", starts)]), port=port):
             await page.until(f"{text_of('state')} === 'not ready: the policy is being loaded'")
         async with server() as served, hosted(create_app(served, name="second"), port=port):

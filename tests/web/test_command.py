@@ -142,7 +142,7 @@ def client(at: Served, **more: Any) -> httpx.AsyncClient:
 
 
 def robot(at: Served, path: str = "/", **more: Any) -> websocket.connect:
-    return websocket.connect(f"ws://127.0.0.1:{at.port}{path}", proxy=None, compression=None, **more)
+    return websocket.connect(f"ws://127.0.0.1:{at.port}{path}", proxy=None, compression=None, open_timeout=HANG, **more)
 
 
 def bytes_of(message: bytes | str) -> bytes:
@@ -497,7 +497,7 @@ async def test_https_and_wss(policies: Any, certificate: Path) -> None:
         async with httpx.AsyncClient(verify=trusted, timeout=HANG, trust_env=False) as http:
             reply = await http.post(f"https:{url}/act", json=EXAMPLE)
             assert reply.json()["action"] == REPLY["action"]
-        async with websocket.connect(f"wss:{url}", ssl=trusted, proxy=None) as secure:
+        async with websocket.connect(f"wss:{url}", ssl=trusted, proxy=None, open_timeout=HANG) as secure:
             assert unpackb(bytes_of(await secure.recv())) == {"pose": [1, 2]}
 
 
@@ -606,12 +606,12 @@ async def test_a_program_says_what_it_serves_and_ends_at_sigterm_after_its_repli
         words = shlex.split(at.said.rpartition("try it")[2])
         assert words[:3] == ["curl", "-s", f"{at.url}/act"]
         assert (await http.post(words[2], content=words[4])).json()["action"] == [0.0, 0.0, 0.0]
-        async with websocket.connect(f"ws://127.0.0.1:{at.port}", proxy=None) as connected:
+        async with websocket.connect(f"ws://127.0.0.1:{at.port}", proxy=None, open_timeout=HANG) as connected:
             assert unpackb(bytes_of(await connected.recv())) == {"pose": [1, 2]}
             asking = asyncio.create_task(http.post("/act", json=EXAMPLE))
             await at.entered()
             at.send(signal.SIGTERM)
-            await refuses(partial(websocket.connect, f"ws://127.0.0.1:{at.port}", proxy=None))
+            await refuses(partial(websocket.connect, f"ws://127.0.0.1:{at.port}", proxy=None, open_timeout=HANG))
             async with asyncio.timeout(HANG):
                 (tmp_path / "open").touch()
                 assert (await asking).json()["action"] == REPLY["action"]
@@ -633,7 +633,7 @@ async def test_a_second_ctrl_c_ends_a_program_at_once(tmp_path: Path) -> None:
             asking = asyncio.create_task(http.post("/act", json=EXAMPLE))
             await holds((tmp_path / "entered").exists)
             os.kill(program.pid, signal.SIGINT)
-            await refuses(partial(websocket.unix_connect, str(path)))
+            await refuses(partial(websocket.unix_connect, str(path), open_timeout=HANG))
             os.kill(program.pid, signal.SIGINT)
             assert await asyncio.to_thread(program.wait) == 130
             with pytest.raises(httpx.TransportError):
@@ -646,7 +646,7 @@ async def test_callers_are_told_when_the_process_of_a_policy_is_killed_and_the_p
         assert "in a process of its own" in at.said
         policy = int((tmp_path / "pid").read_text())
         assert policy != at.program.pid
-        async with websocket.connect(f"ws://127.0.0.1:{at.port}", proxy=None) as connected:
+        async with websocket.connect(f"ws://127.0.0.1:{at.port}", proxy=None, open_timeout=HANG) as connected:
             assert unpackb(bytes_of(await connected.recv())) == {"pose": [1, 2]}
             asking = asyncio.create_task(http.post("/act", json=EXAMPLE))
             await at.entered()
@@ -701,7 +701,7 @@ async def ask_until_answered(http: httpx.AsyncClient, number: int) -> list[float
 
 @pytest.mark.parametrize("count", [400, pytest.param(10_000, marks=pytest.mark.stress)])
 async def test_a_restart_under_load_loses_no_accepted_request(
-    policies: Any, monkeypatch: pytest.MonkeyPatch, count: int
+    policies: Any, monkeypatch: pytest.MonkeyPatch, port: int, count: int
 ) -> None:
     asked: list[int] = []
     monkeypatch.setattr(policies, "double", Recorder(asked))
@@ -711,13 +711,13 @@ async def test_a_restart_under_load_loses_no_accepted_request(
         for number in numbers:
             answered[number] = await ask_until_answered(http, number)
 
-    async with served() as first, client(first) as http:
+    async with served("--port", str(port)) as first, client(first) as http:
         numbers = iter(range(1, count + 1))
         callers = [asyncio.create_task(load(http, numbers)) for _ in range(32)]
         await holds(lambda: len(answered) > count // 2)
         assert await first.end() == 0
         before = len(asked)
-        async with served("--port", str(first.port)):
+        async with served("--port", str(port)):
             async with asyncio.timeout(HANG):
                 await asyncio.gather(*callers)
     assert before < len(asked), "the second server was not asked"

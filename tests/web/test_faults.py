@@ -460,8 +460,8 @@ import http.client, json, sys, time
 from websockets.sync.client import connect
 
 port = int(sys.argv[1])
-robot = connect(f"ws://127.0.0.1:{port}/", legacy=True)
-stream = connect(f"ws://127.0.0.1:{port}/v1/stream", legacy=True)
+robot = connect(f"ws://127.0.0.1:{port}/", legacy=True, open_timeout=None)
+stream = connect(f"ws://127.0.0.1:{port}/v1/stream", legacy=True, open_timeout=None)
 robot.recv(), stream.recv()
 robot.send(bytes.fromhex(sys.argv[2]))
 stream.send(bytes.fromhex(sys.argv[3]))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import resource
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, ExitStack, contextmanager, suppress
 from functools import partial
+from typing import Any
 
 import pytest
 
@@ -17,6 +17,7 @@ pytest.importorskip("uvicorn")
 import websockets.asyncio.client as websocket
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
+from aioinfer.serve.guard import GuardedWebSocket
 from aioinfer.web.asgi import Receive, Scope, Send
 from tests.limits import HANG
 from tests.web.listening import GET, Clock, Listening, connect, echo, holds, listening
@@ -90,7 +91,7 @@ async def test_a_request_that_is_served_and_a_websocket_have_time() -> None:
     async with listening(gated, clock=clock) as at, connect(at.port) as client:
         client.say(GET)
         await holds(lambda: at.guard.awaited == 0)
-        opening = asyncio.create_task(websocket.connect(f"ws://127.0.0.1:{at.port}").__aenter__())
+        opening = asyncio.create_task(dial(at).__aenter__())
         clock.now = LATE
         gate.set()
         async with await opening as open_websocket:
@@ -134,6 +135,10 @@ async def test_a_new_connection_takes_the_place_of_the_one_that_says_nothing_the
         async with connect(at.port) as refused:  # all others have asked before
             assert await refused.heard() == b""
         assert await good.ask()
+
+
+def dial(at: Listening, **options: Any) -> websocket.connect:
+    return websocket.connect(f"ws://127.0.0.1:{at.port}", open_timeout=HANG, **options)
 
 
 def awaits(at: Listening, count: int) -> bool:
@@ -191,23 +196,28 @@ async def code_after(connection: websocket.ClientConnection, message: bytes | As
     return connection.close_code
 
 
-async def test_a_websocket_whose_caller_does_not_read_to_the_end_is_cut_off() -> None:
+async def test_a_websocket_whose_caller_does_not_read_to_the_end_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     async def talk(scope: Scope, receive: Receive, send: Send) -> None:
         await receive()
         await send({"type": "websocket.accept"})
         await send({"type": "websocket.send", "bytes": bytes(2**26)})
 
-    before = len(os.listdir("/proc/self/fd"))
-    async with listening(talk, linger=0.01) as at, websocket.connect(f"ws://127.0.0.1:{at.port}") as robot:
+    def lose(self: GuardedWebSocket, error: Exception | None) -> None:
+        connection_lost(self, error)
+        lost.set()
+
+    lost = asyncio.Event()
+    connection_lost = GuardedWebSocket.connection_lost
+    monkeypatch.setattr(GuardedWebSocket, "connection_lost", lose)
+    async with listening(talk, linger=0.01) as at, dial(at) as robot:
         robot.transport.pause_reading()
-        listener_and_robot = 2
-        await holds(lambda: len(os.listdir("/proc/self/fd")) == before + listener_and_robot)
+        await asyncio.wait_for(lost.wait(), HANG)
         robot.transport.abort()
 
 
 async def test_bytes_of_a_message_that_arrives_are_counted_until_the_app_takes_it() -> None:
     gate = asyncio.Event()
-    async with listening() as at, websocket.connect(f"ws://127.0.0.1:{at.port}", max_size=None) as robot:
+    async with listening() as at, dial(at, max_size=None) as robot:
         in_flight = at.guard.bytes_in_flight
         await robot.ping()
         await holds(lambda: in_flight.bytes == 0)
@@ -222,7 +232,7 @@ async def test_bytes_of_a_message_that_arrives_are_counted_until_the_app_takes_i
 async def test_bytes_of_a_message_whose_caller_has_gone_are_counted_no_more() -> None:
     gate = asyncio.Event()
     async with listening() as at:
-        async with websocket.connect(f"ws://127.0.0.1:{at.port}") as robot:
+        async with dial(at) as robot:
             sending = asyncio.create_task(robot.send(parts(100_000, gate=gate)))
             await holds(lambda: at.guard.bytes_in_flight.bytes > 100_000)
             robot.transport.abort()
@@ -235,8 +245,8 @@ async def test_a_message_that_is_more_than_all_may_have_in_flight_is_put_off() -
     gate = asyncio.Event()
     async with (
         listening(most_bytes=150_000) as at,
-        websocket.connect(f"ws://127.0.0.1:{at.port}") as first,
-        websocket.connect(f"ws://127.0.0.1:{at.port}") as second,
+        dial(at) as first,
+        dial(at) as second,
     ):
         sending = asyncio.create_task(first.send(parts(100_000, gate=gate)))
         await holds(lambda: at.guard.bytes_in_flight.bytes > 100_000)
@@ -251,8 +261,8 @@ async def test_a_message_has_a_bounded_number_of_parts() -> None:
     gate.set()
     async with (
         listening(max_fragments=8) as at,
-        websocket.connect(f"ws://127.0.0.1:{at.port}") as good,
-        websocket.connect(f"ws://127.0.0.1:{at.port}") as bad,
+        dial(at) as good,
+        dial(at) as bad,
     ):
         await good.send(parts(*[1] * 6, gate=gate))
         assert len(await good.recv()) == 9
@@ -318,6 +328,6 @@ async def test_a_websocket_that_is_refused_is_not_taken_for_a_mistake_of_the_app
 
     async with listening(refuse) as at:
         with pytest.raises(InvalidStatus) as refused:
-            await websocket.connect(f"ws://127.0.0.1:{at.port}")
+            await dial(at)
         assert refused.value.response.body == b"nobody"
     assert not [record for record in caplog.records if record.levelname == "ERROR"]

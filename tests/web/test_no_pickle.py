@@ -134,7 +134,7 @@ async def test_a_pickle_over_a_websocket_is_an_error(target: Path, path: str) ->
         for bad in pickles(target):
             object_array = {b"__ndarray__": True, b"data": bad, b"dtype": "|O", b"shape": [1]}
             for message in (bad, pack({"state": bad}), pack({"state": object_array})):
-                async with connect(url.replace("http", "ws") + path, compression=None) as socket:
+                async with connect(url.replace("http", "ws") + path, compression=None, open_timeout=HANG) as socket:
                     await socket.recv()  # what the server says first
                     await socket.send(message)
                     answer: str | bytes = ""

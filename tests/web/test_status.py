@@ -146,7 +146,7 @@ async def test_the_page_and_robots_share_a_path_also_under_a_prefix() -> None:
             response = await client.get("/policy/")
             assert response.status_code == 200
             assert "<title>aioinfer</title>" in response.text
-            async with connect(f"{url.replace('http', 'ws')}/policy/", compression=None) as robot:
+            async with connect(f"{url.replace('http', 'ws')}/policy/", compression=None, open_timeout=HANG) as robot:
                 assert b"robot" in await robot.recv(decode=False)
                 stats = (await client.get("/policy/stats")).json()
                 assert stats["front"]["connections"] == {"openpi": 1}

@@ -1,0 +1,16 @@
+"""Fixtures of the tests of the network front."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.web.hosting import reserved_port
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    """A port of 127.0.0.1, for one server after the other."""
+    with reserved_port() as reserved:
+        yield reserved
