@@ -88,15 +88,22 @@ async def test_a_greeting_that_can_not_be_kept_is_no_server(hello: dict[str, Any
 @pytest.mark.parametrize("banner", [b"SSH-2.0-OpenSSH_9.6\r\n", b"HTTP/1.1 101 Of course\r\n\r\n"])
 async def test_a_server_of_another_protocol_is_told_at_once(banner: bytes) -> None:
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        talking.append(asyncio.current_task())
         writer.write(banner)
         with suppress(ConnectionError):
             await reader.read()  # the client hangs up first
         writer.close()
+        with suppress(ConnectionError):
+            await writer.wait_closed()
+
+    talking: list[asyncio.Task[None] | None] = []
 
     async with await asyncio.start_server(talk, "127.0.0.1", 0) as server:
         host, port = server.sockets[0].getsockname()
         with pytest.raises(ServerClosedError, match="is no inference server"):
             await connected(f"ws://{host}:{port}", timeout=HANG)
+        async with asyncio.timeout(HANG):
+            await asyncio.gather(*filter(None, talking))
 
 
 @pytest.mark.parametrize("url", ["ws://host/#part", "ws://host:port", "ws://host:70000", "ws://[", "ws:///path"])
