@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from aioinfer.batching import BatchingRule, DispatchReason, LeaveWhenFree
     from aioinfer.client import AsyncInferenceClient, InferenceClient
     from aioinfer.errors import (
+        AccessDeniedError,
         ClientBusyError,
         ClientClosedError,
         CollectorError,
@@ -81,6 +82,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "AccessDeniedError",
     "AsyncInferenceClient",
     "BatchingRule",
     "ClientBusyError",

@@ -16,7 +16,8 @@ class Limits:
     Attributes:
         max_message_size: bytes of a WebSocket message, or of a body, inflated.
         max_bytes_in_flight: of all messages whose requests are not answered yet.
-        max_pending_per_connection: requests of a connection that have no reply yet; then it is not read any more.
+        max_pending_per_connection: requests of a connection that have no reply yet. Of a robot, no more is read until
+            it has replies; what ``/v1/stream`` is asked beyond them fails, and the caller is told.
         max_connections: WebSockets that are open at once.
         max_sessions: that requests name with a ``session_id``; beyond them the least recently used is forgotten.
         body_timeout: seconds that a body may take to arrive.

@@ -5,7 +5,6 @@ import importlib.util
 import json
 import os
 import signal
-import socket
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
@@ -18,6 +17,7 @@ import httpx
 import uvicorn
 
 from aioinfer import InferenceServer, MPTransport, ProcessInferenceServer, connect
+from aioinfer.serve.listener import bind
 from aioinfer.testing import GatedModel, double
 from aioinfer.web import create_app
 from tests.hosted import make_double
@@ -80,7 +80,7 @@ async def until(condition: Callable[[], bool]) -> None:
 @asynccontextmanager
 async def served(app: Any) -> AsyncIterator[int]:
     """Run an app on a port of loopback."""
-    listening = socket.create_server(("127.0.0.1", 0))
+    (listening,) = bind("127.0.0.1", 0)
     port = listening.getsockname()[1]
     uvicorn_server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on"))
     serving = asyncio.create_task(uvicorn_server.serve(sockets=[listening]))
