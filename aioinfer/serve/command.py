@@ -143,6 +143,7 @@ class Service:
             limits=settings.limits,
             tls=settings.tls,
             log_level="debug" if settings.log_level == "debug" else "warning",
+            app_that_serves=lambda: self._starting_app.app,
         )
         self._stopping = asyncio.Event()
 

@@ -23,6 +23,71 @@ _HEAD_TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-leng
 _BAD_HANDSHAKE = b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 
 
+class _Deadlines:
+    """Ends connections that have done nothing for a time, which is the same for all, with one timer.
+
+    Args:
+        seconds: that time.
+        end: ends a connection.
+        clock: seconds; by default those of the event loop.
+    """
+
+    def __init__(self, seconds: float, end: Callable[[GuardedHttp], None], clock: Callable[[], float] | None) -> None:
+        self._seconds = seconds
+        self._end = end
+        self._clock = clock
+        self._due: dict[GuardedHttp, float] = {}  # the first is due first
+        self._timer: asyncio.TimerHandle | None = None
+
+    def __len__(self) -> int:
+        return len(self._due)
+
+    def add(self, connection: GuardedHttp) -> None:
+        """End the connection unless :meth:`discard` is called in time."""
+        if connection not in self._due:
+            if self._clock is None:
+                self._clock = connection.loop.time
+            self._due[connection] = self._clock() + self._seconds
+            if self._timer is None:
+                self._timer = connection.loop.call_later(self._seconds, self._on_timer)
+
+    def discard(self, connection: GuardedHttp) -> None:
+        """It has done something."""
+        self._due.pop(connection, None)
+
+    def end_first(self) -> bool:
+        """End the connection that is due first; whether there is one."""
+        for connection in self._due:
+            del self._due[connection]
+            self._end(connection)
+            return True
+        return False
+
+    def end_late(self) -> float | None:
+        """End the connections that are late; return the seconds until the next is due."""
+        if self._clock is None:  # there was no connection yet
+            return None
+        now = self._clock()
+        while self._due:
+            due_in = next(iter(self._due.values())) - now
+            if due_in > 0:
+                return due_in
+            self.end_first()
+        return None
+
+    def stop(self) -> None:
+        """End none any more."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        left = self.end_late()
+        if left is not None:
+            self._timer = asyncio.get_running_loop().call_later(left, self._on_timer)
+
+
 class ConnectionGuard:
     """What the connections of one listener share: whose request head is awaited, and what they may take.
 
@@ -31,6 +96,8 @@ class ConnectionGuard:
     Args:
         head_timeout: seconds that a request head may take: from the beginning of a connection, or from its first byte
             where the connection has been used before.
+        keep_alive: seconds for which a connection may be idle between two requests: longer than the 60 of most proxies,
+            which would send a request as we close.
         max_head_size: bytes of a request head. The last ones that are read at once may exceed it.
         max_fragments: parts of a WebSocket message: each takes memory of its own, however small it is.
         max_connections: that are open at once. Beyond, a new one takes the place of the one whose request head is
@@ -44,6 +111,7 @@ class ConnectionGuard:
         self,
         *,
         head_timeout: float = 10.0,
+        keep_alive: float = 75.0,
         max_head_size: int = 2**16,
         max_fragments: int = 2**14,
         max_connections: int = 10_000,
@@ -57,70 +125,62 @@ class ConnectionGuard:
         self.max_connections = max_connections
         self.linger = linger
         self.bytes_in_flight = bytes_in_flight
-        self._clock = clock
-        self._awaited: dict[GuardedHttp, float] = {}  # until when; all wait equally long, so the first is due first
-        self._timer: asyncio.TimerHandle | None = None
+        self._heads = _Deadlines(head_timeout, GuardedHttp.abort, clock)
+        self._idle = _Deadlines(keep_alive, GuardedHttp.close_idle, clock)
 
-    def protocols(self) -> tuple[type[GuardedHttp], type[GuardedWebSocket]]:
-        """Classes for ``uvicorn.Config(http=..., ws=...)``, of connections that this guard watches."""
-        http = type("GuardedHttp", (GuardedHttp,), {"guard": self})
-        websocket = type("GuardedWebSocket", (GuardedWebSocket,), {"guard": self})
-        return http, websocket
+    def protocols(self, http: type[GuardedHttp] | None = None) -> tuple[type[GuardedHttp], type[GuardedWebSocket]]:
+        """Classes for ``uvicorn.Config(http=..., ws=...)``, of connections that this guard watches.
+
+        Args:
+            http: what the first of them extends; by default :class:`GuardedHttp`.
+        """
+        guarded_http = type("GuardedHttp", (http or GuardedHttp,), {"guard": self})
+        guarded_websocket = type("GuardedWebSocket", (GuardedWebSocket,), {"guard": self})
+        return guarded_http, guarded_websocket
 
     @property
     def awaited(self) -> int:
         """How many connections have not sent a whole request head yet, or have begun another one."""
-        return len(self._awaited)
+        return len(self._heads)
 
     def await_head(self, connection: GuardedHttp) -> None:
         """Close the connection unless :meth:`stop_awaiting` is called in time."""
-        if connection not in self._awaited:
-            self._awaited[connection] = self._now() + self.head_timeout
-            if self._timer is None:
-                self._timer = asyncio.get_running_loop().call_later(self.head_timeout, self._on_timer)
+        self._heads.add(connection)
 
     def stop_awaiting(self, connection: GuardedHttp) -> None:
         """The head is whole, or the connection is closed."""
-        self._awaited.pop(connection, None)
+        self._heads.discard(connection)
+
+    def await_request(self, connection: GuardedHttp) -> None:
+        """Close the connection unless :meth:`stop_awaiting_request` is called in time."""
+        self._idle.add(connection)
+
+    def stop_awaiting_request(self, connection: GuardedHttp) -> None:
+        """A request begins, or the connection is closed."""
+        self._idle.discard(connection)
 
     def make_room(self) -> bool:
         """Close the connection whose request head is awaited the longest; whether there is one."""
-        for connection in self._awaited:
-            del self._awaited[connection]
-            connection.transport.abort()
-            return True
-        return False
+        return self._heads.end_first()
 
     def close_late(self) -> float | None:
         """Close connections whose request head is late; return the seconds until the next is due."""
-        now = self._now()
-        while self._awaited:
-            due_in = next(iter(self._awaited.values())) - now
-            if due_in > 0:
-                return due_in
-            self.make_room()
-        return None
+        return self._heads.end_late()
+
+    def close_idle(self) -> float | None:
+        """Close connections that have been idle for too long; return the seconds until the next is due."""
+        return self._idle.end_late()
 
     def close(self) -> None:
         """Stop watching."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _on_timer(self) -> None:
-        self._timer = None
-        left = self.close_late()
-        if left is not None:
-            self._timer = asyncio.get_running_loop().call_later(left, self._on_timer)
-
-    def _now(self) -> float:
-        return asyncio.get_running_loop().time() if self._clock is None else self._clock()
+        self._heads.stop()
+        self._idle.stop()
 
 
 class GuardedHttp(HttpToolsProtocol):
     """uvicorn's protocol of HTTP, which lets a connection without a request wait for ever, and heads be of any size.
 
-    While a request is served, and between two of them as long as no byte comes, uvicorn does what it does.
+    While a request is served, uvicorn does what it does.
     """
 
     guard: ClassVar[ConnectionGuard]
@@ -136,12 +196,14 @@ class GuardedHttp(HttpToolsProtocol):
             transport.abort()
         else:
             self._bare_transport = transport
-            self.transport = JoiningTransport(transport, self.loop)  # type: ignore[assignment]
+            self.joining = JoiningTransport(transport, self.loop)
+            self.transport = self.joining  # type: ignore[assignment]
             self._await_head()
 
     def data_received(self, data: bytes) -> None:
         if self._refused:
             return
+        self.guard.stop_awaiting_request(self)
         super().data_received(data)
         if self._serves() or self._upgraded:
             if self._awaits_head:
@@ -159,8 +221,31 @@ class GuardedHttp(HttpToolsProtocol):
         self.transport = self._bare_transport
         super().handle_websocket_upgrade()
 
+    def on_response_complete(self) -> None:
+        """Serve the request that has come meanwhile, or wait for one: as uvicorn does, without a timer for each."""
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+        else:
+            self.guard.await_request(self)
+
+    def abort(self) -> None:
+        """Close at once."""
+        self.transport.abort()
+
+    def close_idle(self) -> None:
+        """Close, and wait no longer for a caller that has not read the last reply."""
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()
+        else:
+            self.transport.close()
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_awaiting()
+        self.guard.stop_awaiting_request(self)
         super().connection_lost(exc)
 
     def _refuse_head(self) -> None:

@@ -32,6 +32,11 @@ class JoiningTransport:
             self._held = data
             self._loop.call_soon(self._flush)
 
+    def write_at_once(self, data: bytes) -> None:
+        """Send now."""
+        held, self._held = self._held, b""
+        self._transport.write(held + data if held else data)
+
     def write_eof(self) -> None:
         """Close the way to the peer when all is sent."""
         self._flush()

@@ -11,7 +11,7 @@ import os
 import socket
 import ssl
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,14 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from aioinfer.serve.guard import ConnectionGuard, GuardedHttp
+from aioinfer.serve.whole_requests import http_of
+from aioinfer.web.app import App
 from aioinfer.web.asgi import ASGIApp
 from aioinfer.web.limits import Limits
 
 __all__ = ["AddressError", "Listener", "bind", "bind_unix", "is_local", "unlink"]
 
 _BACKLOG = 2048
-_KEEP_ALIVE = 75  # seconds: longer than the 60 of most proxies, which would send a request as we close
 _LOOK_EVERY = 0.01  # seconds, while connections end
 _ABORT_GRACE = 1.0  # seconds for the tasks of connections that were cut
 _MORE_PORTS = 100
@@ -175,6 +176,8 @@ class Listener:
         limits: of messages.
         tls: certificate and key; ``None``: connections are plain.
         log_level: of uvicorn's loggers; with ``"debug"``, each request is logged.
+        app_that_serves: returns ``app`` if that takes requests without ASGI now, which those get that come whole;
+            ``None``: all go by ASGI, as they do where each is logged.
     """
 
     def __init__(
@@ -186,12 +189,14 @@ class Listener:
         limits: Limits,
         tls: ssl.SSLContext | None = None,
         log_level: str = "warning",
+        app_that_serves: Callable[[], App | None] | None = None,
     ) -> None:
         self._sockets = sockets
         self._guard = guard
         self._tls = tls
         self._state = ServerState()
-        self._http, websocket = guard.protocols()
+        whole = None if app_that_serves is None or log_level == "debug" else http_of(app_that_serves)
+        self._http, websocket = guard.protocols(whole)
         self._config = uvicorn.Config(
             app,
             http=self._http,
@@ -203,7 +208,6 @@ class Listener:
             proxy_headers=False,
             server_header=False,
             date_header=False,
-            timeout_keep_alive=_KEEP_ALIVE,
             access_log=log_level == "debug",
             log_config=None,
             log_level=log_level,

@@ -34,19 +34,20 @@ class StartingApp:
         limits: of messages.
 
     Attributes:
+        app: that it serves, if that is there.
         reason: why it is not ready.
     """
 
     def __init__(self, access: Access, limits: Limits) -> None:
+        self.app: App | None = None
         self.reason = "the policy is being loaded"
         self._access = access
         self._limits = limits
-        self._app: App | None = None
         self._decided = asyncio.Event()
 
     def serve(self, app: App) -> None:
         """Serve this app from now on."""
-        self._app = app
+        self.app = app
         self._decided.set()
 
     def end(self, reason: str) -> None:
@@ -56,8 +57,8 @@ class StartingApp:
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Coroutine[Any, Any, None]:
         """Serve one request, or connection."""
-        if self._app is not None:
-            return self._app(scope, receive, send)
+        if self.app is not None:
+            return self.app(scope, receive, send)
         return (self._hold if scope["type"] == "websocket" else self._respond)(scope, receive, send)
 
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -89,11 +90,11 @@ class StartingApp:
             return
         await connection.accept()
         await self._decided.wait()
-        if self._app is None:
+        if self.app is None:
             await connection.close(GOING_AWAY, self.reason)
         else:
             accepted = _Accepted(receive, send)
-            await self._app(scope, accepted.receive, accepted.send)
+            await self.app(scope, accepted.receive, accepted.send)
 
 
 class _Accepted:

@@ -41,6 +41,7 @@ class Access:
     ) -> None:
         self._tokens = [token.encode() for token in tokens]
         self._hosts = None if hosts is None else {"localhost", *[host.lower() for host in hosts]}
+        self._allowed_host: bytes | None = None  # the latest: most callers use the same
         self._origins = {origin.lower().rstrip("/") for origin in origins}
 
     def check_page(self, headers: Mapping[bytes, bytes]) -> None:
@@ -49,11 +50,15 @@ class Access:
         Raises:
             Refusal: one of them is foreign.
         """
-        host = headers.get(b"host", b"").decode("latin-1").lower()
+        raw_host = headers.get(b"host", b"")
+        origin = headers.get(b"origin")
+        if raw_host == self._allowed_host and origin is None:
+            return
+        host = raw_host.decode("latin-1").lower()
         name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
         if self._hosts is not None and name not in self._hosts and not _is_address(name):
             raise Refusal(421, f"this server is not asked by the name {name[:100]!r}; allow it with --allow-host")
-        origin = headers.get(b"origin")
+        self._allowed_host = raw_host
         if origin is None:
             return
         text = origin.decode("latin-1").lower()

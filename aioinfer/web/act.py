@@ -101,6 +101,9 @@ class ActEndpoint(InferEndpoint[ActRequest]):
         except RecursionError:
             raise InvalidRequestError("the entries are nested too deeply") from None
 
+    def plain_entries(self, request: ActRequest) -> dict[str, Any] | None:
+        return request.entries if request.deadline is None and request.session_id is None else None
+
     def encode(self, request: ActRequest, reply: TensorDictBase) -> Response:
         try:
             return Response(to_json(_plain(reply)))

@@ -11,12 +11,14 @@ from starlette._utils import get_route_path
 from starlette.exceptions import HTTPException
 from starlette.routing import Router
 
+from aioinfer.batching import Caller
 from aioinfer.client import AsyncInferenceClient, ClientMaker
 from aioinfer.web.access import Access, Refusal
 from aioinfer.web.act import ActEndpoint
 from aioinfer.web.arrays import packb
 from aioinfer.web.asgi import Disconnected, Headers, Receive, Scope, Send, headers_of
 from aioinfer.web.backend import Backend
+from aioinfer.web.exchange import Exchange, Exchanges, Respond
 from aioinfer.web.front import Front
 from aioinfer.web.http import JSON, InferEndpoint, respond_failure, respond_json
 from aioinfer.web.limits import Limits
@@ -54,6 +56,7 @@ class App:
             f"/v2/models/{front.name}/infer": infer,
             f"/v2/models/{front.name}/versions/1/infer": infer,
         }
+        self._raw_endpoints = {path.encode(): endpoint for path, endpoint in self._infer_endpoints.items()}
         self._router = Router(
             [
                 *probe_routes(self._monitor),
@@ -63,6 +66,7 @@ class App:
             ],
             redirect_slashes=False,
         )
+        self._exchanges = Exchanges(front, self._end_request)
         self._sessions: set[WebSocketSession] = set()
         self._requests = 0
         self._idle = asyncio.Event()
@@ -97,9 +101,43 @@ class App:
             self.front.stats.refuse(refusal)
             await respond_failure(send, self.front.failure_of(refusal))
         finally:
-            self._requests -= 1
-            if not self._requests:
-                self._idle.set()
+            self._end_request()
+
+    def takes_whole(self, path: bytes) -> bool:
+        """Whether :meth:`answer` serves ``POST`` requests of this path."""
+        return path in self._raw_endpoints
+
+    def answer(self, path: bytes, headers: Headers, body: bytes, caller: Caller, respond: Respond) -> Exchange | None:
+        """Serve a ``POST`` request that has come whole, for servers of HTTP that need no messages of ASGI for it.
+
+        Args:
+            path: one that :meth:`takes_whole`.
+            headers: of the request; it has no ``Content-Encoding``.
+            body: of the request.
+            caller: the connection.
+            respond: sends the response; see :meth:`Exchanges.serve`.
+
+        Returns:
+            For :meth:`cancel`; ``None``: the request may not be made.
+        """
+        self._requests += 1
+        try:
+            self.front.access.check_page(headers)
+            self.front.access.check_token(headers)
+        except Refusal as refusal:
+            self.front.stats.refuse(refusal)
+            self._exchanges.refuse(respond, refusal)
+            return None
+        return self._exchanges.serve(self._raw_endpoints[path], headers, body, caller, respond)
+
+    def cancel(self, exchange: Exchange) -> None:
+        """The caller of a request is gone; see :meth:`answer`."""
+        self._exchanges.cancel(exchange)
+
+    def _end_request(self) -> None:
+        self._requests -= 1
+        if not self._requests:
+            self._idle.set()
 
     def _check(self, headers: Headers, path: str) -> None:
         self.front.access.check_page(headers)

@@ -94,6 +94,19 @@ class PendingReply:
                 raise
             raise self.error from None
 
+    def result(self) -> TensorDictBase:
+        """The reply of a request that is done, or raise the error.
+
+        Raises:
+            asyncio.CancelledError: it was cancelled.
+        """
+        try:
+            return self.future.result()
+        except asyncio.CancelledError:
+            if self.error is None:
+                raise
+            raise self.error from None
+
 
 class Deadline:
     """Ends a request where no reply comes in time, or can come.
@@ -188,6 +201,7 @@ class Backend:
         keys = in_keys or model_keys
         self._keys = _key_tree(keys) if keys else None
         self._local = server if isinstance(server, InferenceServer | ProcessInferenceServer) else None
+        self._has_run = False
         self._made: set[AsyncInferenceClient] = set()
         self._free: list[AsyncInferenceClient] = []  # with a slot, and no request under way
         self._shared: AsyncInferenceClient | None = server if isinstance(server, AsyncInferenceClient) else None
@@ -219,17 +233,17 @@ class Backend:
             NoFreeSlotError: all slots of the server are taken.
             ServerNotRunningError: the server was not started, or has ended.
         """
-        if self._local is not None and not self._local.is_alive:
-            raise ServerNotRunningError("the server does not run")
+        request = self.make_request(entries, defaults)
         seconds = self.deadline if deadline is None else deadline
         if seconds is not None and received_at + seconds <= self._clock():
             raise DeadlineExceededError(f"{seconds:g} seconds had passed before the request could be asked")
-        request = self._request(entries, defaults)
         client = self._shared
         if client is None:
             client = self._take_client()
         try:
             future = client.submit(request)
+            if future.done() and future.exception() is not None:
+                self._check_runs()
         except BaseException:
             self._give_back(client)
             raise
@@ -237,6 +251,12 @@ class Backend:
         if seconds is not None and seconds != math.inf:
             pending.deadline = Deadline(pending, seconds, self._clock)
         return pending
+
+    def _check_runs(self) -> None:
+        """Check whether a server of ours runs; one that has been started refuses requests itself when it has ended."""
+        if self._local is not None and not self._local.is_alive:
+            raise ServerNotRunningError("the server does not run")
+        self._has_run = True
 
     def finish(self, pending: PendingReply) -> None:
         """Free what a request had, which has ended."""
@@ -248,20 +268,29 @@ class Backend:
             client.close()
         self._give_back(client)
 
-    def _request(
-        self, entries: Mapping[str, Any], defaults: Mapping[str, Any] | None
+    def make_request(
+        self, entries: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
     ) -> TensorDictBase | dict[str, Any]:
-        if isinstance(entries, TensorDictBase):
-            return entries
-        if not isinstance(entries, Mapping):
-            raise InvalidRequestError(f"a request is a map of entries, got {type(entries).__name__}")
+        """Choose what makes a request; see :meth:`submit`.
+
+        Raises:
+            InvalidRequestError: the entries make none.
+            ServerNotRunningError: the server was not started.
+        """
+        if not self._has_run:
+            self._check_runs()
+        if type(entries) is not dict:
+            if isinstance(entries, TensorDictBase):
+                return entries
+            if not isinstance(entries, Mapping):
+                raise InvalidRequestError(f"a request is a map of entries, got {type(entries).__name__}")
         keys = self._keys
         chosen = dict(entries) if keys is None else _choose(entries, keys)
         if defaults and keys is not None:
             chosen |= {name: value for name, value in defaults.items() if name in keys and name not in chosen}
-        texts = {name: value for name, value in chosen.items() if isinstance(value, str)}
-        if not texts:
+        if str not in map(type, chosen.values()):
             return chosen
+        texts = {name: value for name, value in chosen.items() if type(value) is str}
         others = {name: value for name, value in chosen.items() if name not in texts}
         if others:
             check_entries(others)

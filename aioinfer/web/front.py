@@ -7,6 +7,8 @@ from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
+from tensordict import TensorDictBase
+
 from aioinfer.errors import ServerClosedError
 from aioinfer.web.access import Access
 from aioinfer.web.backend import Backend, PendingReply
@@ -89,8 +91,7 @@ class Front:
             DeadlineExceededError: the deadline has passed.
             NoFreeSlotError: all slots of the server are taken.
         """
-        if self.draining:
-            raise ServerClosedError(self.draining)
+        self._check_open()
         if session is None:
             pending = self.backend.submit(entries, received_at, deadline=deadline)
         else:
@@ -102,14 +103,37 @@ class Front:
         pending.future.add_done_callback(partial(self._done, pending, protocol, size, session))
         return pending
 
+    def begin(self, entries: Mapping[str, Any]) -> TensorDictBase | dict[str, Any]:
+        """Make a request that is asked in another way than by :meth:`submit`; :meth:`end` is to be called.
+
+        Raises:
+            InvalidRequestError: the entries make no request.
+            ServerClosedError: the app is drained.
+            ServerNotRunningError: the server was not started.
+        """
+        self._check_open()
+        request = self.backend.make_request(entries)
+        self.stats.inflight += 1
+        return request
+
+    def end(self, protocol: str, outcome: str, size: int, received_at: float) -> None:
+        """Count a request that has ended; see :class:`FrontStats`."""
+        self.stats.inflight -= 1
+        self.stats.count(protocol, outcome, size, time.perf_counter() - received_at)
+
+    def _check_open(self) -> None:
+        if self.draining:
+            raise ServerClosedError(self.draining)
+
     def _done(self, pending: PendingReply, protocol: str, size: int, session: Session | None, future: Any) -> None:
         self.backend.finish(pending)
-        self.stats.inflight -= 1
-        error = pending.error if future.cancelled() else future.exception()
-        outcome = "cancelled" if error is None and future.cancelled() else outcome_of(error)
+        if future.cancelled():
+            outcome = "cancelled" if pending.error is None else outcome_of(pending.error)
+        else:
+            outcome = outcome_of(future.exception())
         if session is not None:
             session.remove(pending, answered=outcome == "ok")
-        self.stats.count(protocol, outcome, size, time.perf_counter() - pending.received_at)
+        self.end(protocol, outcome, size, pending.received_at)
 
     def count_refusal(self, protocol: str, error: BaseException) -> None:
         """Count a request that ended before it was asked."""

@@ -20,7 +20,18 @@ from aioinfer.web.failures import Failure
 from aioinfer.web.front import Front
 from aioinfer.web.limits import Charge, Limits
 
-__all__ = ["JSON", "InferEndpoint", "Response", "parse_json", "respond", "respond_failure", "respond_json", "to_json"]
+__all__ = [
+    "JSON",
+    "InferEndpoint",
+    "Response",
+    "failure_response",
+    "parse_json",
+    "respond",
+    "respond_failure",
+    "respond_json",
+    "to_json",
+    "too_large",
+]
 
 JSON = (b"content-type", b"application/json")
 _WINDOW_BITS = {b"gzip": 31, b"deflate": 15}
@@ -86,6 +97,10 @@ class InferEndpoint(ABC, Generic[Request]):
     @abstractmethod
     def submit(self, request: Request, size: int, received_at: float) -> PendingReply:
         """Ask: :meth:`Front.submit`."""
+
+    @abstractmethod
+    def plain_entries(self, request: Request) -> Any:
+        """What is asked; ``None`` where it names a session or a deadline, and :meth:`submit` is to be used."""
 
     @abstractmethod
     def encode(self, request: Request, reply: TensorDictBase) -> Response:
@@ -171,7 +186,7 @@ class _Senders:
         max_size = self._limits.max_message_size
         length = headers.get(b"content-length")
         if length is not None and (not length.isdigit() or len(length) > 18 or int(length) > max_size):
-            raise _too_large(max_size)
+            raise too_large(max_size)
         body = await self._read_in_time(receive, max_size, charge)
         encoding = headers.get(b"content-encoding")
         if encoding is None or encoding.lower() == b"identity":
@@ -222,13 +237,14 @@ async def _whole_body(receive: Receive, max_size: int, charge: Charge) -> bytes:
         part: bytes = message.get("body", b"")
         charge.add(len(part))
         if charge.size > max_size:
-            raise _too_large(max_size)
+            raise too_large(max_size)
         if not message.get("more_body"):
             return part if not parts else b"".join([*parts, part])
         parts.append(part)
 
 
-def _too_large(max_size: int) -> Refusal:
+def too_large(max_size: int) -> Refusal:
+    """Why a body is refused that has more bytes."""
     return Refusal(413, f"a request has at most {max_size} bytes")
 
 
@@ -241,7 +257,7 @@ def _inflate(body: bytes, encoding: bytes, max_size: int) -> bytes:
     except zlib.error as error:
         raise InvalidRequestError(f"the body can't be inflated: {error}") from None
     if len(inflated) > max_size:
-        raise _too_large(max_size)
+        raise too_large(max_size)
     if not inflater.eof:
         raise InvalidRequestError("the body is cut short")
     return inflated
@@ -278,7 +294,12 @@ async def respond_json(send: Send, status: int, value: Any, headers: Sequence[tu
 
 async def respond_failure(send: Send, failure: Failure) -> None:
     """Tell a caller what its request failed of: ``{"error": message}``."""
+    await respond(send, *failure_response(failure))
+
+
+def failure_response(failure: Failure) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+    """Status, headers and body of what tells a caller what its request failed of: ``{"error": message}``."""
     headers = [JSON, *failure.headers()]
     if failure.status in _BODY_UNREAD:
         headers.append((b"connection", b"close"))  # what is left of its body would be taken for a request
-    await respond_json(send, failure.status, {"error": failure.message}, headers)
+    return failure.status, headers, to_json({"error": failure.message})

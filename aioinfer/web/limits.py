@@ -83,8 +83,13 @@ class Charge:
         self._all.add(size)
         self.size += size
 
+    def give_back(self) -> None:
+        """Count them no more."""
+        self._all.remove(self.size)
+        self.size = 0
+
     def __enter__(self) -> Charge:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._all.remove(self.size)
+        self.give_back()

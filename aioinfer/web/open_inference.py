@@ -6,7 +6,8 @@ https://github.com/kserve/open-inference-protocol and Triton's "binary tensor da
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from starlette.routing import BaseRoute, Route
 from tensordict import TensorDict, TensorDictBase
 
 from aioinfer.errors import InvalidRequestError, ModelError
+from aioinfer.tensors import entries as entries_of
 from aioinfer.web.arrays import MAX_DIMENSIONS
 from aioinfer.web.asgi import Headers
 from aioinfer.web.backend import PendingReply
@@ -41,6 +43,7 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 _VERSION = "1"
+_LONGEST_CACHED = 4096  # bytes of JSON
 _OCTETS = (b"content-type", b"application/octet-stream")
 
 
@@ -70,6 +73,27 @@ class InferRequest(NamedTuple):
     sequence_end: bool = False
 
 
+class _Input(NamedTuple):
+    """What the JSON of a request says of one tensor: ``data``, or how many bytes it has behind the JSON."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: Sequence[int]
+    size: int | None
+    data: Any
+
+
+class _Head(NamedTuple):
+    """What the JSON of a request says."""
+
+    inputs: Sequence[_Input]
+    request_id: str | None
+    deadline: float | None
+    outputs: Mapping[str, bool | None] | None
+    binary: bool
+    sequence: tuple[str | None, bool, bool]
+
+
 def decode(body: bytes, header_length: bytes | None) -> InferRequest:
     """Read a request.
 
@@ -80,46 +104,67 @@ def decode(body: bytes, header_length: bytes | None) -> InferRequest:
     Raises:
         InvalidRequestError: it is malformed.
     """
-    end = len(body) if header_length is None else _header_length(header_length, len(body))
-    message = parse_json(memoryview(body)[:end])
+    if header_length is None:
+        end = len(body)
+        head = _parse_head(body)
+    else:
+        end = _header_length(header_length, len(body))
+        head = (_parse_head_once if end <= _LONGEST_CACHED else _parse_head)(body[:end])
+    entries: dict[str, np.ndarray[Any, Any]] = {}
+    for name, dtype, shape, size, data in head.inputs:
+        if size is None:
+            entries[name] = _from_json(name, data, dtype, shape)
+        elif size > len(body) - end:
+            raise InvalidRequestError(f"the input {name[:100]!r} has {size} bytes, {len(body) - end} are there")
+        else:
+            entries[name] = _from_bytes(name, dtype, shape, body, end)
+            end += size
+    if end != len(body):
+        raise InvalidRequestError(f"{len(body) - end} bytes are left behind the last tensor")
+    return InferRequest(
+        entries, head.inputs[0].shape[0], head.request_id, head.deadline, head.outputs, head.binary, *head.sequence
+    )
+
+
+def _parse_head(head: bytes) -> _Head:
+    message = parse_json(head)
     parameters = _parameters(message)
     inputs = message.get("inputs")
     if type(inputs) is not list or not inputs:
         raise InvalidRequestError('a request has "inputs", a list of at least one tensor')
-    entries: dict[str, np.ndarray[Any, Any]] = {}
+    parsed: dict[str, _Input] = {}
     rows = None
     for tensor in inputs:
-        if type(tensor) is not dict or type(name := tensor.get("name")) is not str:
-            raise InvalidRequestError("an input is an object with a name")
-        if name in entries:
-            raise InvalidRequestError(f"the input {name[:100]!r} is there twice")
-        dtype, shape = _dtype(name, tensor), _shape(name, tensor)
+        one = _parse_input(tensor)
+        if one.name in parsed:
+            raise InvalidRequestError(f"the input {one.name[:100]!r} is there twice")
         if rows is None:
-            rows = shape[0]
-        elif shape[0] != rows:
-            raise InvalidRequestError(f"the input {name[:100]!r} has {shape[0]} rows, those before it {rows}")
-        size = _parameters(tensor).get("binary_data_size")
-        if size is None:
-            entries[name] = _from_json(name, tensor, dtype, shape)
-            continue
-        if type(size) is not int or not 0 <= size <= len(body) - end:
-            raise InvalidRequestError(f"the input {name[:100]!r} has {size!r} bytes, {len(body) - end} are there")
-        if math.prod(shape) * dtype.itemsize != size:
-            raise InvalidRequestError(f"the input {name[:100]!r}, {dtype} {shape}, can't have {size} bytes")
-        entries[name] = _from_bytes(name, dtype, shape, body, end)
-        end += size
-    if end != len(body):
-        raise InvalidRequestError(f"{len(body) - end} bytes are left behind the last tensor")
-    assert rows is not None
-    return InferRequest(
-        entries,
-        rows,
+            rows = one.shape[0]
+        elif one.shape[0] != rows:
+            raise InvalidRequestError(f"the input {one.name[:100]!r} has {one.shape[0]} rows, those before it {rows}")
+        parsed[one.name] = one
+    return _Head(
+        list(parsed.values()),
         _request_id(message),
         _deadline(parameters),
         _outputs(message),
         parameters.get("binary_data_output") is True,
-        *_sequence(parameters),
+        _sequence(parameters),
     )
+
+
+_parse_head_once = lru_cache(maxsize=256)(_parse_head)
+"""Callers of binary tensors repeat the JSON before them, byte for byte."""
+
+
+def _parse_input(tensor: Any) -> _Input:
+    if type(tensor) is not dict or type(name := tensor.get("name")) is not str:
+        raise InvalidRequestError("an input is an object with a name")
+    dtype, shape = _dtype(name, tensor), _shape(name, tensor)
+    size = _parameters(tensor).get("binary_data_size")
+    if size is not None and (type(size) is not int or math.prod(shape) * dtype.itemsize != size):
+        raise InvalidRequestError(f"the input {name[:100]!r}, {dtype} {shape}, can't have {str(size)[:50]} bytes")
+    return _Input(name, dtype, shape, size, tensor.get("data"))
 
 
 def _header_length(value: bytes, size: int) -> int:
@@ -161,10 +206,7 @@ def _dtype(name: str, tensor: Mapping[str, Any]) -> np.dtype[Any]:
     return dtype
 
 
-def _from_json(
-    name: str, tensor: Mapping[str, Any], dtype: np.dtype[Any], shape: Sequence[int]
-) -> np.ndarray[Any, Any]:
-    data = tensor.get("data")
+def _from_json(name: str, data: Any, dtype: np.dtype[Any], shape: Sequence[int]) -> np.ndarray[Any, Any]:
     if type(data) is not list:
         raise InvalidRequestError(f'the input {name[:100]!r} has neither "data" nor "binary_data_size"')
     if dtype.itemsize == 2 and dtype.kind == "f":
@@ -174,7 +216,7 @@ def _from_json(
             return np.array(data, dtype).reshape(shape)
     except (ValueError, TypeError, ArithmeticError, RecursionError) as error:
         raise InvalidRequestError(
-            f"the data of {name[:100]!r} is no {tensor['datatype']} of shape {shape}: {str(error)[:200]}"
+            f"the data of {name[:100]!r} is no {_NAMES[dtype]} of shape {shape}: {str(error)[:200]}"
         ) from None
 
 
@@ -263,40 +305,82 @@ def encode(request: InferRequest, model_name: str, reply: TensorDictBase) -> tup
         InvalidRequestError: there is no output of a name that is asked for.
         ModelError: an output has no datatype of the protocol.
     """
-    arrays = dict(arrays_of(reply))
+    arrays = arrays_of(reply)
+    chosen = dict.fromkeys(arrays, request.binary) if request.outputs is None else request.outputs
     one = not reply.batch_dims
-    outputs: list[dict[str, Any]] = []
+    outputs: list[_Output] = []
+    data: list[np.ndarray[Any, Any]] = []
     tail: list[bytes] = []
-    for name in arrays if request.outputs is None else request.outputs:
+    for name, choice in chosen.items():
         array = arrays.get(name)
         if array is None:
             raise InvalidRequestError(f"there is no output {name[:100]!r}, there are {', '.join(arrays)}")
-        binary = None if request.outputs is None else request.outputs[name]
-        datatype = _NAMES.get(array.dtype)
-        if datatype is None:
-            raise ModelError(f"the output {name!r} has dtype {array.dtype}, of which the protocol knows nothing")
-        shape = (1, *array.shape) if one else array.shape
-        output: dict[str, Any] = {"name": name, "datatype": datatype, "shape": shape}
-        if request.binary if binary is None else binary:
+        binary = request.binary if choice is None else choice
+        outputs.append(_Output(name, array.dtype, (1, *array.shape) if one else array.shape, binary))
+        if binary:
             tail.append(array.tobytes())
-            output["parameters"] = {"binary_data_size": array.nbytes}
         else:
-            output["data"] = array.ravel()
-        outputs.append(output)
-    message = {"model_name": model_name, "model_version": _VERSION, "outputs": outputs}
-    if request.request_id is not None:
-        message["id"] = request.request_id
-    head = to_json(message)
+            data.append(array.ravel())
+    if data or request.request_id is not None:
+        head = _write_head(model_name, request.request_id, outputs, data)
+    else:
+        head = _write_binary_head(model_name, tuple(outputs))
     return (head, None) if not tail else (b"".join([head, *tail]), len(head))
 
 
-def arrays_of(reply: TensorDictBase, above: str = "") -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
+class _Output(NamedTuple):
+    """What the JSON of a reply says of one tensor, but for its data."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    binary: bool
+
+
+def _write_head(
+    model_name: str, request_id: str | None, outputs: Sequence[_Output], data: Sequence[np.ndarray[Any, Any]]
+) -> bytes:
+    """Write the JSON of a reply.
+
+    Args:
+        model_name: of this server.
+        request_id: of the request.
+        outputs: of the reply.
+        data: of those that are not binary, flat.
+    """
+    flat = iter(data)
+    tensors: list[dict[str, Any]] = []
+    for name, dtype, shape, binary in outputs:
+        datatype = _NAMES.get(dtype)
+        if datatype is None:
+            raise ModelError(f"the output {name!r} has dtype {dtype}, of which the protocol knows nothing")
+        tensor: dict[str, Any] = {"name": name, "datatype": datatype, "shape": shape}
+        if binary:
+            tensor["parameters"] = {"binary_data_size": math.prod(shape) * dtype.itemsize}
+        else:
+            tensor["data"] = next(flat)
+        tensors.append(tensor)
+    message = {"model_name": model_name, "model_version": _VERSION, "outputs": tensors}
+    if request_id is not None:
+        message["id"] = request_id
+    return to_json(message)
+
+
+@lru_cache(maxsize=256)
+def _write_binary_head(model_name: str, outputs: tuple[_Output, ...]) -> bytes:
+    """Write the JSON of a reply that has no data in it: most are alike."""
+    return _write_head(model_name, None, outputs, ())
+
+
+def arrays_of(reply: TensorDictBase, above: str = "") -> dict[str, np.ndarray[Any, Any]]:
     """The tensors of a reply as arrays, by name; those of an entry ``a`` are ``a.b``."""
-    for name, value in reply.items():
+    arrays: dict[str, np.ndarray[Any, Any]] = {}
+    for name, value in entries_of(reply).items():
         if type(value) is torch.Tensor:
-            yield above + name, (value.float() if value.dtype is torch.bfloat16 else value).numpy()
+            arrays[above + name] = (value.float() if value.dtype is torch.bfloat16 else value).numpy()
         elif isinstance(value, TensorDictBase):
-            yield from arrays_of(value, f"{above}{name}.")
+            arrays |= arrays_of(value, f"{above}{name}.")
+    return arrays
 
 
 class OpenInferenceEndpoint(InferEndpoint[InferRequest]):
@@ -335,11 +419,14 @@ class OpenInferenceEndpoint(InferEndpoint[InferRequest]):
             self._front.sessions.forget(request.sequence_id)
         return pending
 
+    def plain_entries(self, request: InferRequest) -> TensorDictBase | dict[str, Any] | None:
+        return make_rows(request) if request.deadline is None and request.sequence_id is None else None
+
     def encode(self, request: InferRequest, reply: TensorDictBase) -> Response:
         if self.inputs is None or len(self.inputs) != len(request.entries):
             self.inputs = [_tensor(name, array.dtype, array.shape[1:]) for name, array in request.entries.items()]
             own = reply.batch_dims
-            self.outputs = [_tensor(name, array.dtype, array.shape[own:]) for name, array in arrays_of(reply)]
+            self.outputs = [_tensor(name, array.dtype, array.shape[own:]) for name, array in arrays_of(reply).items()]
         body, head = encode(request, self._front.name, reply)
         return Response(body) if head is None else Response(body, (_OCTETS, (HEADER_LENGTH, b"%d" % head)))
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 from tensordict import TensorDictBase
 
 from aioinfer.batching import Caller
-from aioinfer.errors import InferenceError, ServerOverloadedError
+from aioinfer.errors import InferenceError, InvalidRequestError, ServerOverloadedError
 from aioinfer.interaction_type import Mode, requests_carry
 from aioinfer.server import InferenceServer
 from aioinfer.transports import ThreadingTransport
@@ -117,6 +117,9 @@ class _QueueSubmission(Submission, ReplySink):
             except InferenceError as error:
                 self._settle([receiver], [error])
                 continue
+            except RecursionError:
+                self._settle([receiver], [InvalidRequestError("the entries are nested too deeply")])
+                continue
             if caller is not None:
                 caller.asked_at = now
             request = (
@@ -174,6 +177,8 @@ class _ClientSubmission(Submission):
                 self._submit(one)
             except InferenceError as error:
                 self._settle([one.receiver], [error])
+            except RecursionError:
+                self._settle([one.receiver], [InvalidRequestError("the entries are nested too deeply")])
 
     def _submit(self, one: Asked) -> None:
         if one.wait:

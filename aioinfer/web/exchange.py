@@ -1,0 +1,174 @@
+"""Requests over HTTP that have come whole, and their responses: many at a time, by callbacks, without tasks."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+from tensordict import TensorDictBase
+
+from aioinfer.batching import Caller
+from aioinfer.errors import ServerClosedError
+from aioinfer.interaction_type import caller_mode
+from aioinfer.web.asgi import Headers
+from aioinfer.web.backend import PendingReply
+from aioinfer.web.failures import outcome_of
+from aioinfer.web.front import Front
+from aioinfer.web.http import InferEndpoint, failure_response, too_large
+from aioinfer.web.limits import Charge
+from aioinfer.web.submission import Asked, Submission, submission_to
+
+__all__ = ["Exchange", "Exchanges", "Respond"]
+
+Respond: TypeAlias = Callable[[int, Sequence[tuple[bytes, bytes]], bytes], None]
+"""Takes the status, the headers but for the length, and the body of a response."""
+
+
+class Exchange:
+    """One request, and its response.
+
+    Args:
+        endpoint: reads and writes.
+        respond: sends the response.
+        charge: of the bytes of the request.
+        received_at: when it had arrived, by ``time.perf_counter``.
+    """
+
+    __slots__ = ("_done", "charge", "endpoint", "pending", "received_at", "request", "respond")
+
+    def __init__(self, endpoint: InferEndpoint[Any], respond: Respond, charge: Charge, received_at: float) -> None:
+        self.endpoint = endpoint
+        self.respond = respond
+        self.charge = charge
+        self.received_at = received_at
+        self.request: Any = None
+        self.pending: PendingReply | None = None
+        self._done = False
+
+    def done(self) -> bool:
+        """Whether it has ended: then its request need not be computed. Any thread."""
+        return self._done
+
+    def end(self) -> bool:
+        """End it; whether it has not ended before."""
+        ended, self._done = self._done, True
+        if not ended:
+            self.charge.give_back()
+        return not ended
+
+
+class Exchanges:
+    """Serves requests that have come whole.
+
+    Those that name neither a session nor a deadline are asked together at the end of a tick of the event loop, and
+    answered together: to do one thing for many of them, one after the other, takes half of the time.
+
+    Loop thread only.
+
+    Args:
+        front: what the protocols share.
+        ended: called when one has ended.
+    """
+
+    def __init__(self, front: Front, ended: Callable[[], None]) -> None:
+        self._front = front
+        self._ended = ended
+        self._submission: Submission | None = None
+        self._asked: list[Asked] = []  # in this tick
+
+    def serve(
+        self, endpoint: InferEndpoint[Any], headers: Headers, body: bytes, caller: Caller, respond: Respond
+    ) -> Exchange:
+        """Serve a request.
+
+        Args:
+            endpoint: that it is for.
+            headers: of the request; it has no ``Content-Encoding``.
+            body: of the request.
+            caller: who makes one after the other.
+            respond: sends the response. It is called once, perhaps before this returns, and not after :meth:`cancel`.
+        """
+        front = self._front
+        exchange = Exchange(endpoint, respond, Charge(front.bytes_in_flight), time.perf_counter())
+        max_size = front.limits.max_message_size
+        try:
+            if len(body) > max_size:
+                raise too_large(max_size)
+            exchange.charge.add(len(body))
+            exchange.request = endpoint.decode(headers, body)
+            entries = None if front.backend.deadline is not None else endpoint.plain_entries(exchange.request)
+            if entries is None:
+                exchange.pending = endpoint.submit(exchange.request, len(body), exchange.received_at)
+                exchange.pending.future.add_done_callback(lambda _: self._answer_pending(exchange))
+            else:
+                self._ask(exchange, entries, caller)
+        except Exception as error:
+            front.count_refusal(endpoint.protocol, error)
+            self._fail(exchange, error)
+        return exchange
+
+    def refuse(self, respond: Respond, refusal: Exception) -> None:
+        """Answer a request that may not be made."""
+        respond(*failure_response(self._front.failure_of(refusal)))
+        self._ended()
+
+    def cancel(self, exchange: Exchange) -> None:
+        """Its caller is gone: the request is not computed, if no batch has taken it."""
+        if exchange.pending is not None:
+            exchange.pending.cancel()
+        elif not exchange.done():
+            self._front.end(exchange.endpoint.protocol, "cancelled", exchange.charge.size, exchange.received_at)
+        if exchange.end():
+            self._ended()
+
+    def _ask(self, exchange: Exchange, entries: Any, caller: Caller) -> None:
+        payload = self._front.begin(entries)
+        if not self._asked:
+            asyncio.get_running_loop().call_soon(self._ask_all)
+        self._asked.append(Asked(payload, exchange, caller_mode(), False, caller))
+
+    def _ask_all(self) -> None:
+        asked, self._asked = self._asked, []
+        if self._submission is None:
+            self._submission = submission_to(self._front.backend, self._settle)
+        self._submission.submit(asked)
+
+    def _settle(self, exchanges: Sequence[Exchange], outcomes: Sequence[TensorDictBase | Exception]) -> None:
+        for exchange, outcome in zip(exchanges, outcomes, strict=True):
+            if exchange.done():
+                continue
+            error = outcome if isinstance(outcome, Exception) else None
+            self._front.end(exchange.endpoint.protocol, outcome_of(error), exchange.charge.size, exchange.received_at)
+            self._answer(exchange, outcome)
+
+    def _answer_pending(self, exchange: Exchange) -> None:
+        assert exchange.pending is not None
+        try:
+            outcome: TensorDictBase | Exception = exchange.pending.result()
+        except asyncio.CancelledError:
+            outcome = ServerClosedError("the server has given the request up")
+        except Exception as error:
+            outcome = error
+        self._answer(exchange, outcome)
+
+    def _answer(self, exchange: Exchange, outcome: TensorDictBase | Exception) -> None:
+        if isinstance(outcome, Exception):
+            self._fail(exchange, outcome)
+            return
+        try:
+            response = exchange.endpoint.encode(exchange.request, outcome)
+        except Exception as error:
+            self._fail(exchange, error)
+        else:
+            self._respond(exchange, 200, response.headers, response.body)
+
+    def _fail(self, exchange: Exchange, error: Exception) -> None:
+        if not exchange.done():
+            self._respond(exchange, *failure_response(self._front.failure_of(error)))
+
+    def _respond(self, exchange: Exchange, status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> None:
+        if exchange.end():
+            exchange.respond(status, headers, body)
+            self._ended()
