@@ -30,7 +30,7 @@ class WholeRequestHttp(GuardedHttp):
     """The app, if it is there already."""
     _body: list[bytes] | None = None  # what was read of the body of a plain request
     _cycle: _Cycle  # of the latest plain request
-    _exchange: Exchange | None = None  # the latest
+    _exchange: Exchange | None = None  # that has no response yet
     _caller: Caller | None = None
     _answered_at_once = False
 
@@ -49,8 +49,10 @@ class WholeRequestHttp(GuardedHttp):
             self.scope["method"] = "POST"
             self.cycle = self._cycle = _Cycle()  # type: ignore[assignment]
             self._body = []
-        else:
-            super().on_headers_complete()
+            return
+        super().on_headers_complete()
+        if self._exchange is not None and len(self.pipeline) == 1:
+            self.flow.resume_reading()  # else nobody would notice that the caller is gone; the next one is not read
 
     def _is_plain(self) -> bool:
         app = self.app_that_serves()
@@ -81,8 +83,11 @@ class WholeRequestHttp(GuardedHttp):
         assert app is not None
         if self._caller is None:
             self._caller = Caller()
-        self._exchange = app.answer(self.url, dict(self.headers), body, self._caller, self._respond)
-        self._answered_at_once = self._cycle.response_complete
+        exchange = app.answer(self.url, dict(self.headers), body, self._caller, self._respond)
+        if self._cycle.response_complete:
+            self._answered_at_once = True
+        else:
+            self._exchange = exchange
 
     def connection_lost(self, exc: Exception | None) -> None:
         app = self.app_that_serves()
@@ -102,6 +107,7 @@ class WholeRequestHttp(GuardedHttp):
             super().on_body(part)
 
     def _respond(self, status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> None:
+        self._exchange = None
         cycle = self._cycle
         cycle.response_complete = True
         if self.transport.is_closing():

@@ -94,19 +94,6 @@ class PendingReply:
                 raise
             raise self.error from None
 
-    def result(self) -> TensorDictBase:
-        """The reply of a request that is done, or raise the error.
-
-        Raises:
-            asyncio.CancelledError: it was cancelled.
-        """
-        try:
-            return self.future.result()
-        except asyncio.CancelledError:
-            if self.error is None:
-                raise
-            raise self.error from None
-
 
 class Deadline:
     """Ends a request where no reply comes in time, or can come.

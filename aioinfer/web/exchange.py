@@ -10,7 +10,6 @@ from typing import Any, TypeAlias
 from tensordict import TensorDictBase
 
 from aioinfer.batching import Caller
-from aioinfer.errors import ServerClosedError
 from aioinfer.interaction_type import caller_mode
 from aioinfer.web.asgi import Headers
 from aioinfer.web.backend import PendingReply
@@ -147,8 +146,6 @@ class Exchanges:
         assert exchange.pending is not None
         try:
             outcome: TensorDictBase | Exception = exchange.pending.result()
-        except asyncio.CancelledError:
-            outcome = ServerClosedError("the server has given the request up")
         except Exception as error:
             outcome = error
         self._answer(exchange, outcome)

@@ -11,6 +11,7 @@ from typing import Any
 
 from aioinfer.serve.guard import ConnectionGuard
 from aioinfer.serve.listener import Listener, bind
+from aioinfer.web.app import App
 from aioinfer.web.asgi import ASGIApp, Receive, Scope, Send
 from aioinfer.web.limits import BytesInFlight, Limits
 from tests.limits import HANG
@@ -53,15 +54,23 @@ async def echo(scope: Scope, receive: Receive, send: Send) -> None:
 
 @asynccontextmanager
 async def listening(
-    app: ASGIApp = echo, *, most_bytes: int = 2**30, tls: ssl.SSLContext | None = None, **options: Any
+    app: ASGIApp = echo,
+    *,
+    most_bytes: int = 2**30,
+    tls: ssl.SSLContext | None = None,
+    whole: Callable[[], App] | None = None,
+    **options: Any,
 ) -> AsyncIterator[Listening]:
-    """A listener on a free port; ``options`` are those of its guard, whose clock stands still unless they say more."""
+    """A listener on a free port; ``options`` are those of its guard, whose clock stands still unless they say more.
+
+    Where there is ``whole``, requests that come whole are answered by that app without ASGI.
+    """
     if "head_timeout" not in options:
         options = {"clock": Clock(), **options}
     guard = ConnectionGuard(bytes_in_flight=BytesInFlight(most_bytes), **options)
     sockets = bind("127.0.0.1", 0)
     port = sockets[0].getsockname()[1]
-    listener = Listener(app, sockets, guard=guard, limits=Limits(), tls=tls)
+    listener = Listener(app, sockets, guard=guard, limits=Limits(), tls=tls, app_that_serves=whole)
     await listener.open()
     try:
         yield Listening(listener, guard, port)
