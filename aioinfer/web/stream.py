@@ -141,13 +141,14 @@ class StreamSession(WebSocketSession):
     async def _read(self) -> None:
         try:
             while True:
-                self._take(await self.connection.receive())
-                if len(self._pending) > _PATIENCE * self._front.limits.max_pending_per_connection:
+                if not self._take(await self.connection.receive()):
                     await self.connection.close(POLICY_VIOLATION, "requests are sent while the errors are not read")
+                    return
         except Disconnected:
             pass
 
-    def _take(self, data: bytes | str) -> None:
+    def _take(self, data: bytes | str) -> bool:
+        """Ask what a message asks; return whether the client may say more."""
         received_at = time.perf_counter()
         try:
             if isinstance(data, str):
@@ -163,34 +164,37 @@ class StreamSession(WebSocketSession):
             self._front.count_refusal(self.protocol, error)
             self._malformed = self._malformed or [str(error)[:_MOST_COMPLAINT]]
             self._to_send.set()
-            return
+            return True
         for number in cancelled:
             if (request := self._pending.get(number)) is not None:
                 self._cancel(request)
         self._count_refused(refused)
         if not numbers:
-            return
+            return True
+        limit = self._front.limits.max_pending_per_connection
+        count = len(self._pending) + len(numbers)
+        if count > _PATIENCE * limit:
+            return False
         message = _Message(len(data), received_at, len(numbers))
         requests = [_Request(number, message) for number in numbers]
-        full = len(self._pending) + len(requests) > self._front.limits.max_pending_per_connection
         self._pending.update(zip(numbers, requests, strict=True))
         try:
             self._front.bytes_in_flight.add(message.size)
         except ServerOverloadedError as error:
             message.size = 0
             self._settle(requests, [error] * len(requests))
-            return
+            return True
         try:
             if self._front.draining:
                 raise ServerClosedError(self._front.draining)
-            if full:
-                limit = self._front.limits.max_pending_per_connection
+            if count > limit:
                 raise ServerOverloadedError(f"a connection has at most {limit} requests under way")
             asked = self._asked(data, groups, position, requests)
         except (InvalidRequestError, ServerClosedError, ServerOverloadedError) as error:
             self._settle(requests, [error] * len(requests))
-            return
-        self._submission.submit(asked)
+        else:
+            self._submission.submit(asked)
+        return True
 
     def _asked(
         self, data: bytes, groups: Sequence[Mapping[str, Any]], position: int, requests: Sequence[_Request]

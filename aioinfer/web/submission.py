@@ -147,8 +147,7 @@ class _QueueSubmission(Submission, ReplySink):
         return self.transport.queue.withdraw(receiver)
 
     def count_rejections(self, count: int) -> None:
-        for _ in range(count):
-            self.transport.queue.admission.stats.reject()
+        self.transport.queue.admission.stats.reject(count)
 
     def set_results(self, receivers: Sequence[Any], replies: Sequence[TensorDictBase]) -> None:
         self._call_soon(receivers, replies)

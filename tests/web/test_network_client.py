@@ -33,6 +33,8 @@ from aioinfer import (
 from aioinfer.errors import AccessDeniedError
 from aioinfer.testing import CHECKS, AwaitingCallers, BlockingCallers, GatedModel, TransportHarness, double, request
 from aioinfer.testing.callers import is_double
+from aioinfer.transports.network.connection import connection_of
+from aioinfer.transports.network.link import Address
 from aioinfer.web import App, Limits, create_app
 from tests.limits import HANG
 from tests.process_workers import Child, use
@@ -220,6 +222,29 @@ async def test_what_waits_to_be_sent_is_bounded(monkeypatch: pytest.MonkeyPatch)
 
 
 # -- what travels ----------------------------------------------------------------------------------------------
+
+
+async def test_what_was_withdrawn_does_not_wait_to_be_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aioinfer.transports.network.client.MAX_BACKLOG", 2**16)
+    model = GatedModel()
+    async with InferenceServer(model, ThreadingTransport()) as server:
+        app = create_app(server, limits=Limits(max_pending_per_connection=1))
+        async with reached(app) as url, await connected(url) as remote:
+            client = remote.async_client()
+            first = client.submit(request(1))
+            await until(lambda: model.entered.is_set())
+            for _ in range(100):  # of at least 1 KiB each
+                withdrawn = client.submit(request(2))
+                await asyncio.sleep(0)
+                withdrawn.cancel()
+                await asyncio.sleep(0)
+            connection = connection_of(Address(url), client)
+            await until(lambda: connection.backlog == 0)
+            last = client.submit(request(3))
+            model.open()
+            assert is_double(await first, 1)
+            assert is_double(await last, 3)
+            assert model.batches == [[1], [3]]
 
 
 async def test_requests_and_replies_of_every_kind_travel() -> None:

@@ -13,6 +13,7 @@ from websockets.asyncio.server import ServerConnection, serve
 
 from aioinfer import InferenceError, ModelError, PeerDiedError, ServerClosedError
 from aioinfer.testing import request
+from aioinfer.transports.network.connection import FIRST_DELAY
 from aioinfer.transports.network.messages import decode_header, encode_message
 from aioinfer.transports.network.protocol import PROTOCOL
 from tests.limits import HANG
@@ -110,6 +111,26 @@ async def test_a_server_of_another_protocol_is_told_at_once(banner: bytes) -> No
 async def test_a_url_that_is_none_is_a_wrong_argument(url: str) -> None:
     with pytest.raises(ValueError, match="expected ws://host:port or wss://host:port"):
         await connected(url, timeout=0.1)
+
+
+async def test_a_server_that_greets_and_hangs_up_is_asked_less_and_less_often() -> None:
+    greeted = 0
+    enough = asyncio.Event()
+
+    async def talk(socket: ServerConnection) -> None:
+        nonlocal greeted
+        greeted += 1
+        await socket.send(encode_message(HELLO))
+        if greeted == 6:
+            enough.set()
+
+    loop = asyncio.get_running_loop()
+    async with serve(talk, "127.0.0.1", 0, compression=None) as server:
+        host, port = server.sockets[0].getsockname()
+        begin = loop.time()
+        async with asyncio.timeout(HANG), await connected(f"ws://{host}:{port}"):
+            await enough.wait()
+    assert loop.time() - begin > FIRST_DELAY * (1 + 2 + 4 + 8 + 16) / 2  # delays are at least half as long
 
 
 async def test_an_error_of_a_class_that_is_none_is_told() -> None:

@@ -29,12 +29,16 @@ from aioinfer.errors import DeadlineExceededError
 from aioinfer.interaction_type import interaction_type
 from aioinfer.testing import GatedModel, double
 from aioinfer.testing.callers import is_double
+from aioinfer.transports.network.messages import Group, encode_message
 from aioinfer.web import App, Limits, create_app
 from tests.limits import HANG
 from tests.web.hosting import hosted
 from tests.web.robots import until
 from tests.web.streams import Stream, ask_message, streaming
 from tests.web.test_network_messages import MALFORMED, VALUES, message_of
+
+SAID = {"mode": "inherit", "wait": False, "deadline": None}
+NOTHING = Group([], False, [], [], [], [], None)
 
 
 class Service:
@@ -167,6 +171,26 @@ async def test_a_client_that_asks_far_more_than_it_may_is_closed() -> None:
             await stream.outcome(99)
         assert closed.value.rcvd is not None
         assert closed.value.rcvd.code == 1008
+
+
+async def test_a_message_of_far_more_requests_than_may_be_is_not_looked_into() -> None:
+    async with serving() as service, streaming(service.url) as stream:
+        message = encode_message({}, [({"numbers": list(range(10**5)), **SAID, "callers": [0] * 10**5}, NOTHING)])
+        await stream.socket.send(message + bytes(10**5))
+        with pytest.raises(ConnectionClosed) as closed:
+            await stream.receive()
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == 1008
+
+
+async def test_requests_that_clients_have_refused_are_counted() -> None:
+    async with serving() as service, streaming(service.url) as stream:
+        for _ in range(4):
+            await stream.socket.send(encode_message({"refused": 2**20}))
+        await stream.socket.send(ask_message([1]))
+        assert is_double(await stream.outcome(0), 1)
+        assert service.server.stats().rejected == 4 * 2**20
+        assert service.outcomes()["invalid"] == 4 * 2**20
 
 
 async def test_requests_wait_for_space_where_they_say_so() -> None:

@@ -9,7 +9,7 @@ import random
 import threading
 import time
 import weakref
-from collections import defaultdict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -124,7 +124,7 @@ class Connection:
         self.loop_sinks: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         """Of event loops, by identity."""
         self._inbox: deque[Callable[[], None]] = deque()
-        self._waiting: deque[Call] = deque()
+        self._waiting: OrderedDict[Call, None] = OrderedDict()
         self._calls: dict[int, Call] = {}  # by number: those that were sent
         self._number = 0  # of the next one
         self._cancelled: list[int] = []
@@ -195,8 +195,9 @@ class Connection:
                     self._fail_attempt(error)
                     attempts += 1
                 else:
-                    attempts = 0
+                    opened_at = self._loop.time()
                     await self._use(link)
+                    attempts = 0 if self._loop.time() - opened_at > LAST_DELAY else attempts + 1
                 await self._pause(attempts)
         except asyncio.CancelledError:  # it is closed
             pass
@@ -272,13 +273,17 @@ class Connection:
         if self.closed:
             self._fail(calls, client_closed())
             return
-        self._waiting.extend(calls)
-        self.backlog += sum([call.size + _CALL_BYTES for call in calls])
+        for call in calls:
+            self._waiting[call] = None
+            self.backlog += call.size + _CALL_BYTES
         self._wanted.set()
 
     def _cancel(self, call: Call) -> None:
         if self._calls.pop(call.number, None) is not None:
             self._cancelled.append(call.number)
+        elif call in self._waiting:
+            del self._waiting[call]
+            self.backlog -= call.size + _CALL_BYTES
 
     def _count_refusal(self) -> None:
         if self._link is not None:
@@ -319,7 +324,7 @@ class Connection:
         calls: list[Call] = []
         size, space = 0, self._hello.max_pending - len(self._calls)
         while self._waiting and len(calls) < space and size < _MESSAGE_BYTES:
-            call = self._waiting.popleft()
+            call, _ = self._waiting.popitem(last=False)
             self.backlog -= call.size + _CALL_BYTES
             if not call.over:
                 calls.append(call)
