@@ -37,6 +37,7 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
+import aioinfer
 from aioinfer.serve import add_arguments
 from aioinfer.serve.command import Service
 from aioinfer.serve.listener import AddressError, bind, bind_unix
@@ -499,6 +500,12 @@ async def test_https_and_wss(policies: Any, certificate: Path) -> None:
             assert reply.json()["action"] == REPLY["action"]
         async with websocket.connect(f"wss:{url}", ssl=trusted, proxy=None, open_timeout=HANG) as secure:
             assert unpackb(bytes_of(await secure.recv())) == {"pose": [1, 2]}
+        remote = await asyncio.to_thread(partial(aioinfer.connect, f"wss:{url}", tls=trusted, timeout=HANG))
+        async with remote:
+            answer = await remote.async_client()(observation=torch.tensor(EXAMPLE["observation"]))
+            assert answer["action"].tolist() == REPLY["action"]
+        with pytest.raises(aioinfer.ServerClosedError, match="certificate verify failed"):
+            await asyncio.to_thread(partial(aioinfer.connect, f"wss:{url}", timeout=HANG))
 
 
 async def test_a_connection_that_begins_no_tls_is_closed(certificate: Path) -> None:
