@@ -691,19 +691,44 @@ class Recorder(nn.Module):
         return observation * 2
 
 
-async def ask_until_answered(http: httpx.AsyncClient, number: int) -> list[float]:
-    """Ask again where the request was not accepted; the reply."""
-    while True:
-        try:
-            reply = await http.post("/act", json={"observation": [float(number)] * 3})
-        except httpx.TransportError:
-            pass
-        else:
-            if reply.status_code == 200:
-                action: list[float] = reply.json()["action"]
-                return action
-            assert reply.status_code == 503, reply.text
-        await asyncio.sleep(0.02)  # as a client would, which leaves the server time to come back
+class Asker:
+    """A caller with a connection of its own, which asks again where its request was not accepted."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+
+    async def ask(self, number: int) -> list[float]:
+        body = json.dumps({"observation": [float(number)] * 3}).encode()
+        while True:
+            with suppress(OSError, asyncio.IncompleteReadError):
+                status, reply = await self._exchange(body)
+                if status == 200:
+                    action: list[float] = json.loads(reply)["action"]
+                    return action
+                assert status == 503, reply
+            self.close()
+            await asyncio.sleep(0.02)  # as a client would, which leaves the server time to come back
+
+    async def _exchange(self, body: bytes) -> tuple[int, bytes]:
+        if self._streams is None:
+            self._streams = await asyncio.open_connection("127.0.0.1", self._port)
+        reader, writer = self._streams
+        writer.write(b"POST /act HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))
+        head = (await reader.readuntil(b"\r\n\r\n")).lower()
+        length = int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0])
+        return int(head.split()[1]), await reader.readexactly(length)
+
+    def close(self) -> None:
+        if self._streams is not None:
+            self._streams[1].close()
+            self._streams = None
+
+
+async def grows(answered: dict[int, list[float]], size: int) -> None:
+    """Wait until so many are answered: it may take a while, but not for one more."""
+    while (now := len(answered)) < size:
+        await holds(lambda now=now: len(answered) > now)  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("count", [400, pytest.param(10_000, marks=pytest.mark.stress)])
@@ -714,19 +739,21 @@ async def test_a_restart_under_load_loses_no_accepted_request(
     monkeypatch.setattr(policies, "double", Recorder(asked))
     answered: dict[int, list[float]] = {}
 
-    async def load(http: httpx.AsyncClient, numbers: Iterator[int]) -> None:
+    async def load(numbers: Iterator[int]) -> None:
+        asker = Asker(port)
         for number in numbers:
-            answered[number] = await ask_until_answered(http, number)
+            answered[number] = await asker.ask(number)
+        asker.close()
 
-    async with served("--port", str(port)) as first, client(first) as http:
+    async with served("--port", str(port)) as first:
         numbers = iter(range(1, count + 1))
-        callers = [asyncio.create_task(load(http, numbers)) for _ in range(32)]
-        await holds(lambda: len(answered) > count // 2)
+        callers = [asyncio.create_task(load(numbers)) for _ in range(32)]
+        await grows(answered, count // 2 + 1)
         assert await first.end() == 0
         before = len(asked)
         async with served("--port", str(port)):
-            async with asyncio.timeout(HANG):
-                await asyncio.gather(*callers)
+            await grows(answered, count)
+            await asyncio.gather(*callers)
     assert before < len(asked), "the second server was not asked"
     assert answered == {number: [2.0 * number] * 3 for number in range(1, count + 1)}
     assert sorted(number for number in asked if number) == sorted(answered), "computed twice, or not answered"
