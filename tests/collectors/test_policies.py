@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import threading
 from typing import Any
@@ -16,7 +17,8 @@ from aioinfer import WeightSyncError
 from aioinfer.collectors import AsyncBatchedCollector
 from aioinfer.testing import eventually
 from aioinfer.weight_sync import SharedMemWeightSyncScheme
-from tests.collectors.worlds import World, assert_plain, make_policy, steps_by_env
+from tests.collectors.worlds import AsyncWorld, World, assert_plain, make_policy, steps_by_env
+from tests.limits import HANG
 
 
 def make_collector(makes: Any = World, **options: Any) -> AsyncBatchedCollector:
@@ -147,9 +149,23 @@ def test_without_a_lag_old_steps_are_delivered_and_their_lag_is_told() -> None:
 
 
 def test_the_oldest_batch_is_dropped_and_counted_where_nobody_reads() -> None:
-    with make_collector(num_envs=4, overflow="drop_oldest", max_batches_ahead=1) as collector:
+    first_is_read = threading.Event()
+
+    class Waiting(AsyncWorld):
+        """Does no step behind the first batch before that was read: otherwise it might be dropped."""
+
+        steps_left = 16
+
+        async def step(self, action: Any) -> Any:
+            if not self.steps_left and not first_is_read.is_set():
+                await asyncio.to_thread(first_is_read.wait, HANG)
+            self.steps_left = max(self.steps_left - 1, 0)
+            return await super().step(action)
+
+    with make_collector(Waiting, num_envs=4, overflow="drop_oldest", max_batches_ahead=1) as collector:
         batches = iter(collector)
         first = next(batches).clone()
+        first_is_read.set()
         eventually(lambda: collector.stats().dropped_batches >= 3)
         found = [batch.clone() for batch in itertools.islice(batches, 4)]
         assert collector.stats().batches == 5
