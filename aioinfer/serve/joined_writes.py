@@ -52,5 +52,9 @@ class JoiningTransport:
             data, self._held = self._held, b""
             self._transport.write(data)
 
+    def is_closing(self) -> bool:
+        """Whether the connection is closed, or is being closed."""
+        return self._transport.is_closing()
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)

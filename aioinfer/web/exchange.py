@@ -24,6 +24,8 @@ __all__ = ["Exchange", "Exchanges", "Respond"]
 Respond: TypeAlias = Callable[[int, Sequence[tuple[bytes, bytes]], bytes], None]
 """Takes the status, the headers but for the length, and the body of a response."""
 
+_Answer: TypeAlias = tuple[int, Sequence[tuple[bytes, bytes]], bytes]
+
 
 class Exchange:
     """One request, and its response.
@@ -105,7 +107,7 @@ class Exchanges:
                 self._ask(exchange, entries, caller)
         except Exception as error:
             front.count_refusal(endpoint.protocol, error)
-            self._fail(exchange, error)
+            self._respond(exchange, self._failure(error))
         return exchange
 
     def refuse(self, respond: Respond, refusal: Exception) -> None:
@@ -135,37 +137,39 @@ class Exchanges:
         self._submission.submit(asked)
 
     def _settle(self, exchanges: Sequence[Exchange], outcomes: Sequence[TensorDictBase | Exception]) -> None:
+        answers: list[tuple[Exchange, _Answer]] = []
         for exchange, outcome in zip(exchanges, outcomes, strict=True):
             if exchange.done():
                 continue
             error = outcome if isinstance(outcome, Exception) else None
             self._front.end(exchange.endpoint.protocol, outcome_of(error), exchange.charge.size, exchange.received_at)
-            self._answer(exchange, outcome)
+            answers.append((exchange, self._answer_of(exchange, outcome)))
+        for exchange, answer in answers:  # together: each caller that sleeps takes time to wake
+            self._respond(exchange, answer)
 
     def _answer_pending(self, exchange: Exchange) -> None:
         assert exchange.pending is not None
+        if exchange.done():
+            return
         try:
             outcome: TensorDictBase | Exception = exchange.pending.result()
         except Exception as error:
             outcome = error
-        self._answer(exchange, outcome)
+        self._respond(exchange, self._answer_of(exchange, outcome))
 
-    def _answer(self, exchange: Exchange, outcome: TensorDictBase | Exception) -> None:
+    def _answer_of(self, exchange: Exchange, outcome: TensorDictBase | Exception) -> _Answer:
         if isinstance(outcome, Exception):
-            self._fail(exchange, outcome)
-            return
+            return self._failure(outcome)
         try:
-            response = exchange.endpoint.encode(exchange.request, outcome)
+            body, headers = exchange.endpoint.encode(exchange.request, outcome)
         except Exception as error:
-            self._fail(exchange, error)
-        else:
-            self._respond(exchange, 200, response.headers, response.body)
+            return self._failure(error)
+        return 200, headers, body
 
-    def _fail(self, exchange: Exchange, error: Exception) -> None:
-        if not exchange.done():
-            self._respond(exchange, *failure_response(self._front.failure_of(error)))
+    def _failure(self, error: Exception) -> _Answer:
+        return failure_response(self._front.failure_of(error))
 
-    def _respond(self, exchange: Exchange, status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> None:
+    def _respond(self, exchange: Exchange, answer: _Answer) -> None:
         if exchange.end():
-            exchange.respond(status, headers, body)
+            exchange.respond(*answer)
             self._ended()
