@@ -16,7 +16,6 @@ from aioinfer.web.backend import PendingReply
 from aioinfer.web.failures import outcome_of
 from aioinfer.web.front import Front
 from aioinfer.web.http import InferEndpoint, failure_response, too_large
-from aioinfer.web.limits import Charge
 from aioinfer.web.submission import Asked, Submission, submission_to
 
 __all__ = ["Exchange", "Exchanges", "Respond"]
@@ -33,31 +32,29 @@ class Exchange:
     Args:
         endpoint: reads and writes.
         respond: sends the response.
-        charge: of the bytes of the request.
         received_at: when it had arrived, by ``time.perf_counter``.
+
+    Attributes:
+        size: bytes of the request, once they are counted.
+        request: what the endpoint has read.
+        pending: the request, if it is asked by itself.
+        ended: whether it was answered, or cancelled.
     """
 
-    __slots__ = ("_done", "charge", "endpoint", "pending", "received_at", "request", "respond")
+    __slots__ = ("ended", "endpoint", "pending", "received_at", "request", "respond", "size")
 
-    def __init__(self, endpoint: InferEndpoint[Any], respond: Respond, charge: Charge, received_at: float) -> None:
+    def __init__(self, endpoint: InferEndpoint[Any], respond: Respond, received_at: float) -> None:
         self.endpoint = endpoint
         self.respond = respond
-        self.charge = charge
         self.received_at = received_at
+        self.size = 0
         self.request: Any = None
         self.pending: PendingReply | None = None
-        self._done = False
+        self.ended = False
 
     def done(self) -> bool:
         """Whether it has ended: then its request need not be computed. Any thread."""
-        return self._done
-
-    def end(self) -> bool:
-        """End it; whether it has not ended before."""
-        ended, self._done = self._done, True
-        if not ended:
-            self.charge.give_back()
-        return not ended
+        return self.ended
 
 
 class Exchanges:
@@ -92,16 +89,17 @@ class Exchanges:
             respond: sends the response. It is called once, perhaps before this returns, and not after :meth:`cancel`.
         """
         front = self._front
-        exchange = Exchange(endpoint, respond, Charge(front.bytes_in_flight), time.perf_counter())
-        max_size = front.limits.max_message_size
+        exchange = Exchange(endpoint, respond, time.perf_counter())
+        size = len(body)
         try:
-            if len(body) > max_size:
-                raise too_large(max_size)
-            exchange.charge.add(len(body))
+            if size > front.limits.max_message_size:
+                raise too_large(front.limits.max_message_size)
+            front.bytes_in_flight.add(size)
+            exchange.size = size
             exchange.request = endpoint.decode(headers, body)
             entries = None if front.backend.deadline is not None else endpoint.plain_entries(exchange.request)
             if entries is None:
-                exchange.pending = endpoint.submit(exchange.request, len(body), exchange.received_at)
+                exchange.pending = endpoint.submit(exchange.request, size, exchange.received_at)
                 exchange.pending.future.add_done_callback(lambda _: self._answer_pending(exchange))
             else:
                 self._ask(exchange, entries, caller)
@@ -119,9 +117,9 @@ class Exchanges:
         """Its caller is gone: the request is not computed, if no batch has taken it."""
         if exchange.pending is not None:
             exchange.pending.cancel()
-        elif not exchange.done():
-            self._front.end(exchange.endpoint.protocol, "cancelled", exchange.charge.size, exchange.received_at)
-        if exchange.end():
+        elif not exchange.ended:
+            self._front.end(exchange.endpoint.protocol, "cancelled", exchange.size, exchange.received_at)
+        if self._end(exchange):
             self._ended()
 
     def _ask(self, exchange: Exchange, entries: Any, caller: Caller) -> None:
@@ -139,17 +137,17 @@ class Exchanges:
     def _settle(self, exchanges: Sequence[Exchange], outcomes: Sequence[TensorDictBase | Exception]) -> None:
         answers: list[tuple[Exchange, _Answer]] = []
         for exchange, outcome in zip(exchanges, outcomes, strict=True):
-            if exchange.done():
+            if exchange.ended:
                 continue
-            error = outcome if isinstance(outcome, Exception) else None
-            self._front.end(exchange.endpoint.protocol, outcome_of(error), exchange.charge.size, exchange.received_at)
+            how = outcome_of(outcome) if isinstance(outcome, Exception) else "ok"
+            self._front.end(exchange.endpoint.protocol, how, exchange.size, exchange.received_at)
             answers.append((exchange, self._answer_of(exchange, outcome)))
         for exchange, answer in answers:  # together: each caller that sleeps takes time to wake
             self._respond(exchange, answer)
 
     def _answer_pending(self, exchange: Exchange) -> None:
         assert exchange.pending is not None
-        if exchange.done():
+        if exchange.ended:
             return
         try:
             outcome: TensorDictBase | Exception = exchange.pending.result()
@@ -170,6 +168,14 @@ class Exchanges:
         return failure_response(self._front.failure_of(error))
 
     def _respond(self, exchange: Exchange, answer: _Answer) -> None:
-        if exchange.end():
+        if self._end(exchange):
             exchange.respond(*answer)
             self._ended()
+
+    def _end(self, exchange: Exchange) -> bool:
+        """End an exchange; whether it has not ended before."""
+        if exchange.ended:
+            return False
+        exchange.ended = True
+        self._front.bytes_in_flight.remove(exchange.size)
+        return True

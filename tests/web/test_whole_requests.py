@@ -14,6 +14,7 @@ import pytest
 from tensordict import TensorDict, TensorDictBase
 
 from aioinfer import InferenceServer, InferenceTransport, MPTransport, ProcessSlotTransport, ThreadingTransport
+from aioinfer.serve.whole_requests import KnownHeads
 from aioinfer.testing import GatedModel
 from aioinfer.web.app import App, create_app
 from aioinfer.web.asgi import Receive, Scope, Send
@@ -173,6 +174,89 @@ async def test_errors_are_told_and_the_connection_goes_on(caplog: pytest.LogCapt
         assert to.by_asgi == []
         await until(lambda: to.app.front.stats.requests["act", "error"] == 1)
         assert to.app.front.stats.inflight == to.app.front.bytes_in_flight.bytes == 0
+
+
+async def test_a_head_that_is_repeated_serves_another_body() -> None:
+    async with served() as to, to.connect() as first, to.connect() as second:
+        for value in range(1, 9):
+            check(await first.ask(act(value)), value)
+            check(await second.ask(binary(value + 10)), value + 10)
+            check(await second.ask(act(value + 20)), value + 20)
+        assert (await first.ask(post(b"{" + b" " * (len(act(1)) - len(post(b"")) - 2), "/act"))).status == 400
+        check(await first.ask(act(1)), 1)
+        assert to.by_asgi == []
+
+
+@pytest.mark.parametrize("cuts", [(10,), (-5,), (10, -5), (-1,)], ids=str)
+async def test_what_begins_with_a_head_that_is_repeated_and_is_not_whole_goes_by_the_parser(
+    cuts: tuple[int, ...],
+) -> None:
+    async with served() as to, to.connect() as connection:
+        check(await connection.ask(act(1)), 1)
+        for value in (2, 3):
+            request = act(value)
+            start = 0
+            for cut in cuts:
+                reads = len(to.by_asgi)
+                connection.writer.write(request[start : len(request) + cut if cut < 0 else cut])
+                start = len(request) + cut if cut < 0 else cut
+                if cut < 0:
+                    await until(lambda reads=reads: len(to.by_asgi) > reads)  # type: ignore[misc]
+                else:
+                    await until(lambda: to.at.guard.awaited == 1)
+            check(await connection.ask(request[start:]), value)
+            connection.writer.write(act(4) + act(5))
+            check(await connection.response(), 4)
+            check(await connection.response(), 5)
+            check(await connection.ask(act(6)), 6)
+
+
+async def test_a_head_that_is_repeated_is_checked_again() -> None:
+    async with served(tokens=["secret", "public"]) as to, to.connect() as connection:
+        for _ in range(3):
+            check(await connection.ask(act(1, "Authorization: Bearer secret")), 1)
+            check(await connection.ask(act(1, "Authorization: Bearer public")), 1)
+            assert (await connection.ask(act(1, "Authorization: Bearer sesame"))).status == 401
+            assert (await connection.ask(act(1))).status == 401
+            assert (await connection.ask(act(1, "Authorization: Bearer secret", "Origin: http://a"))).status == 403
+        assert to.by_asgi == []
+
+
+async def test_a_connection_whose_first_head_was_known_is_served_for_as_long_as_any() -> None:
+    clock = Clock()
+    model = GatedModel(double)
+    model.open()
+    async with served(model, clock=clock) as to, to.connect() as before, to.connect() as connection:
+        check(await before.ask(act(1)), 1)
+        assert to.at.guard.awaited == 1
+        model.close()
+        connection.writer.write(act(2))
+        await until(model.entered.is_set)
+        connection.writer.write(b"\r\n")  # as some write behind a body
+        check_later = asyncio.create_task(connection.response())
+        await until(lambda: to.at.guard.awaited == 0)
+        clock.now += 20.0
+        assert to.at.guard.close_late() is None
+        model.open()
+        check(await check_later, 2)
+        check(await connection.ask(act(3)), 3)
+        clock.now += 75.0
+        to.at.guard.close_idle()
+        assert await connection.is_closed()
+
+
+def test_heads_are_kept_up_to_a_number_and_a_size() -> None:
+    heads = KnownHeads(max_count=2, max_size=100)
+    requests = [post(b"abc", "/act", f"X-Id: {number}") for number in range(3)]
+    long = post(b"abc", "/act", "X-Id: " + "9" * 100)
+    for request in (*requests, long, requests[2] + b"d", requests[2][:-1], b"\r\n\r\n" + requests[2], b""):
+        heads.add(request, b"/act", {}, 3)
+    assert [heads.find(request) is not None for request in requests] == [False, True, True]
+    found = heads.find(requests[2])
+    assert found is not None
+    assert (found[0].path, found[0].body_size, found[1]) == (b"/act", 3, b"abc")
+    for other in (long, requests[2] + b"d", requests[2][:-1], b"\r\n\r\n" + requests[2], b"", b"\r\n\r\n"):
+        assert heads.find(other) is None
 
 
 async def test_who_may_not_ask_is_told() -> None:
