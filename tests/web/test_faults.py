@@ -25,6 +25,7 @@ from aioinfer.web import App, create_app
 from aioinfer.web.limits import Limits
 from tests.limits import HANG
 from tests.web.hosting import hosted
+from tests.web.listening import listening
 from tests.web.robots import HORIZON, act, observation, pack, robot, served, until
 
 HEADERS = [(b"host", b"localhost")]
@@ -434,22 +435,50 @@ async def by_open_inference(url: str, values: Iterable[int]) -> None:
             assert set(actions["data"]) == {2.0 * value}
 
 
+async def by_binary_open_inference(url: str, values: Iterable[int]) -> None:
+    async with httpx.AsyncClient(base_url=url, timeout=HANG) as client:
+        for value in values:
+            state = np.full((1, 8), value, np.float32).tobytes()
+            tensor = {"name": "state", "shape": [1, 8], "datatype": "FP32"}
+            message = {
+                "inputs": [{**tensor, "parameters": {"binary_data_size": len(state)}}],
+                "outputs": [{"name": "actions", "parameters": {"binary_data": True}}],
+            }
+            head = json.dumps(message).encode()
+            headers = {"inference-header-content-length": str(len(head))}
+            reply = await client.post("/v2/models/policy/infer", content=head + state, headers=headers)
+            actions = np.frombuffer(reply.content[int(reply.headers["inference-header-content-length"]) :], np.float32)
+            assert set(actions.tolist()) == {2.0 * value}
+
+
 async def by_stream(client: AsyncInferenceClient, values: Iterable[int]) -> None:
     for value in values:
         reply = await client(state=np.full(8, value, np.float32))
         assert (reply["actions"] == 2 * value).all()
 
 
+@asynccontextmanager
+async def served_whole() -> AsyncIterator[tuple[App, str]]:
+    """Serve as the command does: what comes whole over HTTP goes past ASGI."""
+    async with InferenceServer(act, ThreadingTransport()) as server:
+        app = create_app(server)
+        async with listening(app, whole=lambda: app) as at:
+            yield app, f"http://127.0.0.1:{at.port}"
+        app.close()
+
+
+@pytest.mark.parametrize("serving", [served, served_whole])
 @pytest.mark.parametrize("count", [512, pytest.param(10_000, marks=pytest.mark.stress)])
-async def test_nobody_gets_the_actions_of_another(count: int) -> None:
-    async with served() as (_, url):
+async def test_nobody_gets_the_actions_of_another(serving: Any, count: int) -> None:
+    async with serving() as (_, url):
         remote = await asyncio.to_thread(connect, url.replace("http", "ws"))
         async with remote:
             numbers = [range(first, count, 64) for first in range(64)]
             callers = [
                 *[by_robot(url, values) for values in numbers[:16]],
                 *[by_act(url, values) for values in numbers[16:32]],
-                *[by_open_inference(url, values) for values in numbers[32:48]],
+                *[by_open_inference(url, values) for values in numbers[32:40]],
+                *[by_binary_open_inference(url, values) for values in numbers[40:48]],
                 *[by_stream(remote.async_client(), values) for values in numbers[48:]],
             ]
             await asyncio.gather(*callers)
