@@ -221,7 +221,7 @@ def _from_json(name: str, data: Any, dtype: np.dtype[Any], shape: Sequence[int])
     if dtype in _FORMATS and len(data) == math.prod(shape):
         try:
             return np.ndarray(shape, dtype, _struct(len(data), _FORMATS[dtype]).pack(*data))
-        except (struct.error, ArithmeticError):  # nested, or malformed
+        except (struct.error, ArithmeticError, ValueError):  # nested, or malformed
             pass
     if dtype.itemsize == 2 and dtype.kind == "f":
         raise InvalidRequestError(f"the input {name[:100]!r} is of FP16, which JSON has not; send it binary")
@@ -236,7 +236,7 @@ def _from_json(name: str, data: Any, dtype: np.dtype[Any], shape: Sequence[int])
 
 @lru_cache(maxsize=256)
 def _struct(count: int, number: str) -> struct.Struct:
-    return struct.Struct(f"{count}{number}")
+    return struct.Struct(f"={count}{number}")  # native sizes would make what is too large infinite
 
 
 def _from_bytes(name: str, dtype: np.dtype[Any], shape: Sequence[int], body: bytes, start: int) -> np.ndarray[Any, Any]:
