@@ -34,7 +34,7 @@ from aioinfer.errors import AccessDeniedError
 from aioinfer.testing import CHECKS, AwaitingCallers, BlockingCallers, GatedModel, TransportHarness, double, request
 from aioinfer.testing.callers import is_double
 from aioinfer.transports.network.connection import connection_of
-from aioinfer.transports.network.link import Address
+from aioinfer.transports.network.link import PING_INTERVAL, Address
 from aioinfer.web import App, Limits, create_app
 from tests.limits import HANG
 from tests.process_workers import Child, use
@@ -403,15 +403,34 @@ async def test_a_server_that_has_shut_down_is_told_from_one_that_died(port: int)
             remote.close()
 
 
+class LeapingLoop(asyncio.SelectorEventLoop):
+    """An event loop whose clock another thread can put forward."""
+
+    leapt = 0.0  # seconds
+
+    def time(self) -> float:
+        return super().time() + self.leapt
+
+    def leap(self, seconds: float) -> None:
+        """Put the clock forward."""
+        self.leapt += seconds
+        self.call_soon_threadsafe(bool)  # it wakes up, and looks at the clock
+
+
 async def test_a_network_that_is_dead_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aioinfer.transports.network.link.PING_INTERVAL", 0.05)
-    model = GatedModel()
+    """With intervals so short that a test can wait for them, one that is slow would seem dead."""
+    model, loop = GatedModel(), LeapingLoop()
     async with InferenceServer(model, ThreadingTransport()) as server, reached(create_app(server)) as url:
         relay = Relay(url)
+        monkeypatch.setattr(asyncio, "new_event_loop", lambda: loop)
         async with relay.open() as way, await connected(way) as remote:
             reply = remote.async_client().submit(request(1))
             await until(model.entered.is_set)
             relay.halt()
+            async with asyncio.timeout(HANG):
+                while not reply.done():
+                    loop.leap(PING_INTERVAL)
+                    await asyncio.sleep(0.001)
             with pytest.raises(PeerDiedError, match="no sign of life"):
                 await reply
             model.open()
