@@ -93,7 +93,10 @@ def half_sent(transport: MPTransport, loop: Loop) -> Iterator[tuple[InferenceSer
         (future,) = loop.submit(client)
 
         def is_half_sent() -> bool:
-            loop.run(asyncio.sleep(0))  # until it was taken in, and so could ask
+            loop.run(asyncio.sleep(0))
+            own = connection_of(client)
+            if own is None or own.status is None:  # who does not know yet that it was accepted can't tell what was read
+                return False
             return any(connection.socket.unsent for connection in list(transport.connections.connections))
 
         eventually(is_half_sent)
