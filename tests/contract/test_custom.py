@@ -289,17 +289,20 @@ def test_who_waits_for_room_is_told_when_an_answered_request_has_been_submitted(
 
 
 def test_who_has_a_reply_has_left_room_for_the_next_request() -> None:
-    custom = Submitting(in_callback=True)
-    with InferenceServer(double, custom, max_pending=1) as server:
+    model, custom = GatedModel(), Submitting(in_callback=True)
+    with InferenceServer(model, custom, max_pending=1) as server:
         client = server.client()
         try:
-            assert is_double(client.submit(request(0)).result(HANG), 0)
+            first = client.submit(request(0))
+            model.open()  # now that the future has its callback, which else would not run in the thread that settles it
+            assert is_double(first.result(HANG), 0)
             assert server.stats().pending == 0
             second = client.submit(request(1))
             assert not second.done()
             assert server.stats().pending == 1
         finally:
             custom.go_on.set()
+            model.open()
         assert is_double(second.result(HANG), 1)
 
 
