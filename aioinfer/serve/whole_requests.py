@@ -98,7 +98,7 @@ class WholeRequestHttp(GuardedHttp):
         self._answered_at_once = False
         if self._between_requests:
             known = self.known_heads.find(data)
-            if known is not None and self._is_free():
+            if known is not None and self._is_free() and self.app_that_serves() is not None:
                 self._serve_known(*known)
                 return
             self._read = data
@@ -144,9 +144,10 @@ class WholeRequestHttp(GuardedHttp):
         )
 
     def _is_free(self) -> bool:
-        """Whether no request is being served, and the caller has read the replies to those before."""
+        """Whether no request is being served, and the caller may have a reply, and has read those before."""
         return (
-            (self.cycle is None or self.cycle.response_complete)
+            not self._refused
+            and (self.cycle is None or self.cycle.response_complete)
             and not self.flow.write_paused
             and not self.transport.is_closing()
         )

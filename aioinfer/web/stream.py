@@ -406,6 +406,7 @@ def _check_group(about: Mapping[str, Any]) -> None:
         or not all([type(caller) is int for caller in callers])  # noqa: C419 - faster
         or not isinstance(about.get("mode"), str)
         or type(about.get("wait")) is not bool
+        or "deadline" not in about
         or not (deadline is None or (type(deadline) in (int, float) and math.isfinite(deadline)))
     ):
         raise InvalidRequestError("the message is malformed: it lacks what is to be said of a group")

@@ -58,7 +58,7 @@ async def listening(
     *,
     most_bytes: int = 2**30,
     tls: ssl.SSLContext | None = None,
-    whole: Callable[[], App] | None = None,
+    whole: Callable[[], App | None] | None = None,
     **options: Any,
 ) -> AsyncIterator[Listening]:
     """A listener on a free port; ``options`` are those of its guard, whose clock stands still unless they say more.

@@ -377,6 +377,8 @@ def rubbish_of_headers() -> Iterator[bytes]:
     ]
     for change in changes:
         yield message_of({"groups": [good | change]}, bytes(16))
+    for name in good:
+        yield message_of({"groups": [{key: value for key, value in good.items() if key != name}]}, bytes(16))
     for header in ({"cancelled": 3}, {"cancelled": [None]}, {"refused": -1}, {"refused": 2**40}, {"refused": "1"}):
         yield message_of({"groups": [], **header})
     yield message_of({"groups": [good, good]}, bytes(32))

@@ -245,6 +245,48 @@ async def test_a_connection_whose_first_head_was_known_is_served_for_as_long_as_
         assert await connection.is_closed()
 
 
+async def test_a_connection_that_was_refused_gets_nothing_more_not_even_by_a_head_that_is_known() -> None:
+    clock = Clock()
+    model = GatedModel(double)
+    model.open()
+    async with served(model, clock=clock) as to, to.connect() as good, to.connect() as refused:
+        check(await good.ask(act(1)), 1)
+        refused.writer.write(b"\r\n" * 2**15 + b"\r\n")
+        async with asyncio.timeout(HANG):
+            assert await refused.reader.readuntil(b"\r\n\r\n") == (
+                b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+            )
+        refused.writer.write(act(2))
+        check(await good.ask(act(3)), 3)
+        assert await refused.is_closed()
+        assert model.seen == {1, 3}
+        assert to.at.guard.awaited == 1
+        clock.now += 10.0
+        assert to.at.guard.close_late() is None
+        assert to.at.guard.awaited == 0
+        assert to.app.front.stats.inflight == to.app.front.bytes_in_flight.bytes == 0
+
+
+async def test_a_head_that_is_known_waits_for_the_app_as_any_other() -> None:
+    there = True
+    async with InferenceServer(double, ThreadingTransport()) as server:
+        app = create_app(server)
+        by_asgi: list[str] = []
+
+        async def watched(scope: Scope, receive: Receive, send: Send) -> None:
+            by_asgi.append(scope["path"])
+            await app(scope, receive, send)
+
+        async with listening(watched, whole=lambda: app if there else None) as at:
+            to = Served(app, at, by_asgi)
+            async with to.connect() as connection:
+                check(await connection.ask(act(1)), 1)
+                there = False
+                check(await connection.ask(act(2)), 2)
+                assert by_asgi == ["/act"]
+        app.close()
+
+
 def test_heads_are_kept_up_to_a_number_and_a_size() -> None:
     heads = KnownHeads(max_count=2, max_size=100)
     requests = [post(b"abc", "/act", f"X-Id: {number}") for number in range(3)]
