@@ -14,7 +14,7 @@ from aioinfer.errors import ServerOverloadedError
 from aioinfer.serve.frames import FrameSplitter, frame
 from aioinfer.serve.joined_writes import JoiningTransport
 from aioinfer.web.limits import BytesInFlight
-from aioinfer.web.websocket import POLICY_VIOLATION, SEND_NOW
+from aioinfer.web.websocket import DIRECT, POLICY_VIOLATION, OnMessage
 
 __all__ = ["ConnectionGuard", "GuardedHttp", "GuardedWebSocket"]
 
@@ -278,11 +278,13 @@ class GuardedHttp(HttpToolsProtocol):
 class GuardedWebSocket(WebSocketsSansIOProtocol):
     """uvicorn's protocol of WebSockets, which keeps a message until it is whole, and tells nobody how much that is.
 
-    Messages in one binary frame go past its parser, and replies past its state machine, for speed.
+    Messages in one binary frame go past its parser, and replies past its state machine, for speed. They go past the
+    messages of ASGI too, where the app can do without.
     """
 
     guard: ClassVar[ConnectionGuard]
     _counted = 0
+    _on_message: OnMessage | None = None
     _cut_off: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -297,25 +299,44 @@ class GuardedWebSocket(WebSocketsSansIOProtocol):
             self._fail(_TRY_LATER, str(error))
             return
         self._counted += len(data)
+        taken = False
         if self.handshake_initiated:
-            self._read_frames(data)
+            taken = self._read_frames(data)
         else:
             super().data_received(data)
             if not self.handshake_initiated:  # it was given the whole head at once, and has not understood it
                 self.transport.write(_BAD_HANDSHAKE)
                 self.transport.close()
                 return
-        if self.queue.empty() and not self._unread():
-            self._recount(0)
+        if self.queue.empty():
+            unread = self._unread()
+            if taken or not unread:
+                self._recount(unread)
 
-    def _read_frames(self, data: bytes) -> None:
+    def _read_frames(self, data: bytes) -> bool:
+        """Read what has come; return whether the app has taken a message of it already."""
+        taken = False
         for piece, is_message in self._splitter.feed(data):
-            if is_message:
+            if not is_message:
+                super().data_received(piece)
+            elif self._on_message is not None and self._hand_over(piece, self._on_message):
+                taken = True
+            else:
                 self.curr_msg_data_type = "bytes"
                 self.frames = [piece]
                 self.send_receive_event_to_app()
-            else:
-                super().data_received(piece)
+        return taken
+
+    def _hand_over(self, message: bytes, on_message: OnMessage) -> bool:
+        """Give a message to the app now, unless others wait; return whether it has taken it."""
+        if not self.queue.empty() or self.close_sent or self.disconnected:
+            return False
+        counted = self._counted
+        self._recount(counted - len(message))  # the app counts what it takes
+        if on_message(message):
+            return True
+        self._recount(counted)
+        return False
 
     def _unread(self) -> int:
         """Bytes that have arrived of what is not whole yet."""
@@ -343,8 +364,11 @@ class GuardedWebSocket(WebSocketsSansIOProtocol):
         self.transport.write(frame(data))
         return True
 
+    def _set_on_message(self, on_message: OnMessage) -> None:
+        self._on_message = on_message
+
     async def run_asgi(self) -> None:
-        self.scope["extensions"][SEND_NOW] = {"send": self._send_now}
+        self.scope["extensions"][DIRECT] = {"send": self._send_now, "receive": self._set_on_message}
         await super().run_asgi()
         if not self.disconnected:  # asyncio keeps a closed connection until all is read
             self._cut_off = self.loop.call_later(self.guard.linger, self.transport.abort)

@@ -26,6 +26,7 @@ from aioinfer.web.metrics import metrics_routes
 from aioinfer.web.monitor import Monitor
 from aioinfer.web.open_inference import OpenInferenceEndpoint, open_inference_routes
 from aioinfer.web.openpi import OPENPI, VLLM_OMNI, RobotSession
+from aioinfer.web.plain_requests import PlainRequests
 from aioinfer.web.probes import probe_routes
 from aioinfer.web.status import status_routes
 from aioinfer.web.stream import StreamSession
@@ -66,7 +67,8 @@ class App:
             ],
             redirect_slashes=False,
         )
-        self._exchanges = Exchanges(front, self._end_request)
+        self._plain_requests = PlainRequests(front)
+        self._exchanges = Exchanges(front, self._plain_requests, self._end_request)
         self._sessions: set[WebSocketSession] = set()
         self._requests = 0
         self._idle = asyncio.Event()
@@ -164,7 +166,7 @@ class App:
             session = StreamSession(connection, front)
         else:
             dialect = VLLM_OMNI if path == _VLLM_OMNI else OPENPI
-            session = RobotSession(connection, front, self._greeting, dialect)
+            session = RobotSession(connection, front, self._plain_requests, self._greeting, dialect)
         self._sessions.add(session)
         try:
             with front.stats.connected(session.protocol):

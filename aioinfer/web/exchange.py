@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -10,71 +9,71 @@ from typing import Any, TypeAlias
 from tensordict import TensorDictBase
 
 from aioinfer.batching import Caller
-from aioinfer.interaction_type import caller_mode
 from aioinfer.web.asgi import Headers
 from aioinfer.web.backend import PendingReply
-from aioinfer.web.failures import outcome_of
 from aioinfer.web.front import Front
 from aioinfer.web.http import InferEndpoint, failure_response, too_large
-from aioinfer.web.submission import Asked, Submission, submission_to
+from aioinfer.web.plain_requests import PlainRequest, PlainRequests
 
 __all__ = ["Exchange", "Exchanges", "Respond"]
 
 Respond: TypeAlias = Callable[[int, Sequence[tuple[bytes, bytes]], bytes], None]
 """Takes the status, the headers but for the length, and the body of a response."""
 
-_Answer: TypeAlias = tuple[int, Sequence[tuple[bytes, bytes]], bytes]
 
-
-class Exchange:
+class Exchange(PlainRequest):
     """One request, and its response.
 
     Args:
         endpoint: reads and writes.
         respond: sends the response.
-        received_at: when it had arrived, by ``time.perf_counter``.
+        exchanges: that it is one of.
 
     Attributes:
-        size: bytes of the request, once they are counted.
         request: what the endpoint has read.
         pending: the request, if it is asked by itself.
-        ended: whether it was answered, or cancelled.
+        response: once there is one.
+        is_open: whether it was neither answered nor cancelled.
     """
 
-    __slots__ = ("ended", "endpoint", "pending", "received_at", "request", "respond", "size")
+    __slots__ = ("_exchanges", "endpoint", "is_open", "pending", "request", "respond", "response")
 
-    def __init__(self, endpoint: InferEndpoint[Any], respond: Respond, received_at: float) -> None:
+    def __init__(self, endpoint: InferEndpoint[Any], respond: Respond, exchanges: Exchanges) -> None:
+        super().__init__(time.perf_counter())
+        self._exchanges = exchanges
         self.endpoint = endpoint
         self.respond = respond
-        self.received_at = received_at
-        self.size = 0
         self.request: Any = None
         self.pending: PendingReply | None = None
-        self.ended = False
+        self.response: tuple[int, Sequence[tuple[bytes, bytes]], bytes] | None = None
+        self.is_open = True
 
-    def done(self) -> bool:
-        """Whether it has ended: then its request need not be computed. Any thread."""
-        return self.ended
+    @property
+    def protocol(self) -> str:
+        return self.endpoint.protocol
+
+    def prepare(self, outcome: TensorDictBase | Exception) -> None:
+        self._exchanges.prepare(self, outcome)
+
+    def answer(self) -> None:
+        self._exchanges.answer(self)
 
 
 class Exchanges:
     """Serves requests that have come whole.
 
-    Those that name neither a session nor a deadline are asked together at the end of a tick of the event loop, and
-    answered together: to do one thing for many of them, one after the other, takes half of the time.
-
     Loop thread only.
 
     Args:
         front: what the protocols share.
+        plain_requests: asks those that name neither a session nor a deadline.
         ended: called when one has ended.
     """
 
-    def __init__(self, front: Front, ended: Callable[[], None]) -> None:
+    def __init__(self, front: Front, plain_requests: PlainRequests, ended: Callable[[], None]) -> None:
         self._front = front
+        self._plain_requests = plain_requests
         self._ended = ended
-        self._submission: Submission | None = None
-        self._asked: list[Asked] = []  # in this tick
 
     def serve(
         self, endpoint: InferEndpoint[Any], headers: Headers, body: bytes, caller: Caller, respond: Respond
@@ -89,7 +88,7 @@ class Exchanges:
             respond: sends the response. It is called once, perhaps before this returns, and not after :meth:`cancel`.
         """
         front = self._front
-        exchange = Exchange(endpoint, respond, time.perf_counter())
+        exchange = Exchange(endpoint, respond, self)
         size = len(body)
         try:
             if size > front.limits.max_message_size:
@@ -102,10 +101,11 @@ class Exchanges:
                 exchange.pending = endpoint.submit(exchange.request, size, exchange.received_at)
                 exchange.pending.future.add_done_callback(lambda _: self._answer_pending(exchange))
             else:
-                self._ask(exchange, entries, caller)
+                self._plain_requests.ask(exchange, entries, caller)
         except Exception as error:
             front.count_refusal(endpoint.protocol, error)
-            self._respond(exchange, self._failure(error))
+            self.prepare(exchange, error)
+            self.answer(exchange)
         return exchange
 
     def refuse(self, respond: Respond, refusal: Exception) -> None:
@@ -115,67 +115,46 @@ class Exchanges:
 
     def cancel(self, exchange: Exchange) -> None:
         """Its caller is gone: the request is not computed, if no batch has taken it."""
-        if exchange.pending is not None:
+        if not self._close(exchange):
+            return
+        if exchange.pending is None:
+            self._plain_requests.cancel(exchange)
+        else:
             exchange.pending.cancel()
-        elif not exchange.ended:
-            self._front.end(exchange.endpoint.protocol, "cancelled", exchange.size, exchange.received_at)
-        if self._end(exchange):
-            self._ended()
 
-    def _ask(self, exchange: Exchange, entries: Any, caller: Caller) -> None:
-        payload = self._front.begin(entries)
-        if not self._asked:
-            asyncio.get_running_loop().call_soon(self._ask_all)
-        self._asked.append(Asked(payload, exchange, caller_mode(), False, caller))
+    def prepare(self, exchange: Exchange, outcome: TensorDictBase | Exception) -> None:
+        """Make the response."""
+        if not isinstance(outcome, Exception):
+            try:
+                body, headers = exchange.endpoint.encode(exchange.request, outcome)
+            except Exception as error:
+                outcome = error
+            else:
+                exchange.response = 200, headers, body
+                return
+        exchange.response = failure_response(self._front.failure_of(outcome))
 
-    def _ask_all(self) -> None:
-        asked, self._asked = self._asked, []
-        if self._submission is None:
-            self._submission = submission_to(self._front.backend, self._settle)
-        self._submission.submit(asked)
-
-    def _settle(self, exchanges: Sequence[Exchange], outcomes: Sequence[TensorDictBase | Exception]) -> None:
-        answers: list[tuple[Exchange, _Answer]] = []
-        for exchange, outcome in zip(exchanges, outcomes, strict=True):
-            if exchange.ended:
-                continue
-            how = outcome_of(outcome) if isinstance(outcome, Exception) else "ok"
-            self._front.end(exchange.endpoint.protocol, how, exchange.size, exchange.received_at)
-            answers.append((exchange, self._answer_of(exchange, outcome)))
-        for exchange, answer in answers:  # together: each caller that sleeps takes time to wake
-            self._respond(exchange, answer)
+    def answer(self, exchange: Exchange) -> None:
+        """Send the response."""
+        assert exchange.response is not None
+        if self._close(exchange):
+            exchange.respond(*exchange.response)
 
     def _answer_pending(self, exchange: Exchange) -> None:
         assert exchange.pending is not None
-        if exchange.ended:
-            return
-        try:
-            outcome: TensorDictBase | Exception = exchange.pending.result()
-        except Exception as error:
-            outcome = error
-        self._respond(exchange, self._answer_of(exchange, outcome))
+        if exchange.is_open:
+            try:
+                outcome: TensorDictBase | Exception = exchange.pending.result()
+            except Exception as error:
+                outcome = error
+            self.prepare(exchange, outcome)
+            self.answer(exchange)
 
-    def _answer_of(self, exchange: Exchange, outcome: TensorDictBase | Exception) -> _Answer:
-        if isinstance(outcome, Exception):
-            return self._failure(outcome)
-        try:
-            body, headers = exchange.endpoint.encode(exchange.request, outcome)
-        except Exception as error:
-            return self._failure(error)
-        return 200, headers, body
-
-    def _failure(self, error: Exception) -> _Answer:
-        return failure_response(self._front.failure_of(error))
-
-    def _respond(self, exchange: Exchange, answer: _Answer) -> None:
-        if self._end(exchange):
-            exchange.respond(*answer)
-            self._ended()
-
-    def _end(self, exchange: Exchange) -> bool:
-        """End an exchange; whether it has not ended before."""
-        if exchange.ended:
+    def _close(self, exchange: Exchange) -> bool:
+        """Count an exchange no more; return whether it was open."""
+        if not exchange.is_open:
             return False
-        exchange.ended = True
+        exchange.is_open = False
         self._front.bytes_in_flight.remove(exchange.size)
+        self._ended()
         return True

@@ -103,6 +103,11 @@ class Front:
         pending.future.add_done_callback(partial(self._done, pending, protocol, size, session))
         return pending
 
+    @property
+    def keeps_sessions(self) -> bool:
+        """Whether it matters which session a request is of."""
+        return self.newest_wins or self._reads_session
+
     def begin(self, entries: Mapping[str, Any]) -> TensorDictBase | dict[str, Any]:
         """Make a request that is asked in another way than by :meth:`submit`; :meth:`end` is to be called.
 

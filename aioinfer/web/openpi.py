@@ -31,12 +31,14 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from tensordict import TensorDictBase, is_non_tensor
 
+from aioinfer.batching import Caller
 from aioinfer.errors import InvalidRequestError, ModelError
 from aioinfer.tensors import entries as entries_of
 from aioinfer.tensors import is_nested
@@ -45,6 +47,7 @@ from aioinfer.web.asgi import Disconnected
 from aioinfer.web.backend import PendingReply
 from aioinfer.web.failures import Failure
 from aioinfer.web.front import Front
+from aioinfer.web.plain_requests import PlainRequest, PlainRequests
 from aioinfer.web.sessions import Session
 from aioinfer.web.websocket import GOING_AWAY, WebSocketConnection, WebSocketSession
 
@@ -109,13 +112,40 @@ class _VLLMOmni(Dialect):
 OPENPI, ROBOARENA, VLLM_OMNI = _OpenPI(), _RoboArena(), _VLLMOmni()
 
 
-class _Turn(NamedTuple):
-    """What a message of a robot is answered with, in its turn: a message, or what is packed when the reply is there."""
+class _Turn(PlainRequest):
+    """A message of a robot, which is answered in its turn.
 
-    size: int  # bytes of the message, of those that count
-    dialect: Dialect
-    answer: PendingReply | Message
-    received_at: float | None = None  # of a request
+    Args:
+        session: of the robot.
+        dialect: that it is answered in.
+        received_at: when it had arrived.
+
+    Attributes:
+        pending: the request, if it is asked by itself.
+        outcome: of the request, once there is one.
+        message: that it is answered with, once it is known.
+    """
+
+    __slots__ = ("_session", "dialect", "message", "outcome", "pending")
+
+    def __init__(self, session: RobotSession, dialect: Dialect, received_at: float) -> None:
+        super().__init__(received_at)
+        self._session = session
+        self.dialect = dialect
+        self.pending: PendingReply | None = None
+        self.outcome: TensorDictBase | Exception | None = None
+        self.message: Message | None = None
+
+    @property
+    def protocol(self) -> str:
+        return self._session.protocol
+
+    def prepare(self, outcome: TensorDictBase | Exception) -> None:
+        self.outcome = outcome
+        self._session.next_message()  # which may be this one's
+
+    def answer(self) -> None:
+        self._session.answer()
 
 
 class RobotSession(WebSocketSession):
@@ -126,22 +156,36 @@ class RobotSession(WebSocketSession):
     Args:
         connection: not accepted yet.
         front: answers.
+        plain_requests: asks, where neither the session of a request matters nor a deadline.
         greeting: the first message.
         dialect: of messages without ``"endpoint"``.
     """
 
     protocol = "openpi"
 
-    def __init__(self, connection: WebSocketConnection, front: Front, greeting: bytes, dialect: Dialect) -> None:
+    def __init__(
+        self,
+        connection: WebSocketConnection,
+        front: Front,
+        plain_requests: PlainRequests,
+        greeting: bytes,
+        dialect: Dialect,
+    ) -> None:
         super().__init__(connection)
         self._front = front
+        self._plain_requests = plain_requests
+        self._asks_plainly = front.backend.deadline is None and not front.keeps_sessions
         self._dialect = dialect
+        self._caller = Caller()
         self._session = Session()
         self._session_name: str | None = None
-        self._turns = deque([_Turn(0, dialect, greeting)])
+        first = _Turn(self, dialect, 0.0)
+        first.message = greeting
+        self._turns = deque([first])
         self._bytes = 0  # of the messages that wait for their turn
         self._ready = asyncio.Event()  # set where the task that writes has something to send
         self._taken = asyncio.Event()
+        self._waits_for_room = False  # a message that was received
         self._draining = False
         self._previous_ms: float | None = None
 
@@ -149,7 +193,8 @@ class RobotSession(WebSocketSession):
         """Serve until the caller goes."""
         try:
             await self.connection.accept()
-            self._ready.set()
+            self.connection.on_message(self._receive_now)
+            self.answer()
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._read())
                 tasks.create_task(self._write())
@@ -157,9 +202,11 @@ class RobotSession(WebSocketSession):
             pass
         finally:
             while self._turns:
-                answer = self._end_turn().answer
-                if isinstance(answer, PendingReply):
-                    answer.cancel()
+                turn = self._end_turn()
+                if turn.pending is not None:
+                    turn.pending.cancel()
+                elif turn.message is None:
+                    self._plain_requests.cancel(turn)
 
     async def drain(self) -> None:
         self._draining = True
@@ -171,52 +218,67 @@ class RobotSession(WebSocketSession):
     # -- what the robot asks ---------------------------------------------------------------------------
 
     async def _read(self) -> None:
-        limits = self._front.limits
+        """Receive what :meth:`_receive_now` does not take, or is not offered."""
         while True:
             message = await self.connection.receive()
-            if self._draining:
-                continue
-            turn = self._take(message)
-            self._bytes += turn.size
-            self._turns.append(turn)
-            if isinstance(turn.answer, PendingReply):
-                turn.answer.future.add_done_callback(self._answer)
-            else:
-                self._answer()
-            while len(self._turns) >= limits.max_pending_per_connection or self._bytes >= limits.max_message_size:
+            self._waits_for_room = True
+            while not self._has_room():
                 self._taken.clear()
                 await self._taken.wait()
+            self._waits_for_room = False
+            self._take(message)
 
-    def _take(self, message: Message) -> _Turn:
-        received_at = time.perf_counter()
-        size = len(message)
-        dialect = self._dialect
-        counted = 0
+    def _receive_now(self, message: bytes) -> bool:
+        """Take a message as it comes, if there is room, and none before it waits for room."""
+        if self._waits_for_room or not self._has_room():
+            return False
+        self._take(message)
+        return True
+
+    def _has_room(self) -> bool:
+        limits = self._front.limits
+        return len(self._turns) < limits.max_pending_per_connection and self._bytes < limits.max_message_size
+
+    def _take(self, message: Message) -> None:
+        """Ask what a message asks, or answer it."""
+        if self._draining:
+            return
+        turn = _Turn(self, self._dialect, time.perf_counter())
+        self._turns.append(turn)
         try:
-            self._front.bytes_in_flight.add(size)
-            counted = size
-            if isinstance(message, str):
-                raise InvalidRequestError("an observation is a binary message of msgpack, this is a text")
-            entries = unpackb(message)
-            if type(entries) is not dict:
-                raise InvalidRequestError(f"an observation is a map, got {type(entries).__name__}")
-            endpoint = entries.pop("endpoint", None)
-            if endpoint is not None and dialect is OPENPI:
-                dialect = ROBOARENA
-            if type(endpoint) not in _ENDPOINT_TYPES or endpoint not in _ENDPOINTS:
-                raise InvalidRequestError(f'the endpoint is "infer" or "reset", got {str(endpoint)[:50]!r}')
-            self._choose_session(entries)
-            if endpoint == "reset":
-                seed = entries.get("seed")
-                self._session.reset(None if seed is None else _integer("seed", seed))
-                return _Turn(counted, dialect, dialect.reset())
-            pending = self._front.submit(
-                entries, protocol=self.protocol, size=size, received_at=received_at, session=self._session
-            )
+            self._front.bytes_in_flight.add(len(message))
+            turn.size = len(message)
+            self._bytes += turn.size
+            self._read_message(turn, message)
         except Exception as error:
             self._front.count_refusal(self.protocol, error)
-            return _Turn(counted, dialect, dialect.failure(self._front.failure_of(error)))
-        return _Turn(counted, dialect, pending, received_at)
+            turn.message = turn.dialect.failure(self._front.failure_of(error))
+        if turn.message is not None:
+            self.answer()
+
+    def _read_message(self, turn: _Turn, message: Message) -> None:
+        if isinstance(message, str):
+            raise InvalidRequestError("an observation is a binary message of msgpack, this is a text")
+        entries = unpackb(message)
+        if type(entries) is not dict:
+            raise InvalidRequestError(f"an observation is a map, got {type(entries).__name__}")
+        endpoint = entries.pop("endpoint", None)
+        if endpoint is not None and turn.dialect is OPENPI:
+            turn.dialect = ROBOARENA
+        if type(endpoint) not in _ENDPOINT_TYPES or endpoint not in _ENDPOINTS:
+            raise InvalidRequestError(f'the endpoint is "infer" or "reset", got {str(endpoint)[:50]!r}')
+        self._choose_session(entries)
+        if endpoint == "reset":
+            seed = entries.get("seed")
+            self._session.reset(None if seed is None else _integer("seed", seed))
+            turn.message = turn.dialect.reset()
+        elif self._asks_plainly:
+            self._plain_requests.ask(turn, entries, self._caller)
+        else:
+            turn.pending = self._front.submit(
+                entries, protocol=self.protocol, size=turn.size, received_at=turn.received_at, session=self._session
+            )
+            turn.pending.future.add_done_callback(partial(self._answer_pending, turn, turn.pending))
 
     def _choose_session(self, entries: dict[Any, Any]) -> None:
         """Go to the session that a message names; without a name, the connection stays in the one that it is in."""
@@ -235,51 +297,57 @@ class RobotSession(WebSocketSession):
 
     # -- what it is answered ---------------------------------------------------------------------------
 
-    def _answer(self, _: object = None) -> None:
+    def _answer_pending(self, turn: _Turn, pending: PendingReply, _: object) -> None:
+        try:
+            turn.outcome = pending.result()
+        except Exception as error:
+            turn.outcome = error
+        self.answer()
+
+    def answer(self) -> None:
         """Send what is ready, in order, as long as there is room: a task would have to be woken for each reply."""
-        while (message := self._next_message()) is not None:
+        while (message := self.next_message()) is not None:
             if not self.connection.send_now(message):
                 self._ready.set()
                 return
-            self._end_turn(sent=True)
+            self._end_answered_turn()
 
     async def _write(self) -> None:
         """Send what has to wait for room."""
         while True:
             await self._ready.wait()
             self._ready.clear()
-            while (message := self._next_message()) is not None:
+            while (message := self.next_message()) is not None:
                 await self.connection.send(message)
-                self._end_turn(sent=True)
+                self._end_answered_turn()
 
-    def _next_message(self) -> Message | None:
-        """What is sent next; ``None``: it is not there yet."""
+    def next_message(self) -> Message | None:
+        """What is sent next, which is packed now if it was not before; ``None``: it is not there yet."""
         if not self._turns:
             return None
         turn = self._turns[0]
-        answer = turn.answer
-        if not isinstance(answer, PendingReply):
-            return answer
-        if not answer.future.done():
-            return None
-        message = self._message(turn.dialect, answer)
-        self._turns[0] = turn._replace(answer=message)
-        return message
+        if turn.message is None and turn.outcome is not None:
+            turn.message = self._message(turn, turn.outcome)
+        return turn.message
 
-    def _message(self, dialect: Dialect, pending: PendingReply) -> Message:
+    def _message(self, turn: _Turn, outcome: TensorDictBase | Exception) -> Message:
         try:
-            reply = pending.result()
-            timing = {"infer_ms": _ms_since(pending.received_at)}
+            if isinstance(outcome, Exception):
+                raise outcome
+            timing = {"infer_ms": _ms_since(turn.received_at)}
             if self._previous_ms is not None:
                 timing["prev_total_ms"] = self._previous_ms
-            return dialect.reply(to_entries(reply), timing)
+            return turn.dialect.reply(to_entries(outcome), timing)
         except Exception as error:
-            return dialect.failure(self._front.failure_of(error))
+            return turn.dialect.failure(self._front.failure_of(error))
 
-    def _end_turn(self, *, sent: bool = False) -> _Turn:
-        turn = self._turns.popleft()
-        if sent and turn.received_at is not None:
+    def _end_answered_turn(self) -> None:
+        turn = self._end_turn()
+        if turn.outcome is not None:
             self._previous_ms = _ms_since(turn.received_at)
+
+    def _end_turn(self) -> _Turn:
+        turn = self._turns.popleft()
         self._bytes -= turn.size
         self._front.bytes_in_flight.remove(turn.size)
         self._taken.set()

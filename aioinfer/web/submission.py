@@ -1,4 +1,4 @@
-"""How the requests of a stream reach the server: straight into the queue of one in this process, or by its clients."""
+"""How requests of many callers reach the server: straight into the queue of one in this process, or by its clients."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 from tensordict import TensorDictBase
 
 from aioinfer.batching import Caller
-from aioinfer.errors import InferenceError, InvalidRequestError, ServerOverloadedError
+from aioinfer.errors import InvalidRequestError, ServerOverloadedError
 from aioinfer.interaction_type import Mode, requests_carry
 from aioinfer.server import InferenceServer
 from aioinfer.transports import ThreadingTransport
@@ -114,11 +114,11 @@ class _QueueSubmission(Submission, ReplySink):
         for payload, receiver, mode, wait, caller in asked:
             try:
                 batched = admission.check(payload)
-            except InferenceError as error:
-                self._settle([receiver], [error])
-                continue
             except RecursionError:
                 self._settle([receiver], [InvalidRequestError("the entries are nested too deeply")])
+                continue
+            except Exception as error:
+                self._settle([receiver], [error])
                 continue
             if caller is not None:
                 caller.asked_at = now
@@ -174,10 +174,10 @@ class _ClientSubmission(Submission):
         for one in asked:
             try:
                 self._submit(one)
-            except InferenceError as error:
-                self._settle([one.receiver], [error])
             except RecursionError:
                 self._settle([one.receiver], [InvalidRequestError("the entries are nested too deeply")])
+            except Exception as error:
+                self._settle([one.receiver], [error])
 
     def _submit(self, one: Asked) -> None:
         if one.wait:
@@ -191,7 +191,7 @@ class _ClientSubmission(Submission):
 
     def _ask(self, one: Asked) -> PendingReply:
         with requests_carry(one.mode):  # type: ignore[arg-type]
-            # The stream keeps the deadlines.
+            # Who asks keeps the deadlines.
             return self._backend.submit(one.payload, time.perf_counter(), deadline=math.inf)
 
     async def _ask_until_taken(self, one: Asked) -> TensorDictBase:

@@ -5,15 +5,30 @@ from __future__ import annotations
 import asyncio
 import json
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 from aioinfer.web.asgi import Disconnected, Message, Receive, Scope, Send
 from aioinfer.web.failures import Failure
 
-__all__ = ["GOING_AWAY", "POLICY_VIOLATION", "SEND_NOW", "TOO_LARGE", "WebSocketConnection", "WebSocketSession"]
+__all__ = [
+    "DIRECT",
+    "GOING_AWAY",
+    "POLICY_VIOLATION",
+    "TOO_LARGE",
+    "OnMessage",
+    "WebSocketConnection",
+    "WebSocketSession",
+]
 
-SEND_NOW = "aioinfer.send_now"
-"""An extension of ASGI: its ``"send"`` sends bytes or a text where there is room, and returns whether it did."""
+DIRECT = "aioinfer.direct"
+"""An extension of ASGI, for messages without tasks that wait for them.
+
+``"send"`` sends bytes or a text where there is room, and returns whether it did. ``"receive"`` sets an
+:data:`OnMessage`, once the connection is accepted.
+"""
+OnMessage: TypeAlias = Callable[[bytes], bool]
+"""Gets a binary message as it comes, if none before it waits to be received; returns whether it takes it."""
 POLICY_VIOLATION, GOING_AWAY, TOO_LARGE = 1008, 1001, 1009
 _CLOSING = 1.0  # seconds for what was sent before to leave
 
@@ -62,7 +77,10 @@ class WebSocketConnection:
     ) -> None:
         self._receive = receive
         self._send = send
-        self._send_now = scope.get("extensions", {}).get(SEND_NOW, {}).get("send", _can_not_send_now)
+        direct = scope.get("extensions", {}).get(DIRECT, {})
+        self._send_now = direct.get("send", _can_not_send_now)
+        self._set_on_message = direct.get("receive")
+        self._take: OnMessage | None = None
         self._max_message_size = max_message_size
         self._stall_timeout = stall_timeout
         self._sender: asyncio.Task[Any] | None = None  # while it sends
@@ -85,6 +103,20 @@ class WebSocketConnection:
         await self._send({"type": "websocket.http.response.start", "status": failure.status, "headers": headers})
         body = json.dumps({"error": failure.message}).encode()
         await self._send({"type": "websocket.http.response.body", "body": body})
+
+    def on_message(self, take: OnMessage) -> None:
+        """Offer binary messages to a function as they come, where the server of the app can.
+
+        Those that it does not take are received as usual, as are all of them where the server can't.
+        """
+        self._take = take
+        if self._set_on_message is not None:
+            self._set_on_message(self._offer)
+
+    def _offer(self, data: bytes) -> bool:
+        if self._take is None or self._closed or len(data) > self._max_message_size:
+            return False
+        return self._take(data)
 
     async def receive(self) -> bytes | str:
         """Wait for a message.
@@ -155,6 +187,7 @@ class WebSocketConnection:
 
     def release(self) -> None:
         """The connection is not used any more."""
+        self._take = None
         if self._timer is not None:
             self._timer.cancel()
 

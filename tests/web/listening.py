@@ -16,7 +16,7 @@ from aioinfer.web.asgi import ASGIApp, Receive, Scope, Send
 from aioinfer.web.limits import BytesInFlight, Limits
 from tests.limits import HANG
 
-__all__ = ["GET", "Client", "Clock", "Listening", "connect", "echo", "holds", "listening"]
+__all__ = ["GET", "Client", "Clock", "Listening", "connect", "echo", "holds", "listened", "listening"]
 
 GET = b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n"
 
@@ -58,6 +58,7 @@ async def listening(
     *,
     most_bytes: int = 2**30,
     tls: ssl.SSLContext | None = None,
+    limits: Limits | None = None,
     whole: Callable[[], App | None] | None = None,
     **options: Any,
 ) -> AsyncIterator[Listening]:
@@ -70,12 +71,27 @@ async def listening(
     guard = ConnectionGuard(bytes_in_flight=BytesInFlight(most_bytes), **options)
     sockets = bind("127.0.0.1", 0)
     port = sockets[0].getsockname()[1]
-    listener = Listener(app, sockets, guard=guard, limits=Limits(), tls=tls, app_that_serves=whole)
+    listener = Listener(app, sockets, guard=guard, limits=limits or Limits(), tls=tls, app_that_serves=whole)
     await listener.open()
     try:
         yield Listening(listener, guard, port)
     finally:
         await listener.close(0.0)
+
+
+@asynccontextmanager
+async def listened(app: App) -> AsyncIterator[str]:
+    """Serve an app, with its server, behind a listener; return where it is: ``http://127.0.0.1:port``."""
+    backend = app.front.backend
+    started = await backend.start()
+    try:
+        async with listening(app, limits=app.front.limits, whole=lambda: app) as at:
+            yield f"http://127.0.0.1:{at.port}"
+            await app.drain(0.0)
+    finally:
+        if started:
+            await backend.stop()
+        app.close()
 
 
 class Client:

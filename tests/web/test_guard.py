@@ -16,9 +16,11 @@ pytest.importorskip("uvicorn")
 
 import websockets.asyncio.client as websocket
 from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.frames import Frame, Opcode
 
 from aioinfer.serve.guard import GuardedWebSocket
 from aioinfer.web.asgi import Receive, Scope, Send
+from aioinfer.web.websocket import DIRECT
 from tests.limits import HANG
 from tests.web.listening import GET, Clock, Listening, connect, echo, holds, listening
 
@@ -254,6 +256,53 @@ async def test_a_message_that_is_more_than_all_may_have_in_flight_is_put_off() -
         gate.set()
         await sending
         assert len(await first.recv()) == 100_003
+
+
+async def test_messages_are_handed_over_as_they_come_in_their_order_and_counted_until_then() -> None:
+    def take(message: bytes) -> bool:
+        if busy:
+            return False
+        counted.append(in_flight.bytes)
+        taken.append(message)
+        return True
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        await send({"type": "websocket.accept"})
+        scope["extensions"][DIRECT]["receive"](take)
+        await send({"type": "websocket.send", "text": "ready"})
+        while True:
+            await gate.wait()
+            if (message := await receive())["type"] != "websocket.receive":
+                return
+            taken.append(message["bytes"])
+            busy.clear()
+
+    busy: list[bool] = []
+    taken: list[bytes] = []
+    counted: list[int] = []
+    gate = asyncio.Event()
+    messages = [bytes([number]) * 1000 for number in range(9)]
+    frames = [Frame(Opcode.BINARY, message).serialize(mask=True) for message in messages]
+    size = len(frames[0])
+    async with listening(app) as at, dial(at) as robot:
+        in_flight = at.guard.bytes_in_flight
+        assert await robot.recv() == "ready"
+        robot.transport.write(frames[0] + frames[1] + frames[2][:500])
+        await holds(lambda: len(taken) == 2)
+        assert counted == [500 + 2 * size - 1000, 500 + 2 * size - 2000]
+        assert in_flight.bytes == 500
+        busy.append(True)
+        robot.transport.write(frames[2][500:])
+        await holds(lambda: in_flight.bytes == size)
+        busy.clear()
+        robot.transport.write(b"".join(frames[3:5]))  # behind one that waits
+        gate.set()
+        await holds(lambda: len(taken) == 5)
+        await holds(lambda: in_flight.bytes == 0)
+        robot.transport.write(b"".join(frames[5:]))
+        await holds(lambda: taken == messages)
+        assert in_flight.bytes == 0
 
 
 async def test_a_message_has_a_bounded_number_of_parts() -> None:

@@ -23,12 +23,21 @@ from aioinfer.testing import GatedModel
 from aioinfer.web.app import create_app
 from aioinfer.web.limits import Limits
 from tests.limits import HANG
+from tests.web import robots
+from tests.web.hosting import hosted
+from tests.web.listening import listened
 from tests.web.robots import ACTION_DIM, HORIZON, Robot, act, observation, pack, robot, served, unpack, until
 
 VLLM_OMNI, SGLANG = "/v1/realtime/robot/openpi", "/openpi/policy"
 
 # Python objects, as openpi's own decoder takes it: that server dies of this message.
 OBJECTS = msgpack.packb({b"__ndarray__": True, b"data": b"\x41" * 8, b"dtype": "|O", b"shape": [1]})
+
+
+@pytest.fixture(autouse=True, params=[hosted, listened])
+def host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Apps are served by uvicorn; or by our own listener, which hands messages over without a task."""
+    monkeypatch.setattr(robots, "hosted", request.param)
 
 
 @pytest.fixture
