@@ -19,6 +19,7 @@ from aioinfer.web.websocket import DIRECT, POLICY_VIOLATION, OnMessage
 __all__ = ["ConnectionGuard", "GuardedHttp", "GuardedWebSocket"]
 
 _TRY_LATER = 1013
+_WORTH_A_TURN = 2**12  # bytes of a body
 _HEAD_TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 _BAD_HANDSHAKE = b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 
@@ -220,6 +221,14 @@ class GuardedHttp(HttpToolsProtocol):
         self._upgraded = True
         self.transport = self._bare_transport
         super().handle_websocket_upgrade()
+
+    def on_body(self, body: bytes) -> None:
+        """Wake the app where it is worth it: a turn of its task for each byte would let slow senders disturb others."""
+        cycle = self.cycle
+        if self.parser.should_upgrade() or cycle.response_complete or len(cycle.body) + len(body) >= _WORTH_A_TURN:
+            super().on_body(body)
+        else:
+            cycle.body += body  # the app gets it with what follows, or with the end
 
     def on_response_complete(self) -> None:
         """Serve the request that has come meanwhile, or wait for one: as uvicorn does, without a timer for each."""

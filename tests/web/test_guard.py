@@ -181,6 +181,30 @@ async def test_a_thousand_half_open_connections_do_not_disturb_a_good_client() -
         await holds(lambda: at.guard.awaited == 0)
 
 
+@pytest.mark.parametrize("size", [2, 1000, 10_000])
+async def test_the_app_is_not_woken_for_each_byte_of_a_slow_sender(size: int) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        begun.set()
+        more = True
+        while more:
+            message = await receive()
+            read.append(message["body"])
+            more = message["more_body"]
+        await echo(scope, receive, send)
+
+    begun = asyncio.Event()
+    read: list[bytes] = []
+    async with listening(app) as at, connect(at.port) as client:
+        client.say(GET.replace(b"GET", b"POST").replace(b"\r\n\r\n", b"\r\ncontent-length: %d\r\n\r\n" % size))
+        await begun.wait()
+        for _ in range(size):
+            client.say(b"x")
+            await asyncio.sleep(0)
+        assert (await client.reply()).startswith(b"HTTP/1.1 200")
+    assert b"".join(read) == b"x" * size
+    assert len(read) <= 1 + size // 2**12
+
+
 async def parts(*sizes: int, gate: asyncio.Event) -> AsyncIterator[bytes]:
     """A message in parts, of which the last one waits for the gate."""
     for size in sizes:
