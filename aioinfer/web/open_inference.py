@@ -10,7 +10,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib.metadata import version
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -84,6 +84,10 @@ class _Input(NamedTuple):
     shape: Sequence[int]
     size: int | None
     data: Any
+
+
+_Output: TypeAlias = tuple[str, np.dtype[Any], tuple[int, ...], bool]
+"""What the JSON of a reply says of one tensor, but for its data: name, dtype, shape, and whether it is binary."""
 
 
 class _Head(NamedTuple):
@@ -326,7 +330,6 @@ def encode(request: InferRequest, model_name: str, reply: TensorDictBase) -> tup
     """
     arrays = arrays_of(reply)
     chosen = dict.fromkeys(arrays, request.binary) if request.outputs is None else request.outputs
-    one = not reply.batch_dims
     outputs: list[_Output] = []
     data: list[np.ndarray[Any, Any]] = []
     tail: list[bytes] = []
@@ -335,12 +338,12 @@ def encode(request: InferRequest, model_name: str, reply: TensorDictBase) -> tup
         if array is None:
             raise InvalidRequestError(f"there is no output {name[:100]!r}, there are {', '.join(arrays)}")
         binary = request.binary if choice is None else choice
-        outputs.append(_Output(name, array.dtype, (1, *array.shape) if one else array.shape, binary))
+        outputs.append((name, array.dtype, array.shape, binary))
         if binary:
             tail.append(array.tobytes())
         else:
             data.append(array.ravel())
-    first, *others = _json_around_data(model_name, tuple(outputs))
+    first, *others = _json_around_data(model_name, tuple(outputs), not reply.batch_dims)
     parts = [first]
     for array, text in zip(data, others, strict=True):
         parts += to_json(array), text
@@ -349,22 +352,14 @@ def encode(request: InferRequest, model_name: str, reply: TensorDictBase) -> tup
     return (head, None) if not tail else (b"".join([head, *tail]), len(head))
 
 
-class _Output(NamedTuple):
-    """What the JSON of a reply says of one tensor, but for its data."""
-
-    name: str
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-    binary: bool
-
-
 @lru_cache(maxsize=256)
-def _json_around_data(model_name: str, outputs: tuple[_Output, ...]) -> Sequence[bytes]:
+def _json_around_data(model_name: str, outputs: tuple[_Output, ...], of_one_row: bool) -> Sequence[bytes]:
     """The JSON of a reply, of which most are alike, but for data, the id, and the last bracket.
 
     Args:
         model_name: of this server.
         outputs: of the reply.
+        of_one_row: whether their shapes lack the dimension of the rows.
 
     Returns:
         What stands before the data of each output that is not binary, and behind the last.
@@ -375,6 +370,8 @@ def _json_around_data(model_name: str, outputs: tuple[_Output, ...]) -> Sequence
         datatype = _NAMES.get(dtype)
         if datatype is None:
             raise ModelError(f"the output {name!r} has dtype {dtype}, of which the protocol knows nothing")
+        if of_one_row:
+            shape = (1, *shape)
         tensor: dict[str, Any] = {"name": name, "datatype": datatype, "shape": shape}
         if binary:
             tensor["parameters"] = {"binary_data_size": math.prod(shape) * dtype.itemsize}
