@@ -229,7 +229,7 @@ class Backend:
             client = self._take_client()
         try:
             future = client.submit(request)
-            if future.done() and future.exception() is not None:
+            if future.done() and not future.cancelled() and future.exception() is not None:
                 self._check_runs()
         except BaseException:
             self._give_back(client)

@@ -49,6 +49,7 @@ from aioinfer.web.failures import Failure
 from aioinfer.web.front import Front
 from aioinfer.web.plain_requests import PlainRequest, PlainRequests
 from aioinfer.web.sessions import Session
+from aioinfer.web.submission import tells_callers
 from aioinfer.web.websocket import GOING_AWAY, WebSocketConnection, WebSocketSession
 
 __all__ = ["OPENPI", "ROBOARENA", "VLLM_OMNI", "Dialect", "RobotSession"]
@@ -156,7 +157,8 @@ class RobotSession(WebSocketSession):
     Args:
         connection: not accepted yet.
         front: answers.
-        plain_requests: asks, where neither the session of a request matters nor a deadline.
+        plain_requests: asks, where neither the session of a request matters nor a deadline, and the server learns all
+            the same who asks.
         greeting: the first message.
         dialect: of messages without ``"endpoint"``.
     """
@@ -174,7 +176,8 @@ class RobotSession(WebSocketSession):
         super().__init__(connection)
         self._front = front
         self._plain_requests = plain_requests
-        self._asks_plainly = front.backend.deadline is None and not front.keeps_sessions
+        backend = front.backend
+        self._asks_plainly = backend.deadline is None and not front.keeps_sessions and tells_callers(backend)
         self._dialect = dialect
         self._caller = Caller()
         self._session = Session()
@@ -185,7 +188,6 @@ class RobotSession(WebSocketSession):
         self._bytes = 0  # of the messages that wait for their turn
         self._ready = asyncio.Event()  # set where the task that writes has something to send
         self._taken = asyncio.Event()
-        self._waits_for_room = False  # a message that was received
         self._draining = False
         self._previous_ms: float | None = None
 
@@ -193,7 +195,8 @@ class RobotSession(WebSocketSession):
         """Serve until the caller goes."""
         try:
             await self.connection.accept()
-            self.connection.on_message(self._receive_now)
+            if self._asks_plainly:  # else the server takes the task that reads for the caller
+                self.connection.on_message(self._receive_now)
             self.answer()
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._read())
@@ -219,25 +222,22 @@ class RobotSession(WebSocketSession):
 
     async def _read(self) -> None:
         """Receive what :meth:`_receive_now` does not take, or is not offered."""
+        limits = self._front.limits
         while True:
-            message = await self.connection.receive()
-            self._waits_for_room = True
-            while not self._has_room():
+            self._take(await self.connection.receive())
+            while len(self._turns) >= limits.max_pending_per_connection or self._bytes >= limits.max_message_size:
                 self._taken.clear()
                 await self._taken.wait()
-            self._waits_for_room = False
-            self._take(message)
 
     def _receive_now(self, message: bytes) -> bool:
-        """Take a message as it comes, if there is room, and none before it waits for room."""
-        if self._waits_for_room or not self._has_room():
+        """Take a message as it comes, if there is room for another one then, which the task that reads may receive."""
+        limits = self._front.limits
+        if len(self._turns) + 1 >= limits.max_pending_per_connection:
+            return False
+        if self._bytes + len(message) >= limits.max_message_size:
             return False
         self._take(message)
         return True
-
-    def _has_room(self) -> bool:
-        limits = self._front.limits
-        return len(self._turns) < limits.max_pending_per_connection and self._bytes < limits.max_message_size
 
     def _take(self, message: Message) -> None:
         """Ask what a message asks, or answer it."""

@@ -1,4 +1,4 @@
-"""Requests that need neither a session nor a deadline: many are asked together, and answered together."""
+"""Requests that name neither a session nor a deadline: many are asked together, and answered together."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _log = logging.getLogger("aioinfer.web")
 
 
 class PlainRequest(ABC):
-    """A request, which takes its own reply.
+    """A request that :class:`PlainRequests` may ask, and which takes its own outcome then.
 
     Args:
         received_at: when it had arrived, by ``time.perf_counter``.
 
     Attributes:
         size: bytes of its message, once they are counted.
-        has_ended: whether there is a reply to it, or an error, or its caller is gone.
+        has_ended: whether it was asked so, and there is a reply or an error, or its caller is gone.
     """
 
     __slots__ = ("has_ended", "received_at", "size")

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 from tensordict import TensorDictBase
 
 from aioinfer.batching import Caller
-from aioinfer.errors import InvalidRequestError, ServerOverloadedError
+from aioinfer.errors import ClientClosedError, InvalidRequestError, ServerOverloadedError
 from aioinfer.interaction_type import Mode, requests_carry
 from aioinfer.server import InferenceServer
 from aioinfer.transports import ThreadingTransport
@@ -22,7 +22,7 @@ from aioinfer.transports.replies import ReplySink
 from aioinfer.transports.request import NamedRequest, Request
 from aioinfer.web.backend import Backend, PendingReply
 
-__all__ = ["Asked", "Submission", "submission_to"]
+__all__ = ["Asked", "Submission", "submission_to", "tells_callers"]
 
 _RETRY_AFTER = 0.005  # seconds
 
@@ -43,7 +43,7 @@ class Asked(NamedTuple):
         receiver: takes the outcome.
         mode: the exploration mode.
         wait: whether it waits for space where the queue is full.
-        caller: who makes one after the other, if that is known.
+        caller: who makes one after the other, if that is known; see :func:`tells_callers`.
     """
 
     payload: Payload
@@ -91,11 +91,21 @@ class Submission(ABC):
 
 def submission_to(backend: Backend, settle: Settle) -> Submission:
     """The fastest way to a server: to put requests into its queue, where its tasks put theirs."""
+    transport = _transport_with_queue(backend)
+    return _ClientSubmission(backend, settle) if transport is None else _QueueSubmission(transport, settle)
+
+
+def tells_callers(backend: Backend) -> bool:
+    """Whether a server learns who makes the requests that a submission hands to it."""
+    return _transport_with_queue(backend) is not None
+
+
+def _transport_with_queue(backend: Backend) -> ThreadingTransport | None:
     if isinstance(backend.server, InferenceServer):
         for transport in backend.server.transports:
             if isinstance(transport, ThreadingTransport):
-                return _QueueSubmission(transport, settle)
-    return _ClientSubmission(backend, settle)
+                return transport
+    return None
 
 
 class _QueueSubmission(Submission, ReplySink):
@@ -211,9 +221,10 @@ class _ClientSubmission(Submission):
             self._backend.finish(pending)
         error: BaseException | None
         if future.cancelled():
-            error = None if pending is None else pending.error
-            if error is None:  # its receiver is done
+            if receiver.done():
                 return
+            error = pending.error if pending is not None else None
+            error = error or ClientClosedError("the request was withdrawn")
         else:
             error = future.exception()
         self._settle([receiver], [error if isinstance(error, Exception) else future.result()])

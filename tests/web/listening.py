@@ -80,10 +80,15 @@ async def listening(
 
 
 @asynccontextmanager
-async def listened(app: App) -> AsyncIterator[str]:
-    """Serve an app, with its server, behind a listener; return where it is: ``http://127.0.0.1:port``."""
+async def listened(app: App, *, lifespan: str = "on") -> AsyncIterator[str]:
+    """Serve an app behind a listener; return where it is: ``http://127.0.0.1:port``.
+
+    Args:
+        app: is closed at the end.
+        lifespan: ``"off"`` leaves its server alone.
+    """
     backend = app.front.backend
-    started = await backend.start()
+    started = lifespan == "on" and await backend.start()
     try:
         async with listening(app, limits=app.front.limits, whole=lambda: app) as at:
             yield f"http://127.0.0.1:{at.port}"

@@ -19,13 +19,14 @@ from torch import nn
 from websockets.exceptions import ConnectionClosed
 
 from aioinfer import InferenceServer, ThreadingTransport
+from aioinfer.batching import BatchScheduler
 from aioinfer.testing import GatedModel
 from aioinfer.web.app import create_app
 from aioinfer.web.limits import Limits
 from tests.limits import HANG
 from tests.web import robots
 from tests.web.hosting import hosted
-from tests.web.listening import listened
+from tests.web.listening import listened, listening
 from tests.web.robots import ACTION_DIM, HORIZON, Robot, act, observation, pack, robot, served, unpack, until
 
 VLLM_OMNI, SGLANG = "/v1/realtime/robot/openpi", "/openpi/policy"
@@ -35,9 +36,11 @@ OBJECTS = msgpack.packb({b"__ndarray__": True, b"data": b"\x41" * 8, b"dtype": "
 
 
 @pytest.fixture(autouse=True, params=[hosted, listened])
-def host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Apps are served by uvicorn; or by our own listener, which hands messages over without a task."""
+def host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Serves apps: uvicorn, or our own listener, which hands messages over without a task."""
     monkeypatch.setattr(robots, "hosted", request.param)
+    chosen: Callable[..., Any] = request.param
+    return chosen
 
 
 @pytest.fixture
@@ -423,6 +426,85 @@ async def test_a_robot_may_have_as_many_bytes_pending_as_one_message_may_have() 
         gate.open()
         for value in range(6):
             one.check(await one.receive(), value)
+
+
+async def test_a_message_that_waits_for_room_is_counted_meanwhile() -> None:
+    gate = GatedModel(act)
+    async with InferenceServer(gate, ThreadingTransport()) as server:
+        app = create_app(server, limits=Limits(max_pending_per_connection=2))
+        async with listening(app, limits=app.front.limits, whole=lambda: app) as at:
+            url = f"http://127.0.0.1:{at.port}"
+            async with robot(url) as one, robot(url) as other:
+                arrived, taken = at.guard.bytes_in_flight, app.front.bytes_in_flight
+                await one.send(observation(1))
+                await one.send(observation(2))
+                await one.send(observation(3, image=np.zeros(2**20, np.uint8)))
+                await until(lambda: arrived.bytes > 2**20)
+                for _ in range(3):
+                    assert "map" in await other.ask([])
+                assert arrived.bytes > 2**20
+                assert taken.bytes == 2 * len(pack(observation(0)))
+                gate.open()
+                for value in (1, 2, 3):
+                    one.check(await one.receive(), value)
+                assert arrived.bytes == taken.bytes == 0
+        app.close()
+
+
+async def test_messages_that_come_directly_and_those_that_wait_are_answered_in_order() -> None:
+    async with InferenceServer(act, ThreadingTransport()) as server:
+        for limit in (1, 2, 7, 1024):
+            app = create_app(server, limits=Limits(max_pending_per_connection=limit))
+            async with listening(app, limits=app.front.limits, whole=lambda app=app: app) as at:  # type: ignore[misc]
+                async with robot(f"http://127.0.0.1:{at.port}") as one:
+                    reading = asyncio.create_task(_read_in_order(one, 200))
+                    for value in range(200):
+                        message = pack(observation(value))
+                        kind = value % 7
+                        if kind == 2:
+                            await one.socket.send("no observation")
+                        elif kind == 4:
+                            await one.socket.send([message[:9], message[9:]])
+                        elif kind == 5:
+                            await one.send({"endpoint": "reset"})
+                        else:
+                            await one.socket.send(message)
+                    await reading
+                assert app.front.bytes_in_flight.bytes == app.front.stats.inflight == 0
+            app.close()
+
+
+async def _read_in_order(one: Robot, count: int) -> None:
+    for value in range(count):
+        reply = await one.receive()
+        if value % 7 == 2:
+            assert "binary" in reply
+        elif value % 7 == 5:
+            assert reply == "reset successful"
+        else:
+            one.check(reply, value)
+
+
+@pytest.mark.parametrize("options", [{}, {"newest_wins": True}, {"deadline": HANG}], ids=str)
+@pytest.mark.parametrize("by_client", [False, True])
+async def test_the_server_learns_which_robot_asks(
+    options: dict[str, Any], by_client: bool, host: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def on_batch(self: BatchScheduler, requests: Any) -> None:
+        callers.extend([request.caller for request in requests])
+
+    callers: list[Any] = []
+    monkeypatch.setattr(BatchScheduler, "on_batch", on_batch)
+    async with InferenceServer(act, ThreadingTransport()) as server:
+        app = create_app(server.async_client() if by_client else server, **options)
+        async with host(app, lifespan="off") as url, robot(url) as one, robot(url) as other:
+            for value in range(3):
+                await one.act(value)
+                await other.act(value)
+        app.close()
+    assert len(callers) >= 2
+    assert None not in callers
+    assert len(set(callers)) == 2
 
 
 async def test_a_message_that_is_too_large_ends_its_connection_only() -> None:

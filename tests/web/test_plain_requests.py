@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from tensordict import TensorDict, TensorDictBase
 
-from aioinfer import InferenceServer, MPTransport, ThreadingTransport
+from aioinfer import AsyncInferenceClient, InferenceServer, MPTransport, ThreadingTransport
 from aioinfer.batching import Caller
-from aioinfer.errors import InvalidRequestError, ModelError, ServerClosedError
+from aioinfer.errors import ClientClosedError, InvalidRequestError, ModelError, ServerClosedError
 from aioinfer.testing import GatedModel
 from aioinfer.web.app import create_app
 from aioinfer.web.front import Front
@@ -98,14 +98,17 @@ async def test_one_whose_answer_can_not_be_sent_harms_none_of_its_batch(caplog: 
 @pytest.mark.parametrize("make", [ThreadingTransport, MPTransport])
 async def test_one_whose_caller_has_gone_is_neither_computed_nor_answered(make: Any) -> None:
     model = GatedModel(double)
-    async with asking(model, make(), by_client=True) as (front, plain):
+    async with InferenceServer(model, make()) as server:
+        app = create_app(server.async_client())
+        front, plain = app.front, PlainRequests(app.front)
         plain.ask(first := Asked(), entries(1), Caller())
         await until(model.entered.is_set)
         plain.ask(gone := Asked(), entries(2), Caller())
-        await asyncio.sleep(0)
+        await until(lambda: server.stats().pending == 1)
         plain.ask(gone_at_once := Asked(), entries(3), Caller())
         for request in (gone, gone_at_once, gone):
             plain.cancel(request)
+        await until(lambda: server.stats().pending == 0)
         plain.ask(last := Asked(), entries(4), Caller())
         model.open()
         await until(lambda: bool(first.answered and last.answered))
@@ -114,6 +117,31 @@ async def test_one_whose_caller_has_gone_is_neither_computed_nor_answered(make: 
         assert dict(front.stats.requests) == {("test", "ok"): 2, ("test", "cancelled"): 2}
         plain.cancel(last)
         assert front.stats.requests["test", "cancelled"] == 2
+        assert front.stats.inflight == 0
+        app.close()
+
+
+class Withdrawing(AsyncInferenceClient):
+    """Withdraws what it is asked."""
+
+    has_slot = False
+
+    def submit(self, td: Any = None, **entries: Any) -> asyncio.Future[TensorDictBase]:
+        future: asyncio.Future[TensorDictBase] = asyncio.get_running_loop().create_future()
+        future.cancel()
+        return future
+
+    async def __call__(self, *_: Any, **__: Any) -> TensorDictBase:
+        raise NotImplementedError
+
+
+async def test_one_that_its_client_withdraws_is_told() -> None:
+    app = create_app(Withdrawing())
+    plain = PlainRequests(app.front)
+    plain.ask(request := Asked(), entries(1), Caller())
+    await until(lambda: bool(request.answered))
+    assert isinstance(request.outcome, ClientClosedError)
+    assert app.front.stats.inflight == 0
 
 
 async def test_nothing_is_asked_of_an_app_that_is_drained() -> None:
