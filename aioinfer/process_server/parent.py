@@ -284,8 +284,17 @@ class ControlConnection:
             )
 
     def start(self) -> None:
-        """Start the thread, once; ``ready`` has the outcome."""
-        threading.Thread(target=self._run, name="aioinfer-host", daemon=True).start()
+        """Start the thread, once; ``ready`` has the outcome.
+
+        The new thread says that it runs by a condition. Where a signal handler raises as the condition takes its lock
+        again, the standard library releases a lock that it has not got, and hides what the handler has raised.
+        """
+        try:
+            threading.Thread(target=self._run, name="aioinfer-host", daemon=True).start()
+        except RuntimeError as error:
+            if error.__context__ is None or str(error) != "release unlocked lock":
+                raise
+            raise error.__context__ from None
 
     def request_shutdown(self, timeout: float | None, *, drain: bool) -> None:
         """Accept no more commands, and have the process shut down; kill it if it does not serve yet.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -170,3 +171,24 @@ def test_a_start_that_a_signal_handler_interrupts_leaves_no_process(effort: Effo
             server.shutdown()
             assert not server.is_alive
             reply.exception(HANG)  # it has ended, one way or the other
+
+
+def test_a_start_that_is_interrupted_while_its_thread_begins_raises_what_the_handler_raised(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def start(thread: threading.Thread) -> None:
+        start_thread(thread)
+        if thread.name == "aioinfer-host":
+            try:
+                raise Interrupt
+            finally:
+                threading.Lock().release()  # as a condition does that could not take its lock again
+
+    start_thread = threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", start)
+    server = forked(make_policy)
+    with pytest.raises(Interrupt):
+        server.start()
+    monkeypatch.undo()
+    server.shutdown()
+    assert not server.is_alive
