@@ -85,6 +85,13 @@ class PendingReply:
             raise self.error or ClientClosedError("the request was withdrawn")
         return self.future.result()
 
+    def outcome(self) -> TensorDictBase | Exception:
+        """The reply to a request that has ended, or its error."""
+        try:
+            return self.result()
+        except Exception as error:
+            return error
+
     async def reply(self) -> TensorDictBase:
         """Wait for the reply, or raise the error."""
         try:

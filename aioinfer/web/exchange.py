@@ -143,11 +143,7 @@ class Exchanges:
     def _answer_pending(self, exchange: Exchange) -> None:
         assert exchange.pending is not None
         if exchange.is_open:
-            try:
-                outcome: TensorDictBase | Exception = exchange.pending.result()
-            except Exception as error:
-                outcome = error
-            self.prepare(exchange, outcome)
+            self.prepare(exchange, exchange.pending.outcome())
             self.answer(exchange)
 
     def _close(self, exchange: Exchange) -> bool:

@@ -222,22 +222,26 @@ class RobotSession(WebSocketSession):
 
     async def _read(self) -> None:
         """Receive what :meth:`_receive_now` does not take, or is not offered."""
-        limits = self._front.limits
         while True:
             self._take(await self.connection.receive())
-            while len(self._turns) >= limits.max_pending_per_connection or self._bytes >= limits.max_message_size:
+            while not self._has_room():
                 self._taken.clear()
                 await self._taken.wait()
 
     def _receive_now(self, message: bytes) -> bool:
         """Take a message as it comes, if there is room for another one then, which the task that reads may receive."""
-        limits = self._front.limits
-        if len(self._turns) + 1 >= limits.max_pending_per_connection:
-            return False
-        if self._bytes + len(message) >= limits.max_message_size:
+        if not self._has_room(1, len(message)):
             return False
         self._take(message)
         return True
+
+    def _has_room(self, turns: int = 0, size: int = 0) -> bool:
+        """Whether there is room for a message, behind those that are there and some more."""
+        limits = self._front.limits
+        return (
+            len(self._turns) + turns < limits.max_pending_per_connection
+            and self._bytes + size < limits.max_message_size
+        )
 
     def _take(self, message: Message) -> None:
         """Ask what a message asks, or answer it."""
@@ -298,10 +302,7 @@ class RobotSession(WebSocketSession):
     # -- what it is answered ---------------------------------------------------------------------------
 
     def _answer_pending(self, turn: _Turn, pending: PendingReply, _: object) -> None:
-        try:
-            turn.outcome = pending.result()
-        except Exception as error:
-            turn.outcome = error
+        turn.outcome = pending.outcome()
         self.answer()
 
     def answer(self) -> None:

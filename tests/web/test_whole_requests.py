@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -86,6 +86,7 @@ async def served(
     transport: InferenceTransport | None = None,
     spec: TensorDict | None = None,
     clock: Clock | None = None,
+    is_there: Callable[[], bool] = lambda: True,
     **options: Any,
 ) -> AsyncIterator[Served]:
     by_asgi: list[str] = []
@@ -96,7 +97,7 @@ async def served(
             by_asgi.append(scope["path"])
             await app(scope, receive, send)
 
-        async with listening(watched, whole=lambda: app, clock=clock or Clock()) as at:
+        async with listening(watched, whole=lambda: app if is_there() else None, clock=clock or Clock()) as at:
             yield Served(app, at, by_asgi)
         app.close()
 
@@ -269,22 +270,11 @@ async def test_a_connection_that_was_refused_gets_nothing_more_not_even_by_a_hea
 
 async def test_a_head_that_is_known_waits_for_the_app_as_any_other() -> None:
     there = True
-    async with InferenceServer(double, ThreadingTransport()) as server:
-        app = create_app(server)
-        by_asgi: list[str] = []
-
-        async def watched(scope: Scope, receive: Receive, send: Send) -> None:
-            by_asgi.append(scope["path"])
-            await app(scope, receive, send)
-
-        async with listening(watched, whole=lambda: app if there else None) as at:
-            to = Served(app, at, by_asgi)
-            async with to.connect() as connection:
-                check(await connection.ask(act(1)), 1)
-                there = False
-                check(await connection.ask(act(2)), 2)
-                assert by_asgi == ["/act"]
-        app.close()
+    async with served(is_there=lambda: there) as to, to.connect() as connection:
+        check(await connection.ask(act(1)), 1)
+        there = False
+        check(await connection.ask(act(2)), 2)
+        assert to.by_asgi == ["/act"]
 
 
 def test_heads_are_kept_up_to_a_number_and_a_size() -> None:
